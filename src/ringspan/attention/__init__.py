@@ -1,0 +1,5 @@
+"""Exact attention over a sequence that several ranks share: the executor, its autograd function, and the public classes."""
+
+from ringspan.attention.context_parallel import ContextParallel, Sequence
+
+__all__ = ["ContextParallel", "Sequence"]

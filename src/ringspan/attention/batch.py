@@ -1,0 +1,77 @@
+"""A Hugging Face batch of whole sequences to this rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ringspan.attention.loss import IGNORE_INDEX, shift_labels
+from ringspan.errors import UnsupportedError
+from ringspan.geometry import Causal
+
+if TYPE_CHECKING:
+    from ringspan.attention.context_parallel import Sequence
+
+SEQUENCE_KEYWORD = "ringspan_sequence"
+"""The keyword under which the sequence travels through a Hugging Face model to its attention."""
+
+_KNOWN = ("input_ids", "inputs_embeds", "position_ids", "labels", "attention_mask")
+
+
+def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of `batch`, ready for `model(**…)`.
+
+    Args:
+        sequence: whose length is that of the batch.
+        batch: `input_ids [batch, length]` (or `inputs_embeds`); optional `labels [batch, length]`, not shifted, −100 where none;
+            optional `position_ids`; optional `attention_mask` of ones, or of ones followed by padding on the right (exact under a causal
+            mask, where no token sees what follows it).
+
+    Returns:
+        `input_ids`, `position_ids`, and, where there are labels, `labels` and `shift_labels` (both shifted: position t holds the token at
+        t + 1, also across shard borders) and `num_items_in_batch`, the labelled positions of the whole batch. The model's own loss is then
+        this rank's share of the unsplit loss: the shares add up to it.
+
+    Raises:
+        RingspanError: for tensors of another length, unknown keys, or padding that this mask does not make harmless.
+    """
+    unknown = sorted(set(batch) - set(_KNOWN))
+    if unknown or not ({"input_ids", "inputs_embeds"} & set(batch)):
+        raise UnsupportedError(
+            f"a batch with {', '.join(sorted(batch))}",
+            f"unknown: {', '.join(unknown)}" if unknown else "neither input_ids nor inputs_embeds",
+            f"A batch is made of {', '.join(_KNOWN)}, and nothing is ignored",
+            "seq.shard(x, dim) for further tensors",
+        )
+    labels = batch.get("labels")
+    if (padding := batch.get("attention_mask")) is not None:
+        _check_padding(sequence, padding)
+        if labels is not None:
+            labels = labels.masked_fill(padding == 0, IGNORE_INDEX)
+    part: dict[str, Any] = {key: sequence.shard(batch[key], 1) for key in ("input_ids", "inputs_embeds") if key in batch}
+    tokens: Tensor = next(iter(part.values()))
+    if "position_ids" in batch:
+        part["position_ids"] = sequence.shard(batch["position_ids"], 1)
+    else:
+        part["position_ids"] = sequence.positions.to(tokens.device).expand(tokens.shape[0], -1)
+    if labels is not None:
+        shifted = shift_labels(labels)
+        part["labels"] = part["shift_labels"] = sequence.shard(shifted, 1)
+        part["num_items_in_batch"] = (shifted != IGNORE_INDEX).sum()
+    part[SEQUENCE_KEYWORD] = sequence
+    return part
+
+
+def _check_padding(sequence: Sequence, padding: Tensor) -> None:
+    right = bool((padding[:, 1:].bool() <= padding[:, :-1].bool()).all())
+    everything = bool(torch.all(padding != 0))
+    if padding.ndim != 2 or not (everything or (right and isinstance(sequence.mask, Causal))):
+        raise UnsupportedError(
+            f"an attention_mask {tuple(padding.shape)} under mask {sequence.mask}",
+            "it hides tokens that others would see",
+            "Padding is exact on the right under a causal mask, where no token sees what follows it",
+            "tokenizer.padding_side = 'right' with mask causal, or sequences of one length",
+        )

@@ -1,0 +1,103 @@
+"""What is checked before anything is sent, each check with an error that teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ringspan.errors import RingspanError
+from ringspan.geometry import Mask, make_layout
+from ringspan.kernels import KERNELS, Problem, select_kernel
+from ringspan.strategies import STRATEGIES
+
+
+def problem_of(check: Callable[[], None]) -> RingspanError | None:
+    """The error that `check` raises, to be shared with the other ranks before it is raised."""
+    try:
+        check()
+    except RingspanError as error:
+        return error
+    return None
+
+
+def check_names(strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int) -> None:
+    """Names and weights of `ContextParallel`."""
+    if strategy not in STRATEGIES:
+        raise RingspanError(
+            f"strategy {strategy!r}", f"the strategies are {', '.join(STRATEGIES)}", "A strategy is asked for by name", "'ring'"
+        )
+    if kernel not in ("auto", *KERNELS):
+        raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
+    make_layout(layout, num_ranks, num_ranks, weights)
+
+
+def check_sequence(length: int, mask: Mask) -> None:
+    """Length and mask of a sequence."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise RingspanError(f"a sequence of length {length!r}", "", "A length is a whole number of at least 1 token", "length=1024")
+    if not isinstance(mask, Mask):
+        raise RingspanError(f"mask {mask!r}", f"it is of type {type(mask).__name__}", "A mask is a ringspan mask", "ringspan.causal()")
+
+
+def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
+    """That `x` is `length` long along `dim`."""
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != length:
+        raise RingspanError(
+            f"a tensor {tuple(x.shape)} with the sequence along dim {dim}",
+            f"{of} has {length} positions",
+            "The tensor is that long along dim",
+            "the dim that counts positions, usually 1",
+        )
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, shard_length: int, rank: int, kernel: str) -> None:
+    """Shapes, dtypes and devices of q, k and v, and that the kernel computes them."""
+    asked = f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise RingspanError(
+            asked,
+            "the shapes do not belong together",
+            "q is [batch, shard, heads, head_dim], k and v are [batch, shard, kv_heads, head_dim]",
+            "x.transpose(1, 2) for tensors that are [batch, heads, shard, head_dim]",
+        )
+    if q.shape[1] != shard_length:
+        raise RingspanError(
+            asked,
+            f"rank {rank} owns {shard_length} positions",
+            "q, k and v hold this rank's shard",
+            "seq.shard(x, dim=1) of the whole tensor",
+        )
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise RingspanError(
+            asked, f"{q.shape[2]} query heads, {k.shape[2]} KV heads", "KV heads divide query heads", "as many KV heads as query heads"
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
+        raise RingspanError(
+            asked,
+            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}",
+            "q, k and v are of one floating-point dtype",
+            f"k.to({q.dtype}), v.to({q.dtype})",
+        )
+    if len({q.device, k.device, v.device}) > 1:
+        raise RingspanError(
+            asked, f"devices {q.device}, {k.device}, {v.device}", "q, k and v lie on one device", f"k.to('{q.device}'), v.to('{q.device}')"
+        )
+    select_kernel(kernel, Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3]))
+
+
+def describe_attention(q: Tensor, k: Tensor, scale: float) -> str:
+    """What all ranks must have in common."""
+    if q.ndim != 4 or k.ndim != 4:
+        return "malformed tensors"
+    return (
+        f"batch={q.shape[0]} heads={q.shape[2]} kv_heads={k.shape[2]} head_dim={q.shape[3]} {q.dtype} on {q.device.type} scale={scale:.9g}"
+    )
+
+
+def describe_shard(x: Tensor, dim: int) -> str:
+    """What all ranks' shards must have in common."""
+    if not -x.ndim <= dim < x.ndim:
+        return f"shape {tuple(x.shape)} dim {dim}"
+    others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
+    return f"dim={dim % x.ndim} other sizes={others} {x.dtype} on {x.device.type}"

@@ -1,0 +1,217 @@
+"""The public face: `ContextParallel` for a group of ranks, `Sequence` for what this rank owns of one sequence length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringspan.attention import checks
+from ringspan.attention.autograd import DistributedAttention, Plan
+from ringspan.attention.batch import shard_batch
+from ringspan.attention.gradients import broadcast_parameters, sum_gradients
+from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
+from ringspan.attention.program import resolve
+from ringspan.attention.sharding import Unshard, take_shard
+from ringspan.errors import RingspanError
+from ringspan.geometry import Layout, Mask, causal, make_layout
+from ringspan.kernels import Problem, select_kernel
+from ringspan.strategies import Schedules, make_schedules
+from ringspan.transport import InProcessTransport, agree, make_transport
+
+
+class ContextParallel:
+    """A group of ranks that share sequences, and how they share them.
+
+    Args:
+        mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
+            group (a single rank where torch.distributed is not initialised).
+        strategy: one of `ringspan.strategies.STRATEGIES`.
+        layout: one of `ringspan.layouts`: who owns which positions.
+        kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
+        weights: for layout `weighted`, the share of each rank.
+
+    Raises:
+        RingspanError: on every rank, where the arguments are wrong or the ranks disagree about them.
+    """
+
+    def __init__(
+        self,
+        mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTransport | None = None,
+        *,
+        strategy: str = "ring",
+        layout: str = "zigzag",
+        kernel: str = "auto",
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
+        self.transport = make_transport(mesh_or_group)
+        self.strategy, self.layout, self.kernel = strategy, layout, kernel
+        self.weights = None if weights is None else tuple(weights)
+        self._sequences: dict[tuple[int, Mask], Sequence] = {}
+        problem = checks.problem_of(lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks))
+        agree(self.transport, "ContextParallel", f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights}", problem)
+
+    @property
+    def rank(self) -> int:
+        """This rank, counted within the group."""
+        return self.transport.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share a sequence."""
+        return self.transport.size
+
+    def sequence(self, length: int, mask: Mask | None = None) -> Sequence:
+        """What this rank owns of sequences of `length` tokens under `mask` (causal if not given). Cached; the first call is collective.
+
+        Raises:
+            RingspanError: on every rank, where the length is below 1 or the ranks disagree.
+        """
+        mask = causal() if mask is None else mask
+        key = (length, mask)
+        if key not in self._sequences:
+            problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
+            agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
+            self._sequences[key] = Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights), mask)
+        return self._sequences[key]
+
+    def sum_gradients(self, model: nn.Module | Iterable[nn.Parameter]) -> None:
+        """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective."""
+        sum_gradients(model.parameters() if isinstance(model, nn.Module) else model, self.transport)
+
+    def broadcast_parameters(self, model: nn.Module) -> None:
+        """Copies the parameters and buffers of rank 0 to every rank. Collective."""
+        broadcast_parameters(model, self.transport)
+
+
+class Sequence:
+    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`."""
+
+    def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
+        self.context, self.layout, self.mask = context, layout, mask
+        self._plans: dict[tuple, Plan] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.layout.length
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.context.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share the sequence."""
+        return self.context.num_ranks
+
+    @property
+    def shard_length(self) -> int:
+        """Tokens that this rank owns; may be 0."""
+        return self.layout.shard_length(self.rank)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Global positions of this rank's tokens, `[shard]`, int64, on the CPU, rising."""
+        return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
+
+    @cached_property
+    def schedules(self) -> Schedules:
+        """The schedules that `attention` runs."""
+        return make_schedules(self.context.strategy, self.layout, self.mask)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a whole tensor, along `dim`. Local and differentiable.
+
+        Raises:
+            RingspanError: where `x` is not `length` long along `dim`.
+        """
+        checks.check_dim(x, dim, self.length, "the whole sequence")
+        return take_shard(x, self.layout, self.rank, dim)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole tensor, on every rank, from every rank's part. Collective and differentiable.
+
+        A rank's gradient is the sum of what all ranks ask of its part: a loss that every rank computes alike counts once a rank.
+
+        Raises:
+            RingspanError: where `x` is not this rank's shard long along `dim`.
+        """
+        problem = checks.problem_of(lambda: checks.check_dim(x, dim, self.shard_length, f"the shard of rank {self.rank}"))
+        agree(self.context.transport, "unshard", checks.describe_shard(x, dim), problem)
+        return Unshard.apply(x, self.layout, self.context.transport, dim)
+
+    @overload
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, return_lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, return_lse: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, return_lse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Exact attention of this rank's queries to the whole sequence. Collective, forward and backward.
+
+        Args:
+            q: `[batch, shard, heads, head_dim]`.
+            k: `[batch, shard, kv_heads, head_dim]`; `kv_heads` divides `heads` and is never expanded, here or on the wire.
+            v: like `k`.
+            scale: of the scores; 1/√head_dim if not given.
+            return_lse: also return the log-sum-exp of each query's scores.
+
+        Returns:
+            `out [batch, shard, heads, head_dim]` in the dtype of `q`; with `return_lse` also `lse [batch, heads, shard]`, float32 or wider.
+
+        Raises:
+            RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
+                wrong, the kernel refuses it, or the ranks disagree.
+        """
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(q, k, v, scale)
+        out, lse = DistributedAttention.apply(q, k, v, plan, scale)
+        return (out, lse) if return_lse else out
+
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Plan:
+        problem = checks.problem_of(lambda: checks.check_attention(q, k, v, self.shard_length, self.rank, self.context.kernel))
+        agree(self.context.transport, "attention", checks.describe_attention(q, k, scale), problem)
+        kernel = select_kernel(
+            self.context.kernel, Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3])
+        )
+        forward, backward = (
+            resolve(schedule, self.layout, self.mask, kernel, self.rank) for schedule in (self.schedules.forward, self.schedules.backward)
+        )
+        return Plan(forward, backward, kernel, self.context.transport)
+
+    def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""
+        return shard_batch(self, batch)
+
+    def loss(self, logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+        """The unsplit model's mean cross-entropy, on every rank, from this rank's logits and shifted labels. Collective.
+
+        Args:
+            logits: `[batch, shard, vocabulary]`.
+            labels: `[batch, shard]`, as `shard_batch` returns them: position t holds the token at t + 1.
+            ignore_index: the label of positions that do not count.
+
+        Returns:
+            A scalar, the same on every rank. After `backward()` and `ContextParallel.sum_gradients(model)` every rank holds the gradients
+            of the unsplit model.
+        """
+        if logits.shape[:-1] != labels.shape or labels.shape[-1:] != (self.shard_length,):
+            raise RingspanError(
+                f"a loss of logits {tuple(logits.shape)} with labels {tuple(labels.shape)}",
+                f"rank {self.rank} owns {self.shard_length} positions",
+                "logits are [batch, shard, vocabulary] and labels [batch, shard]",
+                "the labels of seq.shard_batch(batch)",
+            )
+        return mean_cross_entropy(logits, labels, self.context.transport, ignore_index)

@@ -1,0 +1,62 @@
+"""Parameters that are whole on every rank: the same values everywhere, and gradients summed over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ringspan.transport import Transport
+
+BUCKET_BYTES = 1 << 25
+"""Gradients are summed in buckets of this size: large enough for the link, small beside the model."""
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
+    """Sums `.grad` over the ranks, in place, in float32 (float64 where it is): a parameter without one counts as zero on this rank."""
+    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
+        # Whether any rank has a gradient is one more element: where none has, none appears.
+        flags = torch.tensor([float(parameter.grad is not None) for parameter in bucket], device=bucket[0].device)
+        wide = torch.promote_types(bucket[0].dtype, torch.float32)
+        flat = torch.cat([_gradient(parameter).to(wide).flatten() for parameter in bucket] + [flags.to(wide)])
+        transport.all_reduce(flat)
+        offset = 0
+        present = flat[flat.numel() - len(bucket) :].tolist()
+        for parameter, anywhere in zip(bucket, present, strict=True):
+            summed = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)
+            offset += parameter.numel()
+            if not anywhere:
+                continue
+            if parameter.grad is None:
+                parameter.grad = summed
+            else:
+                parameter.grad.copy_(summed)
+
+
+def broadcast_parameters(model: nn.Module, transport: Transport) -> None:
+    """Copies parameters and buffers of rank 0 to every rank, in place."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            contiguous = tensor.detach().contiguous()
+            transport.broadcast(contiguous)
+            tensor.copy_(contiguous)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (
+            size + parameter.numel() * 4 > BUCKET_BYTES or (parameter.dtype, parameter.device) != (bucket[0].dtype, bucket[0].device)
+        ):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * 4
+    if bucket:
+        yield bucket

@@ -1,0 +1,122 @@
+"""One rank's column of a schedule, resolved once for a layout, a mask and a kernel: what the executor then only runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ringspan.geometry import Layout, Mask, Tile, tiles
+from ringspan.kernels import Kernel, lowered
+from ringspan.schedule import Attend, Combine, Piece, Receive, Schedule, Send
+
+LANES = {"kv": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1}
+"""Results travel on a lane of their own, so that they do not queue behind what the next step needs."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call: `tile` of the queries of `q` against the keys of `kv`, in local indices of their owners' shards."""
+
+    q_owner: int
+    kv_owner: int
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transfers that are posted together, on one lane, and due together."""
+
+    lane: int
+    due: int
+    sends: tuple[Send, ...]
+    receives: tuple[Receive, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank does in one step, phase by phase. `releases` are the visitors that no later step reads."""
+
+    combines: tuple[Combine, ...]
+    batches: tuple[Batch, ...]
+    launches: tuple[Launch, ...]
+    releases: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """All steps of one rank, and the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`."""
+
+    rank: int
+    steps: tuple[Step, ...]
+    accumulators: dict[tuple[str, int], tuple[int, int]]
+
+
+def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank: int) -> RankProgram:
+    """The program of `rank`."""
+    actions = schedule.programs[rank]
+    spans: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def grow(kind: str, owner: int, start: int, stop: int) -> None:
+        low, high = spans.get((kind, owner), (start, stop))
+        spans[(kind, owner)] = (min(low, start), max(high, stop))
+
+    steps = []
+    for step in range(schedule.num_steps):
+        cell = [action for action in actions if action.step == step]
+        launches = []
+        for attend in (action for action in cell if isinstance(action, Attend)):
+            for kv in attend.kvs:
+                launches.extend(_launches(layout, mask, kernel, attend.q, kv))
+        for launch in launches:
+            tile = launch.tile
+            if schedule.direction == "forward":
+                grow("o", launch.q_owner, tile.q_start, tile.q_stop)
+            else:
+                grow("dq", launch.q_owner, tile.q_start, tile.q_stop)
+                grow("dkv", launch.kv_owner, tile.k_start, tile.k_stop)
+        combines = tuple(action for action in cell if isinstance(action, Combine))
+        for combine in combines:
+            grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
+        batches = _batches([action for action in cell if isinstance(action, (Send, Receive))])
+        steps.append(Step(combines, batches, tuple(launches), _releases(actions, step)))
+    return RankProgram(rank, tuple(steps), spans)
+
+
+def _launches(layout: Layout, mask: Mask, kernel: Kernel, q: Piece, kv: Piece) -> list[Launch]:
+    clipped = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
+    return [Launch(q.owner, kv.owner, part) for tile in clipped if tile is not None for part in lowered(tile, kernel.shapes)]
+
+
+def _batches(transfers: list[Send | Receive]) -> tuple[Batch, ...]:
+    """Both ends sort alike, so that what two ranks exchange in one batch pairs up in order."""
+    groups: dict[tuple[int, int], list[Send | Receive]] = defaultdict(list)
+    for transfer in transfers:
+        groups[(LANES[transfer.piece.kind], transfer.due)].append(transfer)
+    result = []
+    for (lane, due), members in sorted(groups.items()):
+        members.sort(key=lambda member: (member.peer, str(member.piece)))
+        sends = tuple(member for member in members if isinstance(member, Send))
+        receives = tuple(member for member in members if isinstance(member, Receive))
+        result.append(Batch(lane, due, sends, receives))
+    return tuple(result)
+
+
+def _releases(actions: tuple, step: int) -> tuple[Piece, ...]:
+    """The received inputs whose last reader (an attend of this step, or a send that is over at its end) is this step's."""
+    result = []
+    for received in actions:
+        if isinstance(received, Receive) and received.piece.kind in ("q", "kv", "do"):
+            last = received.due
+            for action in actions:
+                if isinstance(action, Attend) and any(_reads(received.piece, piece) for piece in (action.q, *action.kvs)):
+                    last = max(last, action.step)
+                elif isinstance(action, Send) and received.piece.holds(action.piece):
+                    last = max(last, action.due - 1)
+            if last == step:
+                result.append(received.piece)
+    return tuple(result)
+
+
+def _reads(received: Piece, piece: Piece) -> bool:
+    held = Piece("q", received.owner, received.start, received.stop) if received.kind == "do" else received
+    return held.holds(piece)

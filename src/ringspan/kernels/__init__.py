@@ -1,0 +1,31 @@
+"""Kernels: partial attention of one tile. An explicit request is honoured or refused with the reason, never replaced."""
+
+from ringspan.errors import UnsupportedError
+from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
+from ringspan.kernels.protocol import Kernel, Problem, lowered
+from ringspan.kernels.reference import Reference
+from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
+
+__all__ = ["KERNELS", "Kernel", "Problem", "accumulator_dtype", "batch_first", "lowered", "merge_", "rows_first", "select_kernel"]
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CuDnn(), Flash2(), TorchCpu(), Reference())}
+"""By name, the fastest first where speeds were compared (Hopper, PEERS table of 2026-11)."""
+
+
+def select_kernel(name: str, problem: Problem) -> Kernel:
+    """The kernel called `name`, or for `auto` the first of `KERNELS` that computes `problem`.
+
+    Raises:
+        UnsupportedError: for an unknown name, or a kernel that refuses `problem`, with its reason.
+    """
+    reasons = {other: kernel.refusal(problem) for other, kernel in KERNELS.items()}
+    capable = [other for other, reason in reasons.items() if reason is None]
+    if name == "auto":
+        return KERNELS[capable[0]]
+    if name not in KERNELS:
+        raise UnsupportedError(
+            f"kernel {name!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "kernel='auto'"
+        )
+    if (reason := reasons[name]) is not None:
+        raise UnsupportedError(f"kernel {name!r}", reason, "A kernel that was asked for is never replaced", f"kernel={capable[0]!r}")
+    return KERNELS[name]

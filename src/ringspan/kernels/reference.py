@@ -1,0 +1,83 @@
+"""The reference kernel: plain torch, any dtype, any tile. It is the specification that every other kernel is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ringspan.geometry import Tile
+from ringspan.kernels.partial import accumulator_dtype
+from ringspan.kernels.protocol import Problem
+
+SCORES_IN_MEMORY = 1 << 24
+"""How many scores the reference holds at once; longer tiles are computed by blocks of queries."""
+
+
+class Reference:
+    """softmax(q kᵀ · scale) v by definition, in float32, or in float64 for float64 inputs. Partials are never rounded below that."""
+
+    name = "reference"
+    shapes = frozenset({"causal", "square", "band"})
+    lse_gradient = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        """None: the reference computes everything, slowly."""
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`. Rows that see no key are 0 with lse −inf."""
+        outs, lses = [], []
+        for rows in _blocks(q, k):
+            scores = _scores(q, k, tile, scale, rows)
+            lse = torch.logsumexp(scores, -1)
+            weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+            outs.append(torch.einsum("bgrqk,bkgd->bqgrd", weights, v.to(weights.dtype)).flatten(2, 3))
+            lses.append(lse.flatten(1, 2))
+        return torch.cat(outs, 1), torch.cat(lses, 2)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`: P = exp(S − lse), dS = P ∘ (dO vᵀ − delta + dlse), delta = Σ dO ∘ out."""
+        wide = accumulator_dtype(q.dtype)
+        groups = k.shape[2]
+        delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+        delta = delta if dlse is None else delta - dlse
+        dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows in _blocks(q, k):
+            queries, grads = (x[:, rows].to(wide).unflatten(2, (groups, -1)) for x in (q, dout))
+            scores = _scores(q, k, tile, scale, rows)
+            row_lse, row_delta = (x[:, :, rows].to(wide).unflatten(1, (groups, -1)).unsqueeze(-1) for x in (lse, delta))
+            weights = torch.exp(scores - _finite(row_lse))
+            dscores = weights * (torch.einsum("bqgrd,bkgd->bgrqk", grads, v.to(wide)) - row_delta) * scale
+            dqs.append(torch.einsum("bgrqk,bkgd->bqgrd", dscores, k.to(wide)).flatten(2, 3))
+            dk += torch.einsum("bgrqk,bqgrd->bkgd", dscores, queries)
+            dv += torch.einsum("bgrqk,bqgrd->bkgd", weights, grads)
+        return torch.cat(dqs, 1), dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    size = max(1, SCORES_IN_MEMORY // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    yield from (slice(start, min(start + size, q.shape[1])) for start in range(0, q.shape[1], size))
+
+
+def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float, rows: slice) -> Tensor:
+    """`[batch, kv_heads, heads per kv head, rows, keys]`, −inf where the tile's band forbids."""
+    wide = accumulator_dtype(q.dtype)
+    queries = q[:, rows].to(wide).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("bqgrd,bkgd->bgrqk", queries, k.to(wide)) * scale
+    if tile.kind != "full":
+        i = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1)
+        distance = i - torch.arange(k.shape[1], device=q.device)
+        allowed = torch.ones_like(distance, dtype=torch.bool)
+        allowed = allowed if tile.low is None else allowed & (distance >= tile.low)
+        allowed = allowed if tile.high is None else allowed & (distance <= tile.high)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores
+
+
+def _finite(lse: Tensor) -> Tensor:
+    # A row that sees no key has lse −inf; −inf − −inf would be NaN where 0 is meant.
+    return torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)

@@ -1,0 +1,22 @@
+"""Schedules are data: typed actions, their proof, their traffic and their drawing. No torch here."""
+
+from ringspan.schedule.actions import Action, Attend, Combine, Piece, Receive, Schedule, ScheduleBuilder, Send, parse_schedule
+from ringspan.schedule.traffic import PieceBytes, sent_bytes, traffic
+from ringspan.schedule.validate import Report, validate
+
+__all__ = [
+    "Action",
+    "Attend",
+    "Combine",
+    "Piece",
+    "PieceBytes",
+    "Receive",
+    "Report",
+    "Schedule",
+    "ScheduleBuilder",
+    "Send",
+    "parse_schedule",
+    "sent_bytes",
+    "traffic",
+    "validate",
+]

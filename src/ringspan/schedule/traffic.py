@@ -1,0 +1,55 @@
+"""Traffic: how many bytes cross each link, from the schedule and the size of one position of each kind."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ringspan.schedule.actions import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceBytes:
+    """The size of attention's tensors: what one position of each kind of piece weighs.
+
+    Args:
+        batch: sequences.
+        heads: query heads.
+        kv_heads: key and value heads; never expanded on the wire.
+        head_dim: width of a head.
+        element_bytes: bytes of an element of q, k, v and dO. Partials, lse, delta and gradients travel in `accumulator_bytes`.
+        accumulator_bytes: 4 for float32, 8 where the inputs are float64.
+    """
+
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    element_bytes: int = 2
+    accumulator_bytes: int = 4
+
+    def of(self, kind: str) -> int:
+        """Bytes of one position of `kind`."""
+        q = self.batch * self.heads
+        return {
+            "q": q * self.head_dim * self.element_bytes,
+            "kv": 2 * self.batch * self.kv_heads * self.head_dim * self.element_bytes,
+            "o": q * (self.head_dim + 1) * self.accumulator_bytes,
+            "do": q * (self.head_dim * self.element_bytes + 2 * self.accumulator_bytes),
+            "dq": q * self.head_dim * self.accumulator_bytes,
+            "dkv": 2 * self.batch * self.kv_heads * self.head_dim * self.accumulator_bytes,
+        }[kind]
+
+
+def traffic(schedule: Schedule, sizes: PieceBytes) -> Mapping[tuple[int, int], int]:
+    """Bytes over each link, as `{(source, target): bytes}`; links that carry nothing are absent."""
+    links: dict[tuple[int, int], int] = defaultdict(int)
+    for rank, send in schedule.sends():
+        links[(rank, send.peer)] += len(send.piece) * sizes.of(send.piece.kind)
+    return dict(links)
+
+
+def sent_bytes(schedule: Schedule, sizes: PieceBytes, rank: int) -> int:
+    """Bytes that `rank` sends in all."""
+    return sum(size for (source, _), size in traffic(schedule, sizes).items() if source == rank)

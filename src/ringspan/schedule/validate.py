@@ -1,0 +1,296 @@
+"""Proves that a schedule is right, from integers alone: coverage, possession, matching, homecoming, thrift; and how much it holds at once."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from ringspan.errors import ScheduleError
+from ringspan.geometry import Layout, Mask, tiles
+from ringspan.schedule.actions import Action, Attend, Combine, Piece, Receive, Schedule, Send
+
+GRADIENT_OF = {"dq": "q", "dkv": "kv", "o": "q", "do": "q"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a valid schedule holds and moves.
+
+    Attributes:
+        live_positions: for each rank and kind, the most visiting positions that lie in receive buffers at once.
+        sent_positions: for each rank and kind, the positions that it sends.
+    """
+
+    live_positions: tuple[dict[str, int], ...]
+    sent_positions: tuple[dict[str, int], ...]
+
+
+def validate(schedule: Schedule, layout: Layout, mask: Mask) -> Report:
+    """Proves `schedule` for `layout` and `mask`.
+
+    Raises:
+        ScheduleError: naming the rule that is broken, and where.
+    """
+    if schedule.lengths != layout.shard_lengths:
+        raise _broken("shape", f"shards of {schedule.lengths}", f"the layout's shards are {layout.shard_lengths}")
+    _check_matching(schedule)
+    order = _run_blocking(schedule)
+    _check_coverage(schedule, layout, mask)
+    _Possession(schedule).check(order)
+    _check_thrift(schedule)
+    return Report(_live_positions(schedule), _sent_positions(schedule))
+
+
+def _broken(rule: str, asked: str, found: str) -> ScheduleError:
+    return ScheduleError(asked, found, rule=f"A schedule keeps {rule}", nearest="the schedule as its strategy makes it")
+
+
+# ---- matching, and the absence of deadlock ---------------------------------------------------------------------------------------
+
+
+def _check_matching(schedule: Schedule) -> None:
+    ends: dict[type, Counter] = {Send: Counter(), Receive: Counter()}
+    for rank, program in enumerate(schedule.programs):
+        for action in program:
+            if isinstance(action, (Send, Receive)):
+                source, target = (rank, action.peer) if isinstance(action, Send) else (action.peer, rank)
+                ends[type(action)][(source, target, action.piece, action.step, action.due)] += 1
+                if action.due <= action.step or source == target or not 0 <= action.peer < schedule.num_ranks:
+                    raise _broken(
+                        "matching", f"rank {rank}: {action} at step {action.step}", "a transfer goes to another rank and arrives later"
+                    )
+    for kind, other in ((Send, Receive), (Receive, Send)):
+        for source, target, piece, step, due in ends[kind] - ends[other]:
+            raise _broken(
+                "matching",
+                f"{piece} from rank {source} to {target}, posted at step {step}, due at {due}",
+                f"a {kind.__name__.lower()} without its {other.__name__.lower()}",
+            )
+
+
+def _run_blocking(schedule: Schedule) -> list[tuple[int, Action]]:
+    """Runs every rank's program with waits that block, in any order that is possible; returns that order."""
+    pending = [_with_waits(program) for program in schedule.programs]
+    posted: Counter = Counter()
+    order: list[tuple[int, Action]] = []
+    progress = True
+    while progress and any(pending):
+        progress = False
+        for rank, queue in enumerate(pending):
+            while queue:
+                waits, action = queue[0]
+                if waits:
+                    assert isinstance(action, Receive)
+                    if not posted[(action.peer, rank, action.piece, action.step)]:
+                        break
+                else:
+                    order.append((rank, action))
+                    if isinstance(action, Send):
+                        posted[(rank, action.peer, action.piece, action.step)] += 1
+                queue.pop(0)
+                progress = True
+    if any(pending):
+        stuck = {rank: f"{queue[0][1]}" for rank, queue in enumerate(pending) if queue}
+        raise _broken("matching", f"schedule {schedule.name!r} with waits that block", f"a cycle of waits: {stuck}")
+    return order
+
+
+def _with_waits(program: tuple[Action, ...]) -> list[tuple[bool, Action]]:
+    """(False, action) where the action is done, (True, receive) where its arrival is waited for: before anything of step `due`."""
+    queue: list[tuple[bool, Action]] = []
+    arrivals = [action for action in program if isinstance(action, Receive)]
+    for action in program:
+        due = [arrival for arrival in arrivals if arrival.due <= action.step]
+        arrivals = [arrival for arrival in arrivals if arrival.due > action.step]
+        queue.extend((True, arrival) for arrival in due)
+        queue.append((False, action))
+    queue.extend((True, arrival) for arrival in arrivals)
+    return queue
+
+
+# ---- coverage --------------------------------------------------------------------------------------------------------------------
+
+
+def _check_coverage(schedule: Schedule, layout: Layout, mask: Mask) -> None:
+    """Every allowed pair in exactly one attend: the areas of the attended rectangles' tiles add up, and no two rectangles overlap."""
+    rectangles: dict[tuple[int, int], list[tuple[Piece, Piece, int]]] = defaultdict(list)
+    for rank, program in enumerate(schedule.programs):
+        for action in program:
+            if isinstance(action, Attend):
+                for kv in action.kvs:
+                    rectangles[(action.q.owner, kv.owner)].append((action.q, kv, rank))
+    for q_owner in range(schedule.num_ranks):
+        for k_owner in range(schedule.num_ranks):
+            block = tiles(layout, mask, q_owner, k_owner)
+            attended = rectangles.pop((q_owner, k_owner), [])
+            for index, (q, kv, rank) in enumerate(attended):
+                inside = [tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in block]
+                if not any(inside):
+                    raise _broken("coverage", f"rank {rank}: {q}×{kv}", "the mask leaves nothing of it")
+                for other_q, other_kv, other in attended[:index]:
+                    crossing = [tile.clipped(*_overlap(q, other_q), *_overlap(kv, other_kv)) for tile in block]
+                    if any(crossing):
+                        raise _broken("coverage", f"rank {rank}: {q}×{kv}", f"rank {other} computes some of its pairs too")
+            covered = sum(
+                part.pairs
+                for q, kv, _ in attended
+                for tile in block
+                if (part := tile.clipped(q.start, q.stop, kv.start, kv.stop)) is not None
+            )
+            wanted = sum(tile.pairs for tile in block)
+            if covered != wanted:
+                raise _broken(
+                    "coverage", f"queries of rank {q_owner} × keys of rank {k_owner}", f"{covered} of {wanted} allowed pairs are computed"
+                )
+    if rectangles:
+        raise _broken("coverage", f"attends of {sorted(rectangles)}", f"there are {schedule.num_ranks} ranks")
+
+
+def _overlap(one: Piece, other: Piece) -> tuple[int, int]:
+    return max(one.start, other.start), min(one.stop, other.stop)
+
+
+# ---- possession and homecoming ---------------------------------------------------------------------------------------------------
+
+
+class _Possession:
+    """Follows every piece from hand to hand, and every contribution to its owner.
+
+    A contribution is one (query piece, key piece) rectangle; an accumulator holds, for each interval of positions, which contributions
+    are in it. Sending an accumulator gives it up.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        ranks = range(schedule.num_ranks)
+        self.held: list[list[tuple[Piece, int]]] = [
+            [(Piece(kind, rank, 0, schedule.lengths[rank]), 0) for kind in ("q", "kv", "do")] for rank in ranks
+        ]
+        self.accumulators: list[dict[tuple[str, int], list]] = [defaultdict(list) for _ in ranks]
+        self.in_flight: dict[tuple, list] = {}
+        self.results = ("o",) if schedule.direction == "forward" else ("dq", "dkv")
+
+    def check(self, order: list[tuple[int, Action]]) -> None:
+        for rank, program in enumerate(self.schedule.programs):
+            self.held[rank] += [(a.piece, a.due) for a in program if isinstance(a, Receive) and a.piece.kind not in GRADIENT_OF]
+            self.held[rank] += [(a.piece, a.due) for a in program if isinstance(a, Receive) and a.piece.kind == "do"]
+        # By steps, so that contributions are followed in the order of their meaning and not of one possible interleaving.
+        for rank, action in sorted(order, key=lambda entry: entry[1].step):
+            self._do(rank, action)
+        self._check_home()
+
+    def _do(self, rank: int, action: Action) -> None:
+        if isinstance(action, Send):
+            if action.piece.kind in self.results:
+                self.in_flight[(rank, action.peer, action.piece, action.due)] = self._give_up(rank, action)
+            else:
+                self._need(rank, action.piece, action)
+        elif isinstance(action, Combine):
+            self._combine(rank, action)
+        elif isinstance(action, Attend):
+            self._need(rank, action.q, action)
+            if self.schedule.direction == "backward":
+                self._need(rank, Piece("do", action.q.owner, action.q.start, action.q.stop), action)
+            for kv in action.kvs:
+                self._need(rank, kv, action)
+                for kind in self.results:
+                    of = kv if kind == "dkv" else action.q
+                    self.accumulators[rank][(kind, of.owner)].append((of.start, of.stop, (action.q, kv)))
+
+    def _need(self, rank: int, piece: Piece, action: Action) -> None:
+        if len(piece) and not any(held.holds(piece) and since <= action.step for held, since in self.held[rank]):
+            raise _broken("possession", f"rank {rank}, step {action.step}: {action}", f"{piece} is not in its hands")
+
+    def _give_up(self, rank: int, action: Send) -> list:
+        piece = action.piece
+        accumulator = self.accumulators[rank][(piece.kind, piece.owner)]
+        taken = [entry for entry in accumulator if entry[0] >= piece.start and entry[1] <= piece.stop]
+        if not taken:
+            raise _broken("possession", f"rank {rank}, step {action.step}: {action}", "it has computed nothing of it")
+        self.accumulators[rank][(piece.kind, piece.owner)] = [entry for entry in accumulator if entry not in taken]
+        return taken
+
+    def _combine(self, rank: int, action: Combine) -> None:
+        arrived = [key for key in self.in_flight if key[:3] == (action.peer, rank, action.piece) and key[3] <= action.step]
+        if not arrived:
+            raise _broken("homecoming", f"rank {rank}, step {action.step}: {action}", "nothing to combine has arrived")
+        self.accumulators[rank][(action.piece.kind, action.piece.owner)].extend(self.in_flight.pop(arrived[0]))
+
+    def _check_home(self) -> None:
+        for source, target, piece, _ in self.in_flight:
+            raise _broken("homecoming", f"{piece} from rank {source} to {target}", "it arrives and is never combined")
+        for rank, accumulators in enumerate(self.accumulators):
+            for (kind, owner), entries in accumulators.items():
+                if owner != rank and entries:
+                    raise _broken("homecoming", f"{kind}{owner} on rank {rank}", "it stays away from its owner")
+        at_home = Counter()
+        for rank, accumulators in enumerate(self.accumulators):
+            for (kind, _), entries in accumulators.items():
+                at_home.update((rank, kind, contribution) for *_, contribution in entries)
+        wanted = Counter()
+        for program in self.schedule.programs:
+            for action in program:
+                if isinstance(action, Attend):
+                    for kv in action.kvs:
+                        wanted.update(((kv if kind == "dkv" else action.q).owner, kind, (action.q, kv)) for kind in self.results)
+        if at_home != wanted:
+            rank, kind, (q, kv) = next(iter((wanted - at_home) or (at_home - wanted)))
+            raise _broken("homecoming", f"{kind} of {q}×{kv} for rank {rank}", "it does not come home exactly once")
+
+
+# ---- thrift, live buffers, traffic -----------------------------------------------------------------------------------------------
+
+
+def _check_thrift(schedule: Schedule) -> None:
+    """Every position that travels is read at its target or beyond."""
+    for rank, program in enumerate(schedule.programs):
+        for action in program:
+            if isinstance(action, Receive) and action.piece.kind in ("q", "kv"):
+                uses = [use for use in _uses(program, action) if use.stop > use.start]
+                first, last = min((use.start for use in uses), default=0), max((use.stop for use in uses), default=0)
+                if (first, last) != (action.piece.start, action.piece.stop):
+                    raise _broken("thrift", f"rank {rank}: {action}", f"of it only positions {first} to {last} are read or passed on")
+
+
+def _uses(program: tuple[Action, ...], received: Receive) -> list[Piece]:
+    uses: list[Piece] = []
+    for action in program:
+        if action.step >= received.due:
+            pieces = (action.q, *action.kvs) if isinstance(action, Attend) else (action.piece,) if isinstance(action, Send) else ()
+            uses.extend(piece for piece in pieces if received.piece.holds(piece))
+    return uses
+
+
+def _live_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
+    result = []
+    for program in schedule.programs:
+        lives = [
+            (action.piece.kind, action.step, _last_use(program, action), len(action.piece))
+            for action in program
+            if isinstance(action, Receive)
+        ]
+        most: dict[str, int] = {}
+        for kind in {life[0] for life in lives}:
+            steps = {life[1] for life in lives}
+            most[kind] = max(sum(size for k, start, end, size in lives if k == kind and start <= step <= end) for step in steps)
+        result.append(most)
+    return tuple(result)
+
+
+def _last_use(program: tuple[Action, ...], received: Receive) -> int:
+    last = received.due
+    for action in program:
+        if isinstance(action, Attend) and any(received.piece.holds(piece) for piece in (action.q, *action.kvs)):
+            last = max(last, action.step)
+        elif isinstance(action, Send) and action.step >= received.due and received.piece.holds(action.piece):
+            last = max(last, action.due - 1)
+        elif isinstance(action, Combine) and (action.piece, action.peer) == (received.piece, received.peer):
+            last = max(last, action.step)
+    return last
+
+
+def _sent_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
+    result: list[dict[str, int]] = [defaultdict(int) for _ in schedule.programs]
+    for rank, send in schedule.sends():
+        result[rank][send.piece.kind] += len(send.piece)
+    return tuple(dict(sent) for sent in result)

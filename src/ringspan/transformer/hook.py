@@ -1,0 +1,105 @@
+"""The attention hook: Hugging Face models call ringspan where they would call their own attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ringspan.attention.batch import SEQUENCE_KEYWORD
+from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.geometry import Causal
+
+ATTENTION_NAME = "ringspan"
+
+# What models pass to every attention and what changes nothing here: positions are already inside q and k, labels belong to the loss.
+_HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+    "is_causal",
+    "use_cache",
+    "position_embeddings",
+}
+_ABSENT = (None, False, 0, 0.0)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface: `query [batch, heads, shard, head_dim]` to `[batch, shard, heads, head_dim]`.
+
+    Raises:
+        RingspanError: without a sequence, and for every keyword that would change the result and is not computed here.
+    """
+    sequence = keywords.pop(SEQUENCE_KEYWORD, None)
+    if sequence is None:
+        raise RingspanError(
+            "a forward of a model with attn_implementation='ringspan'",
+            "its attention was given no sequence",
+            "The batch carries the sequence that it was split by",
+            "model(**seq.shard_batch(batch))",
+        )
+    refused = {name: given for name, given in keywords.items() if name not in _HARMLESS and not _is_absent(given)}
+    if attention_mask is not None:
+        refused["attention_mask"] = tuple(attention_mask.shape)
+    if dropout:
+        refused["dropout"] = dropout
+    if refused:
+        raise UnsupportedError(
+            f"attention of {type(module).__name__} with {', '.join(f'{name}={given}' for name, given in refused.items())}",
+            "ringspan does not compute this exactly yet",
+            "Nothing that a model asks for is ignored",
+            "a model without it (config.attention_dropout=0, config.sliding_window=None), or attn_implementation='sdpa'",
+        )
+    wanted = keywords.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if wanted is None else wanted
+    if bool(is_causal) != isinstance(sequence.mask, Causal):
+        raise RingspanError(
+            f"attention of {type(module).__name__} with is_causal={is_causal}",
+            f"the sequence's mask is {sequence.mask}",
+            "The model and the sequence ask for the same mask",
+            f"cp.sequence(length, mask=ringspan.{'causal' if is_causal else 'full'}())",
+        )
+    out = sequence.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling)
+    return out, None
+
+
+def _is_absent(given: Any) -> bool:
+    return given is None or (isinstance(given, (bool, int, float)) and given in _ABSENT)
+
+
+def attention_mask(*arguments: Any, attention_mask: Tensor | None = None, **keywords: Any) -> None:
+    """Hugging Face's mask interface: no mask is built, since the sequence has its own; one that hides anything is refused."""
+    if attention_mask is not None and not bool((attention_mask != 0).all()):
+        raise UnsupportedError(
+            f"a model's attention_mask {tuple(attention_mask.shape)}",
+            "it hides tokens",
+            "Padding is given to shard_batch, which knows whether it is exact",
+            "seq.shard_batch({'input_ids': …, 'attention_mask': …})",
+        )
+
+
+def register() -> None:
+    """Makes `attn_implementation="ringspan"` known to transformers, with its mask. Call it once; more often does no harm.
+
+    Raises:
+        RingspanError: where transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise RingspanError(
+            "ringspan.transformers.register()", str(error), "Hugging Face models need transformers", "pip install 'ringspan[transformers]'"
+        ) from error
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

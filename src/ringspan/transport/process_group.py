@@ -1,0 +1,104 @@
+"""Ranks that are processes: gloo on CPUs, NCCL on GPUs, through torch.distributed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.errors import RankFailure
+from ringspan.transport.protocol import Parcel
+
+NUM_LANES = 2
+
+
+class _Works:
+    def __init__(self, transport: ProcessGroupTransport, works: list[dist.Work], peers: list[int]) -> None:
+        self._transport, self._works, self._peers = transport, works, peers
+
+    def wait(self) -> None:
+        for work in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._transport.failure(self._peers, error) from error
+        self._works = []
+
+
+class ProcessGroupTransport:
+    """A `torch.distributed` process group as a transport.
+
+    Each lane but the first has a group of its own, so that gradients on their way home do not queue behind keys and values. Nothing here
+    blocks the host on NCCL: `wait` makes the current stream wait.
+
+    Args:
+        group: the group, of which this process is a member.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.bytes_sent: Counter[int] = Counter()
+        self._members = dist.get_process_group_ranks(group)
+        self._is_nccl = dist.get_backend(group) == "nccl"
+        # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
+        self._groups = [group, *(dist.new_group(self._members, use_local_synchronization=True) for _ in range(NUM_LANES - 1))]
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Works:
+        """See `Transport.exchange`."""
+        group = self._groups[lane]
+        operations = [(dist.irecv, *parcel) for parcel in receives] + [(dist.isend, *parcel) for parcel in sends]
+        for tensor, peer in sends:
+            self.bytes_sent[peer] += tensor.numel() * tensor.element_size()
+        peers = [parcel.peer for parcel in (*receives, *sends)]
+        if not operations:
+            return _Works(self, [], peers)
+        try:
+            if self._is_nccl:
+                batch = [dist.P2POp(operation, tensor, group=group, group_peer=peer) for operation, tensor, peer in operations]
+                return _Works(self, dist.batch_isend_irecv(batch), peers)
+            works = [operation(tensor, group=group, group_src=peer) if operation is dist.irecv else operation(tensor, group=group, group_dst=peer)
+                     for operation, tensor, peer in operations]  # fmt: skip
+        except RuntimeError as error:
+            raise self.failure(peers, error) from error
+        return _Works(self, works, peers)
+
+    def gather_objects(self, mine: object) -> list:
+        """See `Transport.gather_objects`."""
+        said: list = [None] * self.size
+        try:
+            dist.all_gather_object(said, mine, group=self._groups[0])
+        except RuntimeError as error:
+            raise self.failure(list(range(self.size)), error) from error
+        return said
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """See `Transport.all_reduce`."""
+        try:
+            dist.all_reduce(tensor, group=self._groups[0])
+        except RuntimeError as error:
+            raise self.failure(list(range(self.size)), error) from error
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """See `Transport.broadcast`."""
+        try:
+            dist.broadcast(tensor, group=self._groups[0], group_src=source)
+        except RuntimeError as error:
+            raise self.failure([source], error) from error
+
+    def failure(self, peers: list[int], error: RuntimeError) -> RankFailure:
+        """What torch said, with the ranks that it can be about."""
+        others = sorted({peer for peer in peers if peer != self.rank})
+        return RankFailure(
+            f"rank {self.rank} exchanged with rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
+            f"the transfer broke off or did not end in time ({str(error).splitlines()[0]})",
+            "A rank that dies or waits elsewhere stops the others",
+            "the first error among the ranks' logs, and a checkpoint to go on from",
+        )
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """The device whose tensors `group` carries: the current CUDA device under NCCL, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
