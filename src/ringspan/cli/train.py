@@ -1,0 +1,113 @@
+"""`ringspan train`: options in, a checked plan, ranks started, and how it ended as an exit status."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ringspan.training.plan import Plan
+
+_SIGNAL_STATUS = {"SIGINT": 130, "SIGTERM": 143}
+_WHAT, _HOW, _PARALLEL, _LEAVES = "What is trained", "How", "How it is split over ranks", "What it leaves"
+
+
+def _option(panel: str, text: str, default: str, **more: Any) -> Any:
+    return typer.Option(help=f"{text} [dim]\\[default: {default}][/dim]", show_default=False, rich_help_panel=panel, **more)
+
+
+def command(
+    data: Annotated[str | None, _option(_WHAT, "File or folder of text.", "the Python standard library", metavar="PATH")] = None,
+    tokenizer: Annotated[
+        str | None,
+        _option(_WHAT, "'bytes', a tokenizers JSON file, or a folder with one.", "bytes, or a model folder's own", metavar="bytes|PATH"),
+    ] = None,
+    model: Annotated[
+        str | None, _option(_WHAT, "nano, tiny, small, pico, or a Hugging Face folder to go on training.", "nano", metavar="NAME|DIR")
+    ] = None,
+    context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
+    mask: Annotated[str | None, _option(_WHAT, "causal or full.", "causal")] = None,
+    steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "600")] = None,
+    batch_size: Annotated[int | None, _option(_HOW, "Sequences in one step.", "1")] = None,
+    seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
+    learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
+    warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
+    dtype: Annotated[str | None, _option(_HOW, "float32 or bfloat16; weights and optimizer stay float32.", "float32")] = None,
+    ranks: Annotated[int | None, _option(_PARALLEL, "Processes to split the context over; under torchrun, its own.", "2")] = None,
+    strategy: Annotated[str | None, _option(_PARALLEL, "How queries and keys meet.", "ring")] = None,
+    layout: Annotated[str | None, _option(_PARALLEL, "Which positions a rank owns.", "zigzag")] = None,
+    kernel: Annotated[str | None, _option(_PARALLEL, "What computes a block; never replaced when named.", "auto")] = None,
+    device: Annotated[str | None, _option(_PARALLEL, "auto, cpu or cuda (one GPU a rank).", "auto")] = None,
+    timeout_seconds: Annotated[float | None, _option(_PARALLEL, "How long a rank waits for another.", "300")] = None,
+    out: Annotated[
+        str | None, _option(_LEAVES, "Folder of the run.", "runs/train, or the first free of runs/train-2 …", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out, on any number of ranks.", rich_help_panel=_LEAVES)
+    ] = False,
+    validation_tokens: Annotated[int | None, _option(_LEAVES, "Held-out tokens to measure the loss on.", "16384")] = None,
+    validation_every: Annotated[int | None, _option(_LEAVES, "Steps between measurements.", "100")] = None,
+    checkpoint_every: Annotated[int | None, _option(_LEAVES, "Steps between checkpoints.", "200")] = None,
+    keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2")] = None,
+    sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "200")] = None,
+    prompt: Annotated[str | None, _option(_LEAVES, "What that text starts from.", "held-out text")] = None,
+    temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.7")] = None,
+) -> None:
+    """Train a transformer on a text, with its context split exactly over several processes.
+
+    Ctrl-C or SIGTERM lets the step end, writes a checkpoint and says how to go on; the exit status is then 130 or 143. What cannot be done
+    is said before anything starts, with exit status 2.
+    """
+    given = {name: value for name, value in locals().items() if value is not None and name != "resume"}
+    raise typer.Exit(run(given, resume=resume))
+
+
+def run(given: dict[str, Any], *, resume: bool) -> int:
+    """Trains with the options `given` by field name, and returns the exit status.
+
+    Raises:
+        RingspanError: for everything that stands in the way, and where a rank fails.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from ringspan.cli.train_rank import under_torchrun
+
+        # torchrun takes any status but 0 for a failure, and a run that was asked to stop has not failed.
+        under_torchrun(given, resume=resume, show_plan=_show)
+        return 0
+    from ringspan.training.launch import launch
+    from ringspan.training.prepare import prepare
+
+    plan = prepare(given, resume=resume)
+    _show(plan)
+    if plan.first_step >= plan.config.steps:
+        print(f"all {plan.config.steps} steps are taken; --steps {2 * plan.config.steps} would go on")
+        return 0
+    try:
+        outcome = launch(plan, "ringspan.cli.train_rank", _say)
+    except KeyboardInterrupt:
+        _say(f"ended at once; to go on from the last checkpoint: ringspan train --resume --out {plan.config.out}")
+        return _SIGNAL_STATUS["SIGINT"]
+    return _SIGNAL_STATUS[outcome.stopped_by] if outcome.stopped_by else 0
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def _show(plan: Plan) -> None:
+    """Prints the configuration, three choices a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value != ""]
+    for start in range(0, len(cells), 3):
+        table.add_row(*cells[start : start + 3])
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(f"[dim]starting {plan.config.ranks} processes on {plan.config.device} …[/dim]", highlight=False)

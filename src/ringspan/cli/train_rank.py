@@ -1,0 +1,143 @@
+"""One rank of `ringspan train`: joins the others, trains, and leaves word of how it ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ringspan.cli.train_progress import TrainingProgress, printable
+from ringspan.training.launch import PLAN, Post, Report, report_of
+from ringspan.training.loop import Outcome, train
+from ringspan.training.metrics import StepRecord, read_metrics
+from ringspan.training.plan import Plan, RunFiles
+from ringspan.training.prepare import prepare
+from ringspan.training.ranks import Ranks, StopSignal, join_ranks
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Shows the training and keeps its samples in a file."""
+
+    progress: TrainingProgress
+    files: RunFiles
+
+    def started(self, plan: Plan, num_parameters: int) -> None:
+        """Shows it."""
+        self.progress.started(plan, num_parameters)
+
+    def stepped(self, record: StepRecord) -> None:
+        """Shows it."""
+        self.progress.stepped(record)
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        """Shows it and keeps it."""
+        self.progress.sampled(step, prompt, text)
+        with self.files.samples.open("a") as stream:
+            stream.write(f"=== after step {step}: prompt, then text\n{printable(prompt)}\n---\n{printable(text)}\n\n")
+
+    def saved(self, step: int, folder: Path) -> None:
+        """Shows it."""
+        self.progress.saved(step, folder)
+
+
+def run_plan(plan: Plan, ranks: Ranks) -> Outcome:
+    """Trains, and on rank 0 shows it, draws the curve and says what is where."""
+    console = Console(soft_wrap=False)
+    with TrainingProgress(console) as progress:
+        outcome = train(plan, ranks, Watcher(progress, plan.files))
+    if ranks.is_first:
+        conclude(plan, outcome, console)
+    return outcome
+
+
+def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
+    """Draws the curve from `metrics.jsonl`, and says how the run ended and where everything is."""
+    from ringspan.viz.loss_curve import draw_loss_curve
+
+    files = plan.files
+    records = read_metrics(files.metrics)
+    unit = "byte" if plan.tokens.token_bytes == 1 else "token"
+    draw_loss_curve(records, files.loss_curve, unit=unit, title=f"{plan.config.model}, context {plan.config.context:,}")
+    validated = [record for record in records if record.validation_loss is not None]
+    if validated and validated[-1].step == outcome.step:
+        first, last = validated[0].validation_loss, validated[-1].validation_loss
+        console.print(
+            f"held-out loss {last:.3f} nats per {unit} after step {outcome.step} (it was {first:.3f} before training)", highlight=False
+        )
+    for name, path in (
+        ("checkpoint", outcome.checkpoint),
+        ("metrics", files.metrics),
+        ("loss curve", files.loss_curve),
+        ("samples", files.samples),
+    ):
+        if Path(path).exists():
+            console.print(f"  {name:<11} {path}", highlight=False, soft_wrap=True)
+    if outcome.stopped_by:
+        console.print(
+            f"stopped after step {outcome.step} of {plan.config.steps}; to go on: {go_on(files.out)}", highlight=False, soft_wrap=True
+        )
+
+
+def go_on(out: Path) -> str:
+    """The command that goes on with a run."""
+    import shlex
+
+    return f"ringspan train --resume --out {shlex.quote(str(out))}"
+
+
+def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[Plan], None]) -> Outcome:
+    """The whole command on one of the ranks that torchrun started: rank 0 checks and plans for all.
+
+    Raises:
+        RingspanError: on every rank where rank 0 refuses.
+    """
+    stop = StopSignal()
+    stop.listen()
+    with join_ranks("cpu", float(given.get("timeout_seconds", 300.0)), stop) as ranks:
+        plan = ranks.on_first(lambda: prepare(given, resume=resume, world_size=ranks.num_ranks))
+        if ranks.is_first:
+            show_plan(plan)
+    with join_ranks(plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+        return run_plan(plan, ranks)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m ringspan.cli.train_rank FOLDER`, as `ringspan.training.launch` starts it."""
+    post = Post(Path(arguments[0]))
+    rank = int(os.environ["RANK"])
+    post.process(rank).write_text(str(os.getpid()))
+    plan = Plan.load(post.folder / PLAN)
+    log = _log_to(plan.files.logs / f"rank-{rank}.txt", keep_stdout=rank == 0)
+    stop = StopSignal(post.stop, os.getppid())
+    stop.listen()
+    try:
+        with join_ranks(plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+            outcome = run_plan(plan, ranks)
+    except BaseException as error:
+        traceback.print_exc(file=log)
+        log.flush()
+        post.write_report(rank, report_of(error))
+        return 2
+    post.write_report(rank, Report(kind="outcome", outcome=outcome))
+    return 0
+
+
+def _log_to(path: Path, *, keep_stdout: bool):
+    """Lets everything that this process and its libraries print go to a file: errors reach the user through the launcher, once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("a", buffering=1)
+    os.dup2(stream.fileno(), 2)
+    if not keep_stdout:
+        os.dup2(stream.fileno(), 1)
+    return stream
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,184 @@
+"""What a training run is: one frozen object, printed at the start, saved as `config.json`, and read back to go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ringspan.errors import RingspanError
+
+STDLIB = "stdlib"
+BYTES = "bytes"
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+# What a resumed run may change: none of these enters the weights, except `steps`, which stretches the learning rate's schedule.
+CHANGEABLE = frozenset(
+    {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
+    | {"sample_tokens", "temperature", "prompt", "timeout_seconds"}
+)
+_AT_LEAST = {
+    "ranks": 1,
+    "context": 2,
+    "batch_size": 1,
+    "steps": 1,
+    "seed": 0,
+    "warmup_steps": 0,
+    "validation_tokens": 1,
+    "validation_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "sample_tokens": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Every choice of a training run.
+
+    Args:
+        data: a file or folder of text, or `"stdlib"`: the Python standard library's own source.
+        tokenizer: `"bytes"`, a tokenizers JSON file, or a folder that holds `tokenizer.json`; None is the model's own.
+        model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
+        ranks: number of processes that the context is split over.
+        context: tokens in one sequence, over all ranks.
+        batch_size: sequences in one step.
+        steps: optimizer steps.
+        seed: of the first weights, the order of the data and the samples; in 0 … 2⁶³ − 1.
+        learning_rate: its peak, reached after `warmup_steps` and followed by a half cosine down to a tenth; None is the model's own.
+        weight_decay: AdamW's, on matrices only.
+        gradient_clip: largest norm of all gradients together.
+        strategy, layout, kernel, mask: as in `ringspan.ContextParallel`.
+        dtype: what the model computes in; weights and optimizer are float32 whichever it is.
+        device: `"cuda"` wants one GPU a rank; `"auto"` takes them where there are enough.
+        out: folder for everything that the run leaves.
+        validation_tokens: held-out tokens to measure the loss on, rounded to whole contexts, at least one.
+        validation_every, checkpoint_every: in steps; both also happen at the end.
+        keep_checkpoints: how many of the newest stay.
+        sample_tokens: length of the text generated before and after; 0 for none.
+        temperature: of that text; 0 takes the likeliest token.
+        prompt: what that text starts from; empty takes the beginning of the held-out text.
+        timeout_seconds: how long a rank waits for another before it gives up.
+    """
+
+    data: str = STDLIB
+    tokenizer: str | None = None
+    model: str = "nano"
+    ranks: int = 2
+    context: int = 1024
+    batch_size: int = 1
+    steps: int = 600
+    seed: int = 0
+    learning_rate: float | None = None
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    strategy: str = "ring"
+    layout: str = "zigzag"
+    kernel: str = "auto"
+    mask: str = "causal"
+    dtype: str = "float32"
+    device: str = "auto"
+    out: str = "runs/train"
+    validation_tokens: int = 16384
+    validation_every: int = 100
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    sample_tokens: int = 200
+    temperature: float = 0.7
+    prompt: str = ""
+    timeout_seconds: float = 300.0
+
+    def check(self) -> None:
+        """Checks every count and number on its own; what needs the disk or the machine is checked in `ringspan.training.prepare`.
+
+        Raises:
+            RingspanError: naming the option, what was given and what works.
+        """
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                default = _default(name)
+                raise RingspanError(
+                    f"{option(name)} {value}", "too small", f"{option(name)} is a whole number from {least} up", f"{option(name)} {default}"
+                )
+        if self.seed >= 2**63:
+            raise RingspanError(f"--seed {self.seed}", "too large", "A seed is below 2^63", "--seed 0")
+        for name in ("learning_rate", "gradient_clip", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                nearest = _default(name) or 0.001
+                raise RingspanError(
+                    f"{option(name)} {value}", "not above zero", f"{option(name)} is a positive number", f"{option(name)} {nearest}"
+                )
+        for name in ("weight_decay", "temperature"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise RingspanError(
+                    f"{option(name)} {value}",
+                    "below zero",
+                    f"{option(name)} is zero or a positive number",
+                    f"{option(name)} {_default(name)}",
+                )
+        check_name("dtype", self.dtype, DTYPES)
+        check_name("device", self.device, DEVICES)
+
+    def save(self, path: Path) -> None:
+        """Writes the configuration as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> TrainingConfig:
+        """Reads what `save` wrote.
+
+        Raises:
+            RingspanError: for a missing file, or one that is no configuration.
+        """
+        try:
+            return TrainingConfig(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RingspanError(
+                f"configuration {path}", str(error), "A run keeps its configuration in config.json", "start a new run with another --out"
+            ) from None
+
+    def resumed(self, given: dict[str, Any]) -> TrainingConfig:
+        """This saved configuration with the options `given` for going on.
+
+        Raises:
+            RingspanError: for an option that would make it another run.
+        """
+        for name, value in given.items():
+            kept = getattr(self, name)
+            if name not in CHANGEABLE and not _same(name, kept, value):
+                raise RingspanError(
+                    f"{option(name)} {value} with --resume",
+                    f"this run has {kept}",
+                    f"A resumed run goes on as if it had never stopped, so {option(name)} stays",
+                    f"leave {option(name)} out, or start a new run with another --out (--model takes a checkpoint's model folder)",
+                )
+        return replace(self, **{name: value for name, value in given.items() if name in CHANGEABLE})
+
+
+def option(name: str) -> str:
+    """The command-line option of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+    """Raises RingspanError where `name` is not one of the `known` names of `field`."""
+    if name not in known:
+        raise RingspanError(
+            f"{option(field)} {name}", "unknown", f"{option(field)} is one of {', '.join(known)}", f"{option(field)} {known[0]}"
+        )
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(TrainingConfig) if field.name == name)
+
+
+def _same(name: str, kept: Any, given: Any) -> bool:
+    if name in {"data", "tokenizer", "model"}:
+        return kept == given or (kept is not None and Path(kept).resolve() == Path(given).resolve())
+    return kept == given

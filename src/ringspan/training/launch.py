@@ -1,0 +1,205 @@
+"""Starting the ranks of a run on this machine, stopping them in order, and one clear error where one of them fails.
+
+The ranks are started by torchrun's Python API, as a command, so that a rank of ours and a rank under `torchrun` run the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ringspan.errors import RankFailure, RingspanError
+from ringspan.training.loop import Outcome
+from ringspan.training.plan import Plan
+from ringspan.training.ranks import is_peer_loss
+
+PLAN, STOP = "plan.json", "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a rank left behind: an outcome; an `error` to put right; a `lost` peer; or a `crash`, which is a fault of the program."""
+
+    kind: str
+    message: str = ""
+    outcome: Outcome | None = None
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Post:
+    """The folder through which the launcher and its ranks exchange the plan, the wish to stop, and reports."""
+
+    folder: Path
+
+    @property
+    def stop(self) -> Path:
+        """Exists once the ranks shall stop; its text is the signal's name."""
+        return self.folder / STOP
+
+    def process(self, rank: int) -> Path:
+        """Holds the rank's process id."""
+        return self.folder / f"rank-{rank}.pid"
+
+    def report(self, rank: int) -> Path:
+        """Holds the rank's report."""
+        return self.folder / f"rank-{rank}.json"
+
+    def write_report(self, rank: int, report: Report) -> None:
+        """Whole or not there."""
+        partial = self.folder / f"rank-{rank}.partial"
+        partial.write_text(json.dumps(asdict(report) | {"time": time.time()}))
+        partial.replace(self.report(rank))
+
+    def read_reports(self, num_ranks: int) -> dict[int, Report]:
+        """By rank; a rank that died without a word has none."""
+        reports = {}
+        for rank in range(num_ranks):
+            if self.report(rank).is_file():
+                fields = json.loads(self.report(rank).read_text())
+                outcome = Outcome(**fields["outcome"]) if fields["outcome"] else None
+                reports[rank] = Report(**fields | {"outcome": outcome})
+        return reports
+
+
+def report_of(error: BaseException) -> Report:
+    """The report that a rank writes about an error that ended it."""
+    if is_peer_loss(error):
+        return Report(kind="lost", message=str(error))
+    if isinstance(error, RingspanError):
+        return Report(kind="error", message=str(error))
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. --resume goes on from the last checkpoint")
+    return Report(kind="crash", message=f"{type(error).__name__}: {error}")
+
+
+def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
+    """Runs `python -m module FOLDER` on every rank of `plan`, and waits for the end.
+
+    The first SIGINT or SIGTERM lets the ranks finish their step and write a checkpoint; the second ends them at once.
+
+    Args:
+        module: joins the ranks, trains, and leaves a report; FOLDER is a `Post` with the plan.
+        say: prints a line to the user.
+
+    Raises:
+        RankFailure: where a rank died, hung or crashed; it names the rank.
+        RingspanError: what a rank refused.
+    """
+    num_ranks = plan.config.ranks
+    with tempfile.TemporaryDirectory(prefix="ringspan-") as folder:
+        post = Post(Path(folder))
+        plan.save(post.folder / PLAN)
+        exits: dict[int, int] = {}
+        # In a thread, since the agent would take the signals of the main one, and allow a rank 30 seconds to write its checkpoint.
+        agent = threading.Thread(target=lambda: exits.update(_run_agent(num_ranks, module, folder)), name="ringspan-agent")
+        with _forwarding_signals(post, num_ranks, say) as was_killed:
+            agent.start()
+            while agent.is_alive():
+                agent.join(0.2)
+        reports = post.read_reports(num_ranks)
+    if was_killed:
+        raise KeyboardInterrupt
+    finished = reports.get(0)
+    if not exits and finished is not None and finished.outcome is not None:
+        return finished.outcome
+    raise diagnose(num_ranks, reports, exits, plan.files.logs)
+
+
+def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], logs: Path) -> RingspanError:
+    """The one error that explains the others: what a rank refused, else where a rank crashed, else which rank fell silent.
+
+    Args:
+        exits: exit codes other than 0 by rank, negative for a signal.
+    """
+    resume = "--resume, which goes on from the last checkpoint"
+    earliest = sorted(reports, key=lambda rank: reports[rank].time)
+    for rank in earliest:
+        if reports[rank].kind == "error":
+            return RingspanError(reports[rank].message)
+    for rank in earliest:
+        if reports[rank].kind == "crash":
+            return RankFailure(
+                f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", resume
+            )
+    silent = [rank for rank in range(num_ranks) if rank not in reports]
+    for rank in silent:
+        code = exits.get(rank, 0)
+        how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code} and without a word"
+        rule = (
+            "A rank that uses up the memory is ended by the system with SIGKILL"
+            if code == -signal.SIGKILL
+            else f"What it printed is in {logs}"
+        )
+        return RankFailure(f"rank {rank}", f"{how}, and the other ranks stopped", rule, resume)
+    lost = [rank for rank in earliest if reports[rank].kind == "lost"]
+    if lost:
+        return RankFailure(reports[lost[0]].message)
+    return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", resume)
+
+
+def _run_agent(num_ranks: int, module: str, folder: str) -> dict[int, int]:
+    """Exit codes other than 0, by rank."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        # The agent tells in its own words, at length, what `diagnose` says in one sentence.
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "agent")),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, folder)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
+
+
+@contextlib.contextmanager
+def _forwarding_signals(post: Post, num_ranks: int, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """Turns signals into the wish to stop; the list that it yields is filled by the second one."""
+    killed: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        if not post.stop.exists():
+            post.stop.write_text(signal.Signals(number).name)
+            say("\nStopping after this step, with a checkpoint. Once more to end at once.")
+            return
+        killed.append(number)
+        for rank in range(num_ranks):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(post.process(rank).read_text()), signal.SIGKILL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield killed
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield killed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

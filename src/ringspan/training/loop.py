@@ -1,0 +1,114 @@
+"""The training loop of one rank.
+
+A step is: read the batch that the step number names, keep this rank's shard, forward, backward, add the gradients over the ranks, and
+take the same optimizer step everywhere. Every rank then holds the weights that one process would hold.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from ringspan.training.metrics import MetricsFile, StepRecord
+from ringspan.training.plan import Plan
+from ringspan.training.ranks import Ranks
+from ringspan.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: `step` steps taken, stopped by the signal `stopped_by` or, where that is None, finished."""
+
+    step: int
+    stopped_by: str | None
+    checkpoint: str
+
+
+class Observer(Protocol):
+    """What a rank tells whoever watches; rank 0's is shown."""
+
+    def started(self, plan: Plan, num_parameters: int) -> None:
+        """The model is ready."""
+        ...
+
+    def stepped(self, record: StepRecord) -> None:
+        """A step, or with step 0 the first validation, is done."""
+        ...
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        """The model has continued `prompt`."""
+        ...
+
+    def saved(self, step: int, folder: Path) -> None:
+        """A checkpoint is written."""
+        ...
+
+
+class Silence:
+    """The observer of the other ranks."""
+
+    def started(self, plan: Plan, num_parameters: int) -> None:
+        """Says nothing."""
+
+    def stepped(self, record: StepRecord) -> None:
+        """Says nothing."""
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        """Says nothing."""
+
+    def saved(self, step: int, folder: Path) -> None:
+        """Says nothing."""
+
+
+def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
+    """Trains from where `plan` says to its last step, or to the step at which a rank is asked to stop.
+
+    Args:
+        observer: told of everything on rank 0, and of nothing on the others.
+
+    Raises:
+        RingspanError: on every rank, where a checkpoint cannot be written or another rank is gone.
+    """
+    observer = observer if ranks.is_first else Silence()
+    trainer = Trainer(plan, ranks)
+    observer.started(plan, trainer.num_parameters)
+    # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
+    keep = plan.first_step if plan.checkpoint else None
+    with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:
+
+        def report(record: StepRecord) -> None:
+            if metrics is not None:
+                metrics.write(record)
+            observer.stepped(record)
+
+        if trainer.step == 0:
+            _sample(trainer, observer)
+            report(StepRecord(step=0, validation_loss=trainer.validate()))
+        saved = Path(plan.checkpoint) if plan.checkpoint else None
+        while (stopped_by := ranks.agree_on_stop()) is None and not trainer.is_finished:
+            record = trainer.take_step()
+            if _due(trainer, plan.config.validation_every):
+                record = replace(record, validation_loss=trainer.validate())
+            report(record)
+            saved = _save(trainer, observer) if _due(trainer, plan.config.checkpoint_every) else None
+        saved = saved or _save(trainer, observer)
+    if trainer.is_finished:
+        _sample(trainer, observer)
+    return Outcome(step=trainer.step, stopped_by=None if trainer.is_finished else stopped_by, checkpoint=str(saved))
+
+
+def _due(trainer: Trainer, every: int) -> bool:
+    return trainer.is_finished or trainer.step % every == 0
+
+
+def _save(trainer: Trainer, observer: Observer) -> Path:
+    folder = trainer.save()
+    observer.saved(trainer.step, folder)
+    return folder
+
+
+def _sample(trainer: Trainer, observer: Observer) -> None:
+    if trainer.config.sample_tokens and trainer.ranks.is_first:
+        observer.sampled(trainer.step, *trainer.write_sample())

@@ -1,0 +1,78 @@
+"""`metrics.jsonl`: one line a step, so that a curve can be drawn, and gone on with, from the file alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from ringspan.errors import RingspanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step. The loss is that of the step's batch before its update, the validation loss that after it; step 0 has the latter alone.
+
+    Losses are nats per token, `seconds` is this step's wall time without validation, checkpoints and samples.
+    """
+
+    step: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    ranks: int | None = None
+
+
+class MetricsFile:
+    """Appends records to a file, each whole line at once. Use as a context manager."""
+
+    def __init__(self, path: Path, *, after_step: int | None) -> None:
+        """Opens `path`, and keeps of what it holds the steps up to `after_step`; None starts anew."""
+        kept = [record for record in read_metrics(path) if record.step <= after_step] if after_step is not None and path.exists() else []
+        partial = path.with_suffix(".partial")
+        with partial.open("w") as stream:
+            stream.writelines(_line(record) for record in kept)
+        partial.replace(path)
+        self._stream: TextIO = path.open("a")
+
+    def write(self, record: StepRecord) -> None:
+        """Appends one line, and hands it to the operating system."""
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+
+def _line(record: StepRecord) -> str:
+    return json.dumps({name: value for name, value in asdict(record).items() if value is not None}) + "\n"
+
+
+def read_metrics(path: Path) -> list[StepRecord]:
+    """Every whole record in the file; a last line that a crash cut short is left out.
+
+    Raises:
+        RingspanError: for a line before the last that is no record.
+    """
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(StepRecord(**json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise RingspanError(
+                    f"metrics {path}",
+                    f"line {number} is no record",
+                    "Each line is one JSON object of StepRecord",
+                    f"deleting line {number}",
+                ) from None
+    return records

@@ -1,0 +1,208 @@
+"""The model: a small Llama of our own sizes, or any Hugging Face decoder in a folder, with ringspan's attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ringspan.errors import RingspanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "ringspan"
+# Their angles depend on the longest position that a forward call sees, and each rank sees only its own shard's.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The sizes of a built-in Llama, and the learning rate that suits them.
+
+    Every head is `hidden / heads` wide, and the feed-forward part is SwiGLU.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    feed_forward: int
+    learning_rate: float
+    purpose: str
+
+    def num_parameters(self, vocabulary_size: int) -> int:
+        """Of the whole model, with separate input and output embeddings."""
+        head_dim = self.hidden // self.heads
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * head_dim
+        layer = attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden
+        return 2 * vocabulary_size * self.hidden + self.layers * layer + self.hidden
+
+
+PRESETS = {
+    "nano": Preset(hidden=128, layers=4, heads=4, kv_heads=2, feed_forward=384, learning_rate=4e-3, purpose="minutes on a laptop"),
+    "tiny": Preset(hidden=256, layers=6, heads=8, kv_heads=4, feed_forward=768, learning_rate=2e-3, purpose="an hour on a laptop"),
+    "small": Preset(hidden=768, layers=12, heads=12, kv_heads=4, feed_forward=2048, learning_rate=6e-4, purpose="one or more GPUs"),
+    "pico": Preset(hidden=32, layers=2, heads=4, kv_heads=2, feed_forward=64, learning_rate=1e-2, purpose="seconds, to see it run"),
+}
+CONTINUED_LEARNING_RATE = 2e-5
+
+
+def default_learning_rate(model: str) -> float:
+    """The peak learning rate of a preset, or a careful one for a model that is trained already."""
+    return PRESETS[model].learning_rate if model in PRESETS else CONTINUED_LEARNING_RATE
+
+
+def check_model(model: str) -> None:
+    """Whether `--model` names a preset or a folder that transformers can read, without importing transformers.
+
+    Raises:
+        RingspanError: where it names neither.
+    """
+    if model in PRESETS:
+        return
+    folder = Path(model)
+    rule = f"A model is one of {', '.join(PRESETS)}, or a Hugging Face folder with config.json and safetensors"
+    if not folder.is_dir():
+        raise RingspanError(f"--model {model}", "no such name and no such folder", rule, "--model nano")
+    if not (folder / "config.json").is_file():
+        raise RingspanError(f"--model {model}", "the folder has no config.json", rule, "--model nano")
+    if not list(folder.glob("*.safetensors")):
+        raise RingspanError(f"--model {model}", "the folder has no .safetensors file", rule, "--model nano")
+
+
+def head_sizes(model: str) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the width of a head."""
+    if model in PRESETS:
+        preset = PRESETS[model]
+        return preset.heads, preset.kv_heads, preset.hidden // preset.heads
+    described = _read_config(model)
+    try:
+        heads = described["num_attention_heads"]
+        return heads, described.get("num_key_value_heads") or heads, described.get("head_dim") or described["hidden_size"] // heads
+    except (KeyError, TypeError):
+        raise RingspanError(
+            f"--model {model}", "its config.json names no attention heads", "A model is a decoder of the Llama kind", "--model nano"
+        ) from None
+
+
+def _read_config(model: str) -> dict:
+    try:
+        return json.loads((Path(model) / "config.json").read_text())
+    except ValueError as error:
+        raise RingspanError(
+            f"--model {model}", f"its config.json is no JSON ({error})", "transformers must be able to read it", "--model nano"
+        ) from None
+
+
+def checkpoint_bytes(model: str, vocabulary_size: int) -> int:
+    """About how large a checkpoint is: weights and two moments, each in float32."""
+    if model in PRESETS:
+        return 12 * PRESETS[model].num_parameters(vocabulary_size)
+    stored = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    return stored * (3 if _read_config(model).get("dtype") == "float32" else 6)
+
+
+def build_model(model: str, *, vocabulary_size: int, context: int, seed: int) -> PreTrainedModel:
+    """A new model of a preset, the same for a seed on every machine and rank; or the one in a folder. In float32, on the CPU.
+
+    Raises:
+        RingspanError: for a folder whose model cannot be read, is no decoder, or has something that ringspan would not do exactly.
+    """
+    import transformers
+
+    from ringspan.transformer import register
+
+    register()
+    if model in PRESETS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return transformers.LlamaForCausalLM(_llama(PRESETS[model], vocabulary_size, context))
+    try:
+        built = transformers.AutoModelForCausalLM.from_pretrained(
+            model, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
+        )
+    except RingspanError:
+        raise
+    except Exception as error:  # a folder can be broken in more ways than transformers has errors for
+        raise RingspanError(
+            f"--model {model}", f"{type(error).__name__}: {error}", "transformers must be able to read the folder", "--model nano"
+        ) from None
+    check_exact(built, model)
+    if built.config.vocab_size < vocabulary_size:
+        raise RingspanError(
+            f"--model {model}",
+            f"its vocabulary has {built.config.vocab_size} tokens and the tokenizer {vocabulary_size}",
+            "Every token needs an embedding",
+            f"--tokenizer {model}",
+        )
+    return built
+
+
+def rebuild_model(folder: Path) -> PreTrainedModel:
+    """The architecture that `folder/config.json` describes, with weights to be loaded."""
+    import transformers
+
+    from ringspan.transformer import register
+
+    register()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    check_exact(built, str(folder))
+    return built
+
+
+def _llama(preset: Preset, vocabulary_size: int, context: int):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=preset.hidden,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        intermediate_size=preset.feed_forward,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation=ATTENTION,
+    )
+
+
+def check_exact(model: PreTrainedModel, name: str) -> None:
+    """Refuses what would differ between numbers of ranks: dropout, and rotary angles that depend on the length of a shard.
+
+    Raises:
+        RingspanError: naming it.
+    """
+    rule = "The loss on any number of ranks is the unsplit model's"
+    dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
+    dropout = max(dropout, getattr(model.config, "attention_dropout", 0.0) or 0.0)
+    if dropout > 0:
+        raise RingspanError(f"--model {name}", f"it has dropout {dropout}", rule, "setting every dropout in its config.json to 0")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in _LENGTH_DEPENDENT_ROPE:
+        raise RingspanError(
+            f"--model {name}", f"its rotary embedding is {kind!r}, which depends on the length that a rank sees", rule, "--model nano"
+        )
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The same weights with torch's own attention, for generating on one rank."""
+    model.set_attn_implementation("sdpa")
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,199 @@
+"""Everything that can be refused before a process is started, and the plan that is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ringspan.errors import RingspanError
+from ringspan.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
+from ringspan.training.config import BYTES, TrainingConfig, check_name, option
+from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
+from ringspan.training.plan import Plan, RunFiles
+from ringspan.training.tokenizer import load_tokenizer
+from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
+
+DEFAULT_OUT = next(field.default for field in fields(TrainingConfig) if field.name == "out")
+
+
+def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = None) -> Plan:
+    """Checks what was asked for against this machine and its disk, writes the token file, and settles every open choice.
+
+    Args:
+        given: the options that were given, by field name of TrainingConfig.
+        resume: whether to go on from the last checkpoint in `out`.
+        world_size: number of ranks that torchrun started; None where the launcher starts them.
+
+    Raises:
+        RingspanError: for everything that stands in the way; nothing has been started then.
+    """
+    if world_size is not None:
+        if given.get("ranks", world_size) != world_size:
+            raise RingspanError(
+                f"--ranks {given['ranks']}", f"torchrun started {world_size}", "Under torchrun its ranks are used", f"--ranks {world_size}"
+            )
+        given = given | {"ranks": world_size}
+    if resume:
+        return _prepare_resumed(given)
+    config = TrainingConfig(**{"out": str(free_folder(Path(DEFAULT_OUT)))} | given)
+    config.check()
+    config = _settled(config)
+    files = RunFiles(Path(config.out))
+    used = [path for path in (files.checkpoints, files.metrics) if path.exists()]
+    if used:
+        raise RingspanError(
+            f"--out {config.out}",
+            f"it holds a run already ({used[0].name})",
+            "One folder keeps one run",
+            "--resume to go on with it, or another --out",
+        )
+    _check_writable(files.out)
+    tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+    Split.of(tokens, config.context)
+    _check_room(config, files.out)
+    _writing(lambda: config.save(files.config), files.out)
+    return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
+
+
+def _prepare_resumed(given: dict[str, Any]) -> Plan:
+    out = Path(given.get("out") or newest_folder(Path(DEFAULT_OUT)))
+    files = RunFiles(out)
+    checkpoints = list_checkpoints(files.checkpoints)
+    if not checkpoints:
+        raise RingspanError(
+            f"--resume with --out {out}", "there is no checkpoint in it", "A run goes on from its last checkpoint", "leaving --resume out"
+        )
+    config = TrainingConfig.load(files.config).resumed(given | {"out": str(out)})
+    config.check()
+    config = _settled(config)
+    state = verify_checkpoint(checkpoints[-1])
+    _check_writable(files.out)
+    tokens = _same_tokens(config, files, state)
+    _check_room(config, files.out)
+    _writing(lambda: config.save(files.config), files.out)
+    return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
+
+
+def _settled(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with every choice made that was left to the model or the machine."""
+    from ringspan.geometry import LAYOUTS, MASKS
+    from ringspan.strategies import STRATEGIES
+
+    check_name("strategy", config.strategy, tuple(STRATEGIES))
+    check_name("layout", config.layout, tuple(LAYOUTS))
+    check_name("mask", config.mask, tuple(MASKS))
+    if config.mask != "causal":
+        raise RingspanError(
+            f"--mask {config.mask}", "a language model is causal", "A token that sees its successor has nothing to predict", "--mask causal"
+        )
+    check_model(config.model)
+    device = _settled_device(config)
+    _check_kernel(config, device)
+    tokenizer = config.tokenizer or (BYTES if config.model in PRESETS else config.model)
+    load_tokenizer(tokenizer)
+    rate = config.learning_rate or default_learning_rate(config.model)
+    # Ranks may be started elsewhere, and a checkpoint is gone on with from anywhere.
+    paths = {
+        name: str(Path(value).resolve())
+        for name, value in (("data", config.data), ("model", config.model), ("tokenizer", tokenizer))
+        if Path(value).exists()
+    }
+    return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
+
+
+def _settled_device(config: TrainingConfig) -> str:
+    import torch
+
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.ranks))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and gpus < local_ranks:
+        nearest = f"--ranks {gpus}, or --device cpu" if gpus else "--device cpu"
+        raise RingspanError(
+            f"--device cuda with {local_ranks} ranks", f"this machine has {gpus} CUDA devices", "NCCL wants one GPU a rank", nearest
+        )
+    if config.device == "auto":
+        return "cuda" if gpus >= local_ranks else "cpu"
+    return config.device
+
+
+def _check_kernel(config: TrainingConfig, device: str) -> None:
+    import torch
+
+    from ringspan.kernels import KERNELS, Problem, select_kernel
+
+    check_name("kernel", config.kernel, ("auto", *KERNELS))
+    heads, kv_heads, head_dim = head_sizes(config.model)
+    problem = Problem(device=device, dtype=getattr(torch, config.dtype), heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    try:
+        select_kernel(config.kernel, problem)
+    except RingspanError as error:
+        raise RingspanError(f"--kernel {config.kernel}", error.found, error.rule, "--kernel auto") from None
+
+
+def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) -> TokenFile:
+    """The token file that the run began with: as it lies there, or written again from the same text."""
+    tokens = load_tokens(files.tokens)
+    if tokens is None or not tokens.is_whole():
+        tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+    if tokens.digest != state.tokens_digest:
+        raise RingspanError(
+            f"--resume with --data {config.data}",
+            "its text is no longer what the run began with",
+            "A resumed run reads on where it stopped, in the same text",
+            f"a new run on the new text with another --out and --model {files.checkpoints / 'latest' / 'model'}",
+        )
+    return tokens
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3` … that does not exist yet."""
+    candidate, number = wanted, 2
+    while candidate.exists():
+        candidate, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return candidate
+
+
+def newest_folder(wanted: Path) -> Path:
+    """The last run that `free_folder` made room for and that has a configuration; `wanted` where there is none."""
+    runs = [path for path in wanted.parent.glob(f"{wanted.name}*") if (path / "config.json").is_file()]
+    return max(runs, key=lambda path: (path / "config.json").stat().st_mtime, default=wanted)
+
+
+def _check_writable(out: Path) -> None:
+    def probe() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / ".writable"
+        file.write_bytes(b"ringspan")
+        file.unlink()
+
+    _writing(probe, out)
+
+
+def _check_room(config: TrainingConfig, out: Path) -> None:
+    vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
+    # One more than is kept: the new one is whole before the oldest goes.
+    needed = checkpoint_bytes(config.model, vocabulary) * (config.keep_checkpoints + 1)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise RingspanError(
+            f"--out {out}",
+            f"{free / 1e6:.0f} MB are free and checkpoints need {needed / 1e6:.0f} MB",
+            f"There must be room for {config.keep_checkpoints} checkpoints and the next one",
+            f"an --out on a larger disk, a smaller --model, or {option('keep_checkpoints')} 1",
+        )
+
+
+def _writing(write, out: Path):
+    """Calls `write`, and says what is wrong with the folder where the operating system refuses."""
+    try:
+        return write()
+    except OSError as error:
+        raise RingspanError(
+            f"--out {out}",
+            f"{error.strerror} ({error.filename or out})",
+            "A run writes its checkpoints, metrics and tokens there",
+            "an --out that you may write to, with room",
+        ) from None

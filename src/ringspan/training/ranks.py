@@ -1,0 +1,140 @@
+"""The ranks of a run: who they are, how they agree to stop, and how an error of one becomes an error of all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ringspan.errors import RankFailure, RingspanError
+
+Result = TypeVar("Result")
+_PEER_LOST = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "connection refused", "nccl", "gloo")
+
+
+@dataclass(eq=False)
+class StopSignal:
+    """Whether this process, or the one that started it, was asked to stop.
+
+    Args:
+        file: a file that the launcher creates to ask for it; its text is the signal's name.
+        launcher: the launcher's process id; a rank whose launcher has died asks to stop too.
+    """
+
+    file: Path | None = None
+    launcher: int | None = None
+    received: str | None = field(default=None, init=False)
+
+    def listen(self) -> None:
+        """Takes SIGINT and SIGTERM as requests, from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    @property
+    def name(self) -> str | None:
+        """The signal that asks for it; None as long as nothing does."""
+        if self.received is None and self.file is not None and self.file.exists():
+            self.received = self.file.read_text().strip() or "SIGTERM"
+        if self.received is None and self.launcher is not None and os.getppid() != self.launcher:
+            self.received = "SIGTERM"
+        return self.received
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others. `control` carries small CPU messages beside the data, so that neither waits for the other's order."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    control: dist.ProcessGroup
+    stop: StopSignal
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 alone writes files and speaks."""
+        return self.rank == 0
+
+    def agree_on_stop(self) -> str | None:
+        """The signal that any rank was asked to stop by, on every rank; None where no rank was."""
+        names = (None, "SIGINT", "SIGTERM")
+        mine = self.stop.name
+        with self._naming_lost_peers():
+            code = torch.tensor([names.index(mine) if mine in names else 2])
+            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
+        return names[int(code)]
+
+    def on_first(self, function: Callable[[], Result]) -> Result:
+        """Calls `function` on rank 0 and returns its result on every rank, or raises its RingspanError on every rank."""
+        box: list[object] = [None]
+        if self.is_first:
+            try:
+                box = [function()]
+            except RingspanError as error:
+                box = [error]
+        with self._naming_lost_peers():
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        if isinstance(box[0], RingspanError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def _naming_lost_peers(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_peer_loss(error):
+                raise
+            raise RankFailure(
+                f"rank {self.rank}", "another rank died or did not answer", "The ranks go on together or not at all"
+            ) from error
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank is gone, rather than that this one is wrong."""
+    if isinstance(error, RankFailure | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _PEER_LOST)
+
+
+@contextlib.contextmanager
+def join_ranks(device: str, timeout_seconds: float, stop: StopSignal) -> Iterator[Ranks]:
+    """Joins the process group that torchrun's environment describes, and leaves it at the end.
+
+    Args:
+        device: `"cpu"` (gloo) or `"cuda"` (NCCL, the GPU of LOCAL_RANK).
+    """
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    # Ranks that share cores and also spread over all of them slow each other down.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    timeout = timedelta(seconds=timeout_seconds)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        dist.init_process_group("nccl", timeout=timeout, device_id=place)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield Ranks(
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+            device=place,
+            control=dist.new_group(backend="gloo", timeout=timeout),
+            stop=stop,
+        )
+    finally:
+        # A group whose other end is gone cannot be left in order, and the process ends here anyway.
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()

@@ -1,0 +1,184 @@
+"""From text to token ids: raw bytes, or a Hugging Face tokenizer file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from ringspan.errors import RingspanError
+from ringspan.training.config import BYTES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+_CHUNK_BYTES = 1 << 20
+
+
+class Tokenizer(Protocol):
+    """What the training data and the samples need of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """The path or name that `load_tokenizer` takes."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What one token is called on axes and in tables."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids lie in 0 … vocabulary_size − 1."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Width of one id in a token file: 1 or 4."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the same text would get other ids."""
+        ...
+
+    @property
+    def separator(self) -> int | None:
+        """The id between two files, None where there is none."""
+        ...
+
+    def files(self) -> dict[str, Path]:
+        """The files that a model's folder needs for this tokenizer, by their names there."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; what is no text shows as a replacement character."""
+        ...
+
+    def encode_stream(self, stream: BinaryIO) -> Iterator[bytes]:
+        """The ids of a whole file, piece by piece, as they lie in a token file."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """Every byte is a token; NUL, which text does not hold, stands between files."""
+
+    name: str = BYTES
+    unit: str = "byte"
+    vocabulary_size: int = 256
+    token_bytes: int = 1
+    digest: str = BYTES
+    separator: int | None = 0
+
+    def files(self) -> dict[str, Path]:
+        """None."""
+        return {}
+
+    def encode(self, text: str) -> list[int]:
+        """UTF-8."""
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        """UTF-8, with U+FFFD where the bytes are none."""
+        return bytes(ids).decode(errors="replace")
+
+    def encode_stream(self, stream: BinaryIO) -> Iterator[bytes]:
+        """The file as it is."""
+        while chunk := stream.read(_CHUNK_BYTES):
+            yield chunk
+
+
+@dataclass(frozen=True)
+class FileTokenizer:
+    """A `tokenizer.json` of the tokenizers library; the end-of-text token, where it has one, stands between files."""
+
+    name: str
+    path: Path
+    unit: str = "token"
+    token_bytes: int = 4
+
+    @cached_property
+    def _fast(self) -> FastTokenizer:
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises a bare Exception for a file that it cannot read
+            raise RingspanError(
+                f"--tokenizer {self.name}",
+                str(error),
+                "A tokenizer is a tokenizers JSON file, or a folder with tokenizer.json",
+                "--tokenizer bytes",
+            ) from None
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """With the added special tokens."""
+        return self._fast.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @cached_property
+    def separator(self) -> int | None:
+        """The id of the end-of-text token that `tokenizer_config.json` names, or of a usual name for it."""
+        names = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"]
+        described = self.path.parent / "tokenizer_config.json"
+        if described.is_file():
+            token = json.loads(described.read_text()).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            names = [token, *names] if isinstance(token, str) else names
+        return next((id_ for name in names if (id_ := self._fast.token_to_id(name)) is not None), None)
+
+    def files(self) -> dict[str, Path]:
+        """The file itself, and what lies beside it about special tokens and chat."""
+        beside = {name: self.path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+        return {"tokenizer.json": self.path} | {name: file for name, file in beside.items() if file.is_file()}
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens."""
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """With special tokens shown."""
+        return self._fast.decode(ids, skip_special_tokens=False)
+
+    def encode_stream(self, stream: BinaryIO) -> Iterator[bytes]:
+        """About a megabyte at a time, cut after a line, so that a file need not fit in memory."""
+        while lines := stream.readlines(_CHUNK_BYTES):
+            yield array("i", self.encode(b"".join(lines).decode(errors="replace"))).tobytes()
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name or path.
+
+    Raises:
+        RingspanError: for a path that holds none.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise RingspanError(
+            f"--tokenizer {name}",
+            f"there is no file {path}",
+            "A tokenizer is 'bytes', a tokenizers JSON file, or a folder with tokenizer.json",
+            "--tokenizer bytes",
+        )
+    tokenizer = FileTokenizer(name, path)
+    assert tokenizer.vocabulary_size > 0
+    return tokenizer

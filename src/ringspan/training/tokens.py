@@ -1,0 +1,168 @@
+"""The text as one memory-mapped run of token ids, and the windows that training and validation read from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ringspan.errors import RingspanError
+from ringspan.training.text import Text, find_text
+from ringspan.training.tokenizer import Tokenizer, load_tokenizer
+
+HELD_OUT_FRACTION = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFile:
+    """A finished token file: `num_tokens` ids of `token_bytes` each in `path`, and where they came from."""
+
+    path: str
+    data: str
+    tokenizer: str
+    num_tokens: int
+    token_bytes: int
+    source_digest: str
+    digest: str
+
+    def open(self) -> Int[Tensor, " tokens"]:
+        """The ids, memory-mapped: nothing is read before it is used."""
+        dtype = torch.uint8 if self.token_bytes == 1 else torch.int32
+        return torch.from_file(self.path, shared=False, size=self.num_tokens, dtype=dtype)
+
+    def is_whole(self) -> bool:
+        """Whether the file still holds what was written."""
+        path = Path(self.path)
+        if not path.is_file() or path.stat().st_size != self.num_tokens * self.token_bytes:
+            return False
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == self.digest
+
+
+def ensure_tokens(folder: Path, data: str, tokenizer_name: str) -> TokenFile:
+    """The token file of `data` in `folder`, written unless it is there already and still matches the text.
+
+    Raises:
+        RingspanError: where the text or the tokenizer cannot be had.
+    """
+    tokenizer = load_tokenizer(tokenizer_name)
+    text = find_text(data)
+    source_digest = hashlib.sha256(f"{text.digest} {tokenizer.digest}".encode()).hexdigest()
+    known = load_tokens(folder)
+    if known is not None and known.source_digest == source_digest and known.is_whole():
+        return known
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write(folder, text, tokenizer, source_digest)
+
+
+def load_tokens(folder: Path) -> TokenFile | None:
+    """The description of the token file in `folder`, None where there is none."""
+    try:
+        return TokenFile(**json.loads((folder / "tokens.json").read_text()) | {"path": str(folder / "tokens.bin")})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(folder: Path, text: Text, tokenizer: Tokenizer, source_digest: str) -> TokenFile:
+    digest = hashlib.sha256()
+    size = 0
+    separator = b"" if tokenizer.separator is None else tokenizer.separator.to_bytes(tokenizer.token_bytes, "little")
+    partial = folder / "tokens.bin.partial"
+    with partial.open("wb") as target:
+        for file in text.files:
+            with file.open("rb") as stream:
+                for piece in chain([separator] if size else [], tokenizer.encode_stream(stream)):
+                    target.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+    tokens = TokenFile(
+        path=str(folder / "tokens.bin"),
+        data=str(text),
+        tokenizer=tokenizer.name,
+        num_tokens=size // tokenizer.token_bytes,
+        token_bytes=tokenizer.token_bytes,
+        source_digest=source_digest,
+        digest=digest.hexdigest(),
+    )
+    partial.replace(folder / "tokens.bin")
+    (folder / "tokens.json").write_text(json.dumps(asdict(tokens), indent=2) + "\n")
+    return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Where training ends and the held-out text begins: the last twentieth of the tokens, and at least one context."""
+
+    num_training: int
+    num_held_out: int
+
+    @staticmethod
+    def of(tokens: TokenFile, context: int) -> Split:
+        """The split of a token file.
+
+        Raises:
+            RingspanError: for a context that does not fit once into each part.
+        """
+        held_out = max(context, round(HELD_OUT_FRACTION * tokens.num_tokens))
+        if tokens.num_tokens < context + held_out:
+            raise RingspanError(
+                f"--context {context}",
+                f"{tokens.data} has {tokens.num_tokens} tokens",
+                "The text must hold one context to train on and another to validate on",
+                f"--context {tokens.num_tokens // 2}, or more text" if tokens.num_tokens >= 4 else "more text",
+            )
+        return Split(num_training=tokens.num_tokens - held_out, num_held_out=held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Which tokens a step reads: a pure function of (seed, step, row), so that every number of ranks sees the same batches.
+
+    Within an epoch every window is read once, in a shuffled order; each epoch cuts the text at another offset.
+    """
+
+    num_tokens: int
+    context: int
+    batch_size: int
+    seed: int
+
+    def starts(self, step: int) -> list[int]:
+        """First token of each row of the batch of `step` (counted from 1)."""
+        return [self._start((step - 1) * self.batch_size + row) for row in range(self.batch_size)]
+
+    def _start(self, index: int) -> int:
+        # Epochs may differ by one window, since each has its own offset; walking them keeps the order exact.
+        for epoch in range(index + 1):
+            starts = _epoch(self.num_tokens, self.context, self.seed, epoch)
+            if index < len(starts):
+                return int(starts[index])
+            index -= len(starts)
+        raise AssertionError("every epoch holds at least one window")
+
+
+@lru_cache(maxsize=8)
+def _epoch(num_tokens: int, context: int, seed: int, epoch: int) -> Int[Tensor, " windows"]:
+    # Two seeds in one number: the epoch's place is far above any number of epochs, and manual_seed takes 64 bits.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    offset = int(torch.randint(min(context, num_tokens - context + 1), (1,), generator=generator))
+    num_windows = (num_tokens - offset) // context
+    return offset + context * torch.randperm(num_windows, generator=generator)
+
+
+def validation_starts(split: Split, context: int, validation_tokens: int) -> list[int]:
+    """First tokens of the held-out windows: evenly spread, none overlapping, the same in every validation."""
+    fitting = split.num_held_out // context
+    count = min(fitting, max(1, validation_tokens // context))
+    return [split.num_training + context * (i * fitting // count) for i in range(count)]
+
+
+def read_windows(tokens: Int[Tensor, " tokens"], starts: list[int], context: int) -> Int[Tensor, "batch context"]:
+    """The windows that begin at `starts`, as int64."""
+    return torch.stack([tokens[start : start + context] for start in starts]).long()

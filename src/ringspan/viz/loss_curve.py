@@ -1,0 +1,52 @@
+"""The loss of a training run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ringspan.training.metrics import StepRecord
+
+_SMOOTHING_PARTS = 40
+
+
+def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, title: str) -> None:
+    """Draws training and held-out loss over the steps of `records` into a PNG.
+
+    Args:
+        unit: what one token is called on the axis: a byte, or a token.
+    """
+    # The object-oriented interface: pyplot would keep state and look for a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [(record.step, record.loss) for record in records if record.loss is not None]
+    held_out = [(record.step, record.validation_loss) for record in records if record.validation_loss is not None]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each batch")
+        window = max(1, len(losses) // _SMOOTHING_PARTS)
+        if window > 1:
+            axes.plot(steps, running_mean(losses, window), color="#1f4e8c", linewidth=1.8, label=f"training, mean of {window} steps")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color="#c8553d", marker="o", markersize=5, linewidth=1.4, label="held-out text")
+        axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(6, 4), color="#c8553d", fontsize=11)
+    axes.set_xlabel("optimizer step", fontsize=11)
+    axes.set_ylabel(f"loss (nats per {unit})", fontsize=11)
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if trained or held_out:
+        axes.legend(frameon=False, fontsize=10)
+    figure.savefig(path)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and up to `window − 1` before it."""
+    return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i + 1 - window) : i + 1]]]
