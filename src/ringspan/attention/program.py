@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
 from ringspan.kernels import Kernel, lowered
-from ringspan.schedule import Attend, Combine, Piece, Receive, Schedule, Send
+from ringspan.schedule import Action, Attend, Combine, Piece, Receive, Schedule, Send, lifetimes
 
 LANES = {"kv": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1}
 """Results travel on a lane of their own, so that they do not queue behind what the next step needs."""
@@ -60,9 +60,16 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank
         low, high = spans.get((kind, owner), (start, stop))
         spans[(kind, owner)] = (min(low, start), max(high, stop))
 
+    releases: dict[int, list[Piece]] = defaultdict(list)
+    for received, last in lifetimes(actions):
+        if received.piece.kind in ("q", "kv", "do"):
+            releases[last].append(received.piece)
+    cells: dict[int, list[Action]] = defaultdict(list)
+    for action in actions:
+        cells[action.step].append(action)
     steps = []
     for step in range(schedule.num_steps):
-        cell = [action for action in actions if action.step == step]
+        cell = cells[step]
         launches = []
         for attend in (action for action in cell if isinstance(action, Attend)):
             for kv in attend.kvs:
@@ -78,7 +85,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         batches = _batches([action for action in cell if isinstance(action, (Send, Receive))])
-        steps.append(Step(combines, batches, tuple(launches), _releases(actions, step)))
+        steps.append(Step(combines, batches, tuple(launches), tuple(releases[step])))
     return RankProgram(rank, tuple(steps), spans)
 
 
@@ -99,24 +106,3 @@ def _batches(transfers: list[Send | Receive]) -> tuple[Batch, ...]:
         receives = tuple(member for member in members if isinstance(member, Receive))
         result.append(Batch(lane, due, sends, receives))
     return tuple(result)
-
-
-def _releases(actions: tuple, step: int) -> tuple[Piece, ...]:
-    """The received inputs whose last reader (an attend of this step, or a send that is over at its end) is this step's."""
-    result = []
-    for received in actions:
-        if isinstance(received, Receive) and received.piece.kind in ("q", "kv", "do"):
-            last = received.due
-            for action in actions:
-                if isinstance(action, Attend) and any(_reads(received.piece, piece) for piece in (action.q, *action.kvs)):
-                    last = max(last, action.step)
-                elif isinstance(action, Send) and received.piece.holds(action.piece):
-                    last = max(last, action.due - 1)
-            if last == step:
-                result.append(received.piece)
-    return tuple(result)
-
-
-def _reads(received: Piece, piece: Piece) -> bool:
-    held = Piece("q", received.owner, received.start, received.stop) if received.kind == "do" else received
-    return held.holds(piece)

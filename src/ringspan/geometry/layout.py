@@ -25,6 +25,14 @@ class Layout:
     def __post_init__(self) -> None:
         assert len({span.step for shard in self.shards for span in shard}) <= 1, "all spans of a layout share one step"
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.length, self.shards))
+
+    def __hash__(self) -> int:
+        # Layouts are keys of every cache on the way to a schedule, and a tuple of spans is slow to hash anew each time.
+        return self._hash
+
     @property
     def num_ranks(self) -> int:
         """How many ranks share the sequence."""

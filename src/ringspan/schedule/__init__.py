@@ -1,6 +1,7 @@
 """Schedules are data: typed actions, their proof, their traffic and their drawing. No torch here."""
 
 from ringspan.schedule.actions import Action, Attend, Combine, Piece, Receive, Schedule, ScheduleBuilder, Send, parse_schedule
+from ringspan.schedule.lifetime import lifetimes
 from ringspan.schedule.traffic import PieceBytes, sent_bytes, traffic
 from ringspan.schedule.validate import Report, validate
 
@@ -15,6 +16,7 @@ __all__ = [
     "Schedule",
     "ScheduleBuilder",
     "Send",
+    "lifetimes",
     "parse_schedule",
     "sent_bytes",
     "traffic",

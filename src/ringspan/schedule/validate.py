@@ -1,15 +1,17 @@
-"""Proves that a schedule is right, from integers alone: coverage, possession, matching, homecoming, thrift; and how much it holds at once."""
+"""Proves a schedule right from integers alone: coverage, possession, matching, homecoming, thrift; and counts what it holds at once."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ringspan.errors import ScheduleError
 from ringspan.geometry import Layout, Mask, tiles
 from ringspan.schedule.actions import Action, Attend, Combine, Piece, Receive, Schedule, Send
+from ringspan.schedule.lifetime import lifetimes, uses
 
-GRADIENT_OF = {"dq": "q", "dkv": "kv", "o": "q", "do": "q"}
+INPUTS = ("q", "kv", "do")
 
 
 @dataclass(frozen=True)
@@ -70,42 +72,38 @@ def _check_matching(schedule: Schedule) -> None:
 
 def _run_blocking(schedule: Schedule) -> list[tuple[int, Action]]:
     """Runs every rank's program with waits that block, in any order that is possible; returns that order."""
-    pending = [_with_waits(program) for program in schedule.programs]
-    posted: Counter = Counter()
+    queues = [_with_waits(program) for program in schedule.programs]
+    cursors = [0] * schedule.num_ranks
+    posted: set[tuple[int, int, Piece, int]] = set()
     order: list[tuple[int, Action]] = []
     progress = True
-    while progress and any(pending):
+    while progress:
         progress = False
-        for rank, queue in enumerate(pending):
-            while queue:
-                waits, action = queue[0]
+        for rank, queue in enumerate(queues):
+            start = cursors[rank]
+            while cursors[rank] < len(queue):
+                waits, action = queue[cursors[rank]]
                 if waits:
                     assert isinstance(action, Receive)
-                    if not posted[(action.peer, rank, action.piece, action.step)]:
+                    if (action.peer, rank, action.piece, action.step) not in posted:
                         break
                 else:
                     order.append((rank, action))
                     if isinstance(action, Send):
-                        posted[(rank, action.peer, action.piece, action.step)] += 1
-                queue.pop(0)
-                progress = True
-    if any(pending):
-        stuck = {rank: f"{queue[0][1]}" for rank, queue in enumerate(pending) if queue}
+                        posted.add((rank, action.peer, action.piece, action.step))
+                cursors[rank] += 1
+            progress = progress or cursors[rank] > start
+    stuck = {rank: str(queue[cursor][1]) for rank, (queue, cursor) in enumerate(zip(queues, cursors, strict=True)) if cursor < len(queue)}
+    if stuck:
         raise _broken("matching", f"schedule {schedule.name!r} with waits that block", f"a cycle of waits: {stuck}")
     return order
 
 
 def _with_waits(program: tuple[Action, ...]) -> list[tuple[bool, Action]]:
     """(False, action) where the action is done, (True, receive) where its arrival is waited for: before anything of step `due`."""
-    queue: list[tuple[bool, Action]] = []
-    arrivals = [action for action in program if isinstance(action, Receive)]
-    for action in program:
-        due = [arrival for arrival in arrivals if arrival.due <= action.step]
-        arrivals = [arrival for arrival in arrivals if arrival.due > action.step]
-        queue.extend((True, arrival) for arrival in due)
-        queue.append((False, action))
-    queue.extend((True, arrival) for arrival in arrivals)
-    return queue
+    waits = [(action.due, -1, True, action) for action in program if isinstance(action, Receive)]
+    done = [(action.step, index, False, action) for index, action in enumerate(program)]
+    return [(waiting, action) for _, _, waiting, action in sorted(waits + done, key=lambda entry: entry[:2])]
 
 
 # ---- coverage --------------------------------------------------------------------------------------------------------------------
@@ -163,17 +161,18 @@ class _Possession:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         ranks = range(schedule.num_ranks)
-        self.held: list[list[tuple[Piece, int]]] = [
-            [(Piece(kind, rank, 0, schedule.lengths[rank]), 0) for kind in ("q", "kv", "do")] for rank in ranks
-        ]
+        self.held: list[dict[tuple[str, int], list[tuple[Piece, int]]]] = [defaultdict(list) for _ in ranks]
         self.accumulators: list[dict[tuple[str, int], list]] = [defaultdict(list) for _ in ranks]
-        self.in_flight: dict[tuple, list] = {}
+        self.in_flight: dict[tuple, tuple[int, list]] = {}
         self.results = ("o",) if schedule.direction == "forward" else ("dq", "dkv")
 
     def check(self, order: list[tuple[int, Action]]) -> None:
         for rank, program in enumerate(self.schedule.programs):
-            self.held[rank] += [(a.piece, a.due) for a in program if isinstance(a, Receive) and a.piece.kind not in GRADIENT_OF]
-            self.held[rank] += [(a.piece, a.due) for a in program if isinstance(a, Receive) and a.piece.kind == "do"]
+            for kind in INPUTS:
+                self.held[rank][(kind, rank)].append((Piece(kind, rank, 0, self.schedule.lengths[rank]), 0))
+            for action in program:
+                if isinstance(action, Receive) and action.piece.kind in INPUTS:
+                    self.held[rank][(action.piece.kind, action.piece.owner)].append((action.piece, action.due))
         # By steps, so that contributions are followed in the order of their meaning and not of one possible interleaving.
         for rank, action in sorted(order, key=lambda entry: entry[1].step):
             self._do(rank, action)
@@ -182,7 +181,7 @@ class _Possession:
     def _do(self, rank: int, action: Action) -> None:
         if isinstance(action, Send):
             if action.piece.kind in self.results:
-                self.in_flight[(rank, action.peer, action.piece, action.due)] = self._give_up(rank, action)
+                self.in_flight[(rank, action.peer, action.piece)] = (action.due, self._give_up(rank, action))
             else:
                 self._need(rank, action.piece, action)
         elif isinstance(action, Combine):
@@ -198,7 +197,7 @@ class _Possession:
                     self.accumulators[rank][(kind, of.owner)].append((of.start, of.stop, (action.q, kv)))
 
     def _need(self, rank: int, piece: Piece, action: Action) -> None:
-        if len(piece) and not any(held.holds(piece) and since <= action.step for held, since in self.held[rank]):
+        if len(piece) and not any(held.holds(piece) and since <= action.step for held, since in self.held[rank][(piece.kind, piece.owner)]):
             raise _broken("possession", f"rank {rank}, step {action.step}: {action}", f"{piece} is not in its hands")
 
     def _give_up(self, rank: int, action: Send) -> list:
@@ -207,17 +206,17 @@ class _Possession:
         taken = [entry for entry in accumulator if entry[0] >= piece.start and entry[1] <= piece.stop]
         if not taken:
             raise _broken("possession", f"rank {rank}, step {action.step}: {action}", "it has computed nothing of it")
-        self.accumulators[rank][(piece.kind, piece.owner)] = [entry for entry in accumulator if entry not in taken]
+        self.accumulators[rank][(piece.kind, piece.owner)] = [entry for entry in accumulator if entry[0] < piece.start or entry[1] > piece.stop]
         return taken
 
     def _combine(self, rank: int, action: Combine) -> None:
-        arrived = [key for key in self.in_flight if key[:3] == (action.peer, rank, action.piece) and key[3] <= action.step]
-        if not arrived:
+        due, entries = self.in_flight.pop((action.peer, rank, action.piece), (None, []))
+        if due is None or due > action.step:
             raise _broken("homecoming", f"rank {rank}, step {action.step}: {action}", "nothing to combine has arrived")
-        self.accumulators[rank][(action.piece.kind, action.piece.owner)].extend(self.in_flight.pop(arrived[0]))
+        self.accumulators[rank][(action.piece.kind, action.piece.owner)].extend(entries)
 
     def _check_home(self) -> None:
-        for source, target, piece, _ in self.in_flight:
+        for source, target, piece in self.in_flight:
             raise _broken("homecoming", f"{piece} from rank {source} to {target}", "it arrives and is never combined")
         for rank, accumulators in enumerate(self.accumulators):
             for (kind, owner), entries in accumulators.items():
@@ -244,49 +243,33 @@ class _Possession:
 def _check_thrift(schedule: Schedule) -> None:
     """Every position that travels is read at its target or beyond."""
     for rank, program in enumerate(schedule.programs):
+        used = uses(program)
         for action in program:
             if isinstance(action, Receive) and action.piece.kind in ("q", "kv"):
-                uses = [use for use in _uses(program, action) if use.stop > use.start]
-                first, last = min((use.start for use in uses), default=0), max((use.stop for use in uses), default=0)
-                if (first, last) != (action.piece.start, action.piece.stop):
+                whole = action.piece
+                readers = [
+                    piece
+                    for step, _, piece in used[(whole.kind, whole.owner)]
+                    if step >= action.due and whole.holds(piece) and piece.stop > piece.start
+                ]
+                first, last = min((piece.start for piece in readers), default=0), max((piece.stop for piece in readers), default=0)
+                if (first, last) != (whole.start, whole.stop):
                     raise _broken("thrift", f"rank {rank}: {action}", f"of it only positions {first} to {last} are read or passed on")
-
-
-def _uses(program: tuple[Action, ...], received: Receive) -> list[Piece]:
-    uses: list[Piece] = []
-    for action in program:
-        if action.step >= received.due:
-            pieces = (action.q, *action.kvs) if isinstance(action, Attend) else (action.piece,) if isinstance(action, Send) else ()
-            uses.extend(piece for piece in pieces if received.piece.holds(piece))
-    return uses
 
 
 def _live_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
     result = []
     for program in schedule.programs:
-        lives = [
-            (action.piece.kind, action.step, _last_use(program, action), len(action.piece))
-            for action in program
-            if isinstance(action, Receive)
-        ]
-        most: dict[str, int] = {}
-        for kind in {life[0] for life in lives}:
-            steps = {life[1] for life in lives}
-            most[kind] = max(sum(size for k, start, end, size in lives if k == kind and start <= step <= end) for step in steps)
+        changes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for received, last in lifetimes(program):
+            changes[received.piece.kind][received.step] += len(received.piece)
+            changes[received.piece.kind][last + 1] -= len(received.piece)
+        most = {}
+        for kind, steps in changes.items():
+            live = list(accumulate(steps[step] for step in sorted(steps)))
+            most[kind] = max(live)
         result.append(most)
     return tuple(result)
-
-
-def _last_use(program: tuple[Action, ...], received: Receive) -> int:
-    last = received.due
-    for action in program:
-        if isinstance(action, Attend) and any(received.piece.holds(piece) for piece in (action.q, *action.kvs)):
-            last = max(last, action.step)
-        elif isinstance(action, Send) and action.step >= received.due and received.piece.holds(action.piece):
-            last = max(last, action.due - 1)
-        elif isinstance(action, Combine) and (action.piece, action.peer) == (received.piece, received.peer):
-            last = max(last, action.step)
-    return last
 
 
 def _sent_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:

@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
-from ringspan.transport.process_group import ProcessGroupTransport
+from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree
 
 __all__ = [
@@ -30,7 +30,7 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
     if isinstance(mesh_or_group, InProcessTransport):
         return mesh_or_group
     if mesh_or_group is None:
-        return ProcessGroupTransport(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else SingleRank()
+        return process_group_transport(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else SingleRank()
     if isinstance(mesh_or_group, DeviceMesh):
         if mesh_or_group.ndim != 1:
             raise RingspanError(
@@ -39,9 +39,9 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
                 "A sequence is split over one axis",
                 "mesh['name of the context axis']",
             )
-        return ProcessGroupTransport(mesh_or_group.get_group())
+        return process_group_transport(mesh_or_group.get_group())
     if isinstance(mesh_or_group, dist.ProcessGroup):
-        return ProcessGroupTransport(mesh_or_group)
+        return process_group_transport(mesh_or_group)
     raise RingspanError(
         f"a group of type {type(mesh_or_group).__name__}",
         "it is no mesh and no group",

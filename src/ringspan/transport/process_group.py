@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -97,6 +98,16 @@ class ProcessGroupTransport:
             "A rank that dies or waits elsewhere stops the others",
             "the first error among the ranks' logs, and a checkpoint to go on from",
         )
+
+
+_TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakKeyDictionary()
+
+
+def process_group_transport(group: dist.ProcessGroup) -> ProcessGroupTransport:
+    """The one transport over `group`: its lanes are communicators, too dear to be made for every user of the group."""
+    if group not in _TRANSPORTS:
+        _TRANSPORTS[group] = ProcessGroupTransport(group)
+    return _TRANSPORTS[group]
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
