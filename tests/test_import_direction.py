@@ -25,6 +25,7 @@ ROOMS = (
     "kernels",
     "transport",
     "attention",
+    "verify",
     "transformer",
     "training",
     "inference",
@@ -52,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kernels": CORE,
     "transport": CORE,
     "attention": CORE,
+    "verify": CORE,
     "transformer": MODELS,
     "training": MODELS,
     "inference": MODELS,
@@ -117,6 +119,13 @@ def test_imports_point_only_at_rooms_below_and_at_the_packages_that_a_room_may_u
     assert len(files) > 10, "the source is where the test looks for it"
     found = [line for file in files for line in violations(file.read_text(), file.relative_to(SOURCE).as_posix())]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_every_room_is_a_package():
+    # Without its __init__.py a folder would import, but neither pages nor wheels would show what is public in it.
+    folders = {file.parent for file in SOURCE.rglob("*.py")}
+    bare = sorted(folder.relative_to(SOURCE).as_posix() for folder in folders if not (folder / "__init__.py").exists())
+    assert not bare, f"no __init__.py in {', '.join(bare)}"
 
 
 def test_every_room_has_its_rule():
