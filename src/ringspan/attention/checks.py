@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from ringspan.errors import RingspanError
-from ringspan.geometry import Mask, make_layout
+from ringspan.geometry import Mask, causal, make_layout
 from ringspan.kernels import KERNELS, Problem, select_kernel
-from ringspan.strategies import STRATEGIES
+from ringspan.strategies import make_schedules
 
 
 def problem_of(check: Callable[[], None]) -> RingspanError | None:
@@ -21,12 +21,12 @@ def problem_of(check: Callable[[], None]) -> RingspanError | None:
     return None
 
 
-def check_names(strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int) -> None:
-    """Names and weights of `ContextParallel`."""
-    if strategy not in STRATEGIES:
-        raise RingspanError(
-            f"strategy {strategy!r}", f"the strategies are {', '.join(STRATEGIES)}", "A strategy is asked for by name", "'ring'"
-        )
+def check_names(
+    strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int, options: Mapping[str, int]
+) -> None:
+    """Names, weights and options of `ContextParallel`."""
+    whole = make_layout(layout, num_ranks, num_ranks, weights)
+    make_schedules(strategy, whole, causal(), **options)
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
     make_layout(layout, num_ranks, num_ranks, weights)

@@ -35,6 +35,7 @@ class ContextParallel:
         layout: one of `ringspan.layouts`: who owns which positions.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
+        options: the strategy's own integers, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
         RingspanError: on every rank, where the arguments are wrong or the ranks disagree about them.
@@ -48,13 +49,20 @@ class ContextParallel:
         layout: str = "zigzag",
         kernel: str = "auto",
         weights: tuple[float, ...] | None = None,
+        **options: int,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.weights = None if weights is None else tuple(weights)
+        self.options = options
         self._sequences: dict[tuple[int, Mask], Sequence] = {}
-        problem = checks.problem_of(lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks))
-        agree(self.transport, "ContextParallel", f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights}", problem)
+        problem = checks.problem_of(lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, options))
+        agree(
+            self.transport,
+            "ContextParallel",
+            f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}",
+            problem,
+        )
 
     @property
     def rank(self) -> int:
@@ -124,7 +132,7 @@ class Sequence:
     @cached_property
     def schedules(self) -> Schedules:
         """The schedules that `attention` runs."""
-        return make_schedules(self.context.strategy, self.layout, self.mask)
+        return make_schedules(self.context.strategy, self.layout, self.mask, **self.context.options)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor, along `dim`. Local and differentiable.

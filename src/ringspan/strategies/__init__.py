@@ -1,27 +1,72 @@
 """Strategies: one paper a file, each a pure function from a layout and a mask to schedules."""
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
+from ringspan.strategies.all_gather import all_gather
+from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
+from ringspan.strategies.direct import direct
+from ringspan.strategies.double_ring import double_ring
+from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
 
-__all__ = ["STRATEGIES", "Schedules", "make_schedules", "ring"]
+__all__ = ["STRATEGIES", "Schedules", "make_schedules", "strategy_options"]
 
-STRATEGIES: dict[str, Callable[[Layout, Mask], Schedules]] = {"ring": ring}
+STRATEGIES: dict[str, Callable[..., Schedules]] = {
+    "ring": ring,
+    "all_gather": all_gather,
+    "pass_query": pass_query,
+    "balanced": balanced,
+    "double_ring": double_ring,
+    "direct": direct,
+}
+"""Each takes a layout and a mask, and as keywords a few integers of its own."""
 
 
-@lru_cache(maxsize=128)
-def make_schedules(strategy: str, layout: Layout, mask: Mask) -> Schedules:
-    """The forward and backward schedules of `strategy` for `layout` and `mask`.
+def strategy_options(strategy: str) -> tuple[str, ...]:
+    """The keywords that `strategy` takes besides the layout and the mask.
 
     Raises:
         RingspanError: for a name that is not one of `STRATEGIES`.
     """
     if strategy not in STRATEGIES:
         raise RingspanError(
-            f"strategy {strategy!r}", f"the strategies are {', '.join(STRATEGIES)}", "A strategy is asked for by name", "strategy='ring'"
+            f"strategy {strategy!r}",
+            f"the strategies are {', '.join(STRATEGIES)}",
+            "A strategy is asked for by name",
+            "strategy='ring'",
         )
-    return STRATEGIES[strategy](layout, mask)
+    return tuple(inspect.signature(STRATEGIES[strategy]).parameters)[2:]
+
+
+@lru_cache(maxsize=128)
+def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int) -> Schedules:
+    """The forward and backward schedules of `strategy` for `layout` and `mask`.
+
+    Args:
+        strategy: one of `STRATEGIES`.
+        layout: who owns which positions.
+        mask: what a query sees.
+        options: the strategy's own integers, such as `stages` of `all_gather` or `window` of `double_ring`.
+
+    Raises:
+        RingspanError: for an unknown strategy, an option that it does not take, or a value that it cannot have.
+    """
+    known = strategy_options(strategy)
+    if unknown := sorted(set(options) - set(known)):
+        raise RingspanError(
+            f"strategy {strategy!r} with {', '.join(unknown)}",
+            f"it takes {', '.join(known) or 'no options'}",
+            "A strategy is given its own options alone",
+            f"make_schedules({strategy!r}, layout, mask)",
+        )
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RingspanError(
+                f"strategy {strategy!r} with {name}={value!r}", "", "The options of a strategy are whole numbers", f"{name}=1"
+            )
+    return STRATEGIES[strategy](layout, mask, **options)

@@ -1,12 +1,14 @@
-"""What every strategy starts from: which part of which shard a rank's queries read."""
+"""What every strategy is made of: which part of which shard a rank reads, how a shard goes from reader to reader, how gradients get home."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ringspan.geometry import Layout, Mask, tiles
-from ringspan.schedule import Piece, Schedule
+from ringspan.schedule import Action, Attend, Piece, Schedule, ScheduleBuilder, Send
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,15 @@ class Schedules:
 
     forward: Schedule
     backward: Schedule
+
+
+class Visit(NamedTuple):
+    """At `step`, `rank` attends `q` to `kv`: the smallest pieces that hold every allowed pair of two shards."""
+
+    step: int
+    rank: int
+    q: Piece
+    kv: Piece
 
 
 @lru_cache(maxsize=65536)
@@ -31,3 +42,86 @@ def hull(pieces: list[Piece]) -> Piece:
     """The smallest piece that holds all of `pieces`, which are of one kind and owner."""
     first = pieces[0]
     return Piece(first.kind, first.owner, min(piece.start for piece in pieces), max(piece.stop for piece in pieces))
+
+
+def key_visits(layout: Layout, mask: Mask, owner: int, stops: list[tuple[int, int]]) -> list[Visit]:
+    """The visits of the keys of `owner` at `stops`, (step, rank) in order, without the ranks that read nothing of them."""
+    found = ((step, rank, block(layout, mask, rank, owner)) for step, rank in stops)
+    return [Visit(step, rank, *pieces) for step, rank, pieces in found if pieces is not None]
+
+
+def walk(builder: ScheduleBuilder, visits: list[Visit], kind: str, start: tuple[int, int]) -> None:
+    """A shard goes from reader to reader, each attends, and from each goes on what is still read ahead.
+
+    Args:
+        builder: takes the actions.
+        visits: in the order of the walk.
+        kind: `kv` or `q`: which of the two pieces of a visit it is that travels.
+        start: (step, rank) where the shard is at first.
+    """
+    since, here = start
+    for index, visit in enumerate(visits):
+        if visit.rank != here:
+            ahead = hull([later.kv if kind == "kv" else later.q for later in visits[index:]])
+            builder.transfer(ahead, here, visit.rank, posted=since, due=visit.step)
+        builder.attend(visit.rank, visit.step, visit.q, visit.kv)
+        here, since = visit.rank, visit.step
+
+
+def ride_home(builder: ScheduleBuilder, owner: int, visits: list[Visit]) -> None:
+    """The gradient of keys rides behind them from reader to reader, one step later and growing, and makes one last hop home.
+
+    What the owner itself computed waits at home.
+    """
+    away = [visit for visit in visits if visit.rank != owner]
+    for index, visit in enumerate(away):
+        grown = hull([earlier.kv for earlier in away[: index + 1]])
+        rides = Piece("dkv", owner, grown.start, grown.stop)
+        last = index + 1 == len(away)
+        target, due = (owner, visit.step + 2) if last else (away[index + 1].rank, away[index + 1].step + 1)
+        builder.transfer(rides, visit.rank, target, posted=visit.step + 1, due=due)
+        builder.combine(target, due, rides, visit.rank)
+
+
+def straight_backward(forward: Schedule) -> Schedule:
+    """The backward that repeats the forward's transfers of inputs and its attends, and sends every gradient straight to its owner.
+
+    Where queries travelled, dO travels with them. A gradient leaves in the step after its last contribution, and the owner adds what
+    arrives in the order of the ranks: the same sum at every run.
+    """
+    builder = ScheduleBuilder(forward.name, "backward", forward.lengths)
+    for rank, program in enumerate(forward.programs):
+        for action in program:
+            if isinstance(action, Send) and action.piece.kind in ("q", "kv"):
+                builder.transfer(action.piece, rank, action.peer, action.step, action.due)
+                if action.piece.kind == "q":
+                    dout = Piece("do", action.piece.owner, action.piece.start, action.piece.stop)
+                    builder.transfer(dout, rank, action.peer, action.step, action.due)
+            elif isinstance(action, Attend):
+                builder.attend(rank, action.step, action.q, *action.kvs)
+        for piece, last in _gradients_elsewhere(program, rank):
+            builder.transfer(piece, rank, piece.owner, posted=last + 1, due=last + 2)
+            builder.combine(piece.owner, last + 2, piece, rank)
+    return builder.build()
+
+
+def _gradients_elsewhere(program: tuple[Action, ...], rank: int) -> list[tuple[Piece, int]]:
+    """(piece, step of its last contribution) for each gradient that `rank` computes for others; overlapping parts go as one."""
+    parts: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
+    for action in program:
+        if isinstance(action, Attend):
+            for kind, piece in (("dq", action.q), *(("dkv", kv) for kv in action.kvs)):
+                if piece.owner != rank:
+                    parts[(kind, piece.owner)].append((piece.start, piece.stop, action.step))
+    result = []
+    for (kind, owner), spans in parts.items():
+        start, stop, last = None, -1, -1
+        for low, high, step in sorted(spans):
+            if start is not None and low >= stop:
+                result.append((Piece(kind, owner, start, stop), last))
+                start, last = None, -1
+            start = low if start is None else start
+            stop, last = max(stop, high), max(last, step)
+        assert start is not None
+        result.append((Piece(kind, owner, start, stop), last))
+    return result
