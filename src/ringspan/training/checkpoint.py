@@ -14,11 +14,13 @@ group hold equal weights, so rank 0 writes alone and every rank reads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,7 +93,7 @@ def save_checkpoint(
         _point_latest(checkpoints, final)
         for old in list_checkpoints(checkpoints)[:-keep]:
             shutil.rmtree(old)
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
         # torch wraps what its writer threads meet, so a full disk may come as any of several errors; what is not about files is a bug.
         cause = _os_error(error)
         if cause is None:
@@ -129,13 +131,23 @@ def verify_checkpoint(folder: Path) -> TrainingState:
 
 def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
     """Reads safetensors written by `save_checkpoint` into the tensors given, in place, by name."""
-    dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with _alone():
+        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     folder.mkdir()
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    dcp.save(detached, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    with _alone():
+        dcp.save(detached, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without torch's warning that no_dist=True means a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is .*, assuming the intent is to")
+        yield
 
 
 def _files(folder: Path) -> list[Path]:

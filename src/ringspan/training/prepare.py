@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.tokenizer import load_tokenizer
 from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
 
-DEFAULT_OUT = next(field.default for field in fields(TrainingConfig) if field.name == "out")
+DEFAULT_OUT = Path(TrainingConfig().out)
 
 
 def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = None) -> Plan:
@@ -38,7 +38,8 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
         given = given | {"ranks": world_size}
     if resume:
         return _prepare_resumed(given)
-    config = TrainingConfig(**{"out": str(free_folder(Path(DEFAULT_OUT)))} | given)
+    defaults: dict[str, Any] = {"out": str(free_folder(DEFAULT_OUT))}
+    config = TrainingConfig(**defaults | given)
     config.check()
     config = _settled(config)
     files = RunFiles(Path(config.out))
@@ -59,7 +60,7 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
 
 
 def _prepare_resumed(given: dict[str, Any]) -> Plan:
-    out = Path(given.get("out") or newest_folder(Path(DEFAULT_OUT)))
+    out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
     files = RunFiles(out)
     checkpoints = list_checkpoints(files.checkpoints)
     if not checkpoints:

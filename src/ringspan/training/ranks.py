@@ -127,13 +127,9 @@ def join_ranks(device: str, timeout_seconds: float, stop: StopSignal) -> Iterato
     else:
         dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield Ranks(
-            rank=dist.get_rank(),
-            num_ranks=dist.get_world_size(),
-            device=place,
-            control=dist.new_group(backend="gloo", timeout=timeout),
-            stop=stop,
-        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(control, dist.ProcessGroup), "every rank is a member of it"
+        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=place, control=control, stop=stop)
     finally:
         # A group whose other end is gone cannot be left in order, and the process ends here anyway.
         with contextlib.suppress(Exception):

@@ -122,17 +122,17 @@ class FileTokenizer:
                 "--tokenizer bytes",
             ) from None
 
-    @cached_property
+    @property
     def vocabulary_size(self) -> int:
         """With the added special tokens."""
         return self._fast.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of the file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    @cached_property
+    @property
     def separator(self) -> int | None:
         """The id of the end-of-text token that `tokenizer_config.json` names, or of a usual name for it."""
         names = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"]

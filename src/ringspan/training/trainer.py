@@ -25,7 +25,7 @@ from ringspan.training.tokens import Windows, read_windows, validation_starts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PROMPT_TOKENS = 64
+_PROMPT_TOKENS = 256
 
 
 class Trainer:
@@ -61,7 +61,7 @@ class Trainer:
             model = build_model(config.model, vocabulary_size=vocabulary_size, context=config.context, seed=config.seed)
         else:
             model = rebuild_model(Path(plan.checkpoint) / MODEL)
-        model.to(self.ranks.device, getattr(torch, config.dtype))
+        torch.nn.Module.to(model, self.ranks.device, getattr(torch, config.dtype))
         optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
         if plan.checkpoint is not None:
             load_tensors(Path(plan.checkpoint) / MODEL, dict(optimizer.masters))
@@ -125,10 +125,15 @@ class Trainer:
         )
 
     def write_sample(self) -> tuple[str, str]:
-        """A prompt and what the model makes of it; the prompt is the held-out text's beginning unless the user gave one."""
-        config, split = self.config, self.plan.split
-        start = split.num_training
-        held_out = [int(token) for token in self.tokens[start : start + min(_PROMPT_TOKENS, config.context)]]
-        prompt = self.tokenizer.encode(config.prompt) or held_out
+        """A prompt and what the model makes of it; the prompt is from the held-out text's beginning unless the user gave one."""
+        config = self.config
+        prompt = self.tokenizer.encode(config.prompt or self._held_out_lines())
         ids = sample(self.model, prompt, num_tokens=config.sample_tokens, temperature=config.temperature, seed=config.seed)
         return self.tokenizer.decode(prompt), self.tokenizer.decode(ids)
+
+    def _held_out_lines(self) -> str:
+        """A few whole lines from near the beginning of the held-out text; what there is where it has none."""
+        start = self.plan.split.num_training
+        text = self.tokenizer.decode([int(token) for token in self.tokens[start : start + _PROMPT_TOKENS]])
+        begin, end = text.find("\n") + 1, text.rfind("\n") + 1
+        return text[begin:end] or text

@@ -19,6 +19,7 @@ def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, tit
     # The object-oriented interface: pyplot would keep state and look for a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     trained = [(record.step, record.loss) for record in records if record.loss is not None]
     held_out = [(record.step, record.validation_loss) for record in records if record.validation_loss is not None]
@@ -38,6 +39,7 @@ def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, tit
     axes.set_xlabel("optimizer step", fontsize=11)
     axes.set_ylabel(f"loss (nats per {unit})", fontsize=11)
     axes.set_title(title, fontsize=12, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

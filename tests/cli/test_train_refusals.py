@@ -1,0 +1,138 @@
+"""Bad input: each an error that teaches, before any process is started, with exit status 2 and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringspan.cli.main import main
+from ringspan.training import launch
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs `ringspan train` with arguments that must be refused, and returns what it says on stderr."""
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("no rank may be started")
+
+    monkeypatch.setattr(launch, "launch", never)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["ringspan", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code == 2
+        assert "Traceback" not in said.err + said.out
+        return said.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("a few words to train on, again and again. " * 100)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "nowhere.txt"], ["--data nowhere.txt", "no such file"]),
+        (["--ranks", "0"], ["--ranks 0", "Try: --ranks 2"]),
+        (["--ranks", "-1"], ["--ranks -1"]),
+        (["--context", "0"], ["--context 0"]),
+        (["--context", "-8"], ["--context -8"]),
+        (["--steps", "0"], ["--steps 0"]),
+        (["--batch-size", "-1"], ["--batch-size -1"]),
+        (["--learning-rate", "0"], ["--learning-rate 0"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--strategy", "rign"], ["--strategy rign", "ring"]),
+        (["--layout", "zagzig"], ["--layout zagzig", "contiguous, zigzag, striped"]),
+        (["--mask", "casual"], ["--mask casual", "causal"]),
+        (["--mask", "full"], ["--mask full", "--mask causal"]),
+        (["--kernel", "fast"], ["--kernel fast", "reference"]),
+        (["--kernel", "cudnn", "--device", "cpu"], ["--kernel cudnn", "Try: --kernel auto"]),
+        (["--model", "huge"], ["--model huge", "nano, tiny, small"]),
+        (["--dtype", "float8"], ["--dtype float8", "float32, bfloat16"]),
+        (["--device", "tpu"], ["--device tpu", "auto, cpu, cuda"]),
+        (["--tokenizer", "nowhere.json"], ["--tokenizer nowhere.json", "Try: --tokenizer bytes"]),
+        (["--context", "2101"], ["--context 2101", "has 4200 tokens", "Try: --context 2100"]),
+        (["--resume"], ["--resume", "there is no checkpoint"]),
+        (["--out", "text.txt/below"], ["--out text.txt/below", "Not a directory"]),
+        (["--out", "/proc/ringspan"], ["--out /proc/ringspan"]),
+    ],
+)
+def test_it_says_what_was_asked_what_was_found_and_what_works(refused, text: Path, arguments: list[str], expected: list[str]):
+    said = refused(*(["--data", text] if "--data" not in arguments else []), *arguments)
+    assert said.startswith("error: ")
+    for part in expected:
+        assert part in said
+
+
+def test_an_empty_file_is_refused(refused, tmp_path: Path):
+    (tmp_path / "empty.txt").touch()
+    assert "all empty" in refused("--data", tmp_path / "empty.txt")
+
+
+def test_an_option_that_is_no_number_and_one_that_there_is_not_are_refused(refused):
+    assert "--steps" in refused("--steps", "many")
+    assert "--stepps" in refused("--stepps", "3")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(refused, text: Path, tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "Permission denied" in refused("--data", text, "--out", tmp_path / "locked" / "run")
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(refused, text: Path, monkeypatch: pytest.MonkeyPatch):
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    said = refused("--data", text, "--context", 64)
+    assert "1 MB are free and checkpoints need" in said
+
+
+def test_gpus_that_are_not_there_are_refused(refused, text: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "this machine has 0 CUDA devices" in refused("--data", text, "--device", "cuda")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(refused, text: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    said = refused("--data", text, "--context", 64, "--out", tmp_path / "run")
+    assert "it holds a run already" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}"
+
+
+def test_a_run_under_torchrun_has_torchruns_ranks(refused, text: Path):
+    from ringspan.errors import RingspanError
+    from ringspan.training.prepare import prepare
+
+    with pytest.raises(RingspanError, match="torchrun started 4"):
+        prepare({"data": str(text), "ranks": 3}, resume=False, world_size=4)
+
+
+def test_a_model_folder_without_a_readable_configuration_is_refused(refused, text: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "no config.json" in refused("--data", text, "--model", folder)
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text("{")
+    assert "is no JSON" in refused("--data", text, "--model", folder)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "hidden_size": 32}))
+    assert "tokenizer.json" in refused("--data", text, "--model", folder)

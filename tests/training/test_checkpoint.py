@@ -1,0 +1,139 @@
+"""A checkpoint is whole or not there, and a damaged one is refused with the file that is damaged."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from ringspan.errors import RingspanError
+from ringspan.training import checkpoint
+from ringspan.training.checkpoint import TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.model import build_model
+from ringspan.training.optimizer import Optimizer
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return build_model("pico", vocabulary_size=256, context=64, seed=0)
+
+
+def save(folder: Path, step: int, model: LlamaForCausalLM, keep: int = 2) -> Path:
+    optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
+    return save_checkpoint(
+        folder,
+        TrainingState(step=step, tokens_digest="digest"),
+        model=model,
+        weights=optimizer.masters,
+        moments=optimizer.moments(),
+        extra_files={},
+        keep=keep,
+    )
+
+
+def test_a_saved_checkpoint_reads_back(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 7, model)
+    assert verify_checkpoint(folder) == TrainingState(step=7, tokens_digest="digest")
+    weights = {name: torch.full_like(parameter, float("nan")) for name, parameter in model.named_parameters()}
+    load_tensors(folder / "model", weights)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_its_model_folder_is_one_that_transformers_reads(tmp_path: Path, model: LlamaForCausalLM):
+    save(tmp_path, 7, model)
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "latest" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+
+
+def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path, model: LlamaForCausalLM):
+    for step in (9, 10, 100, 11):
+        save(tmp_path, step, model, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000011", "step-00000100"]
+    assert (tmp_path / "latest").resolve().name == "step-00000011"
+
+
+def damage_missing(folder: Path) -> str:
+    (folder / "model" / "model-00001-of-00001.safetensors").unlink()
+    return "model/model-00001-of-00001.safetensors is missing"
+
+
+def damage_truncated(folder: Path) -> str:
+    file = folder / "optimizer" / "model-00001-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "optimizer/model-00001-of-00001.safetensors has .* bytes of the"
+
+
+def damage_flipped(folder: Path) -> str:
+    file = folder / "model" / "model-00001-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return "another SHA-256"
+
+
+def damage_state(folder: Path) -> str:
+    (folder / "training.json").unlink()
+    return "training.json is missing"
+
+
+def damage_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return "manifest.json cannot be read"
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_flipped, damage_state, damage_manifest])
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_newest_whole_one(tmp_path: Path, model: LlamaForCausalLM, damage):
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, keep=3)
+    damage(tmp_path / "step-00000002")
+    found = damage(tmp_path / "step-00000003")
+    with pytest.raises(RingspanError, match=found) as caught:
+        verify_checkpoint(tmp_path / "step-00000003")
+    assert "goes on from step-00000001, which is whole" in str(caught.value)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_intact(tmp_path: Path, model: LlamaForCausalLM):
+    """A limit on the size of files gives a real error of the operating system from the middle of a write."""
+    save(tmp_path, 1, model)
+    program = f"""
+import resource
+from pathlib import Path
+from ringspan.errors import RingspanError
+from ringspan.training.model import build_model
+from tests.training.test_checkpoint import save
+model = build_model("pico", vocabulary_size=256, context=64, seed=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    save(Path({str(tmp_path)!r}), 2, model)
+except RingspanError as error:
+    print("refused:", error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert result.stdout.startswith("refused: checkpoint of step 2"), result.stdout + result.stderr
+    assert "step-00000001, is intact" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    verify_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_write_that_fails_late_is_named_by_its_cause(tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    with pytest.raises(RingspanError, match="No space left on device, and no checkpoint was written before it"):
+        save(tmp_path, 1, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    def broken(folder: Path) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", broken)
+    with pytest.raises(KeyError):
+        save(tmp_path, 1, model)
