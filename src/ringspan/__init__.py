@@ -7,7 +7,7 @@ from ringspan import transformers
 from ringspan.attention import ContextParallel, Sequence
 from ringspan.errors import RankFailure, RingspanError, ScheduleError, UnsupportedError
 from ringspan.geometry import LAYOUTS as _LAYOUTS
-from ringspan.geometry import Mask, causal, full
+from ringspan.geometry import Mask, block_sparse, causal, documents, full, mask_mod, parse_mask, prefix_lm, sliding_window
 from ringspan.transport import run_in_process
 
 __version__ = "0.1.0"
@@ -23,9 +23,15 @@ __all__ = [
     "ScheduleError",
     "Sequence",
     "UnsupportedError",
+    "block_sparse",
     "causal",
+    "documents",
     "full",
     "layouts",
+    "mask_mod",
+    "parse_mask",
+    "prefix_lm",
     "run_in_process",
+    "sliding_window",
     "transformers",
 ]

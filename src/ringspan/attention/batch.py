@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.attention.loss import IGNORE_INDEX, shift_labels
 from ringspan.errors import UnsupportedError
-from ringspan.geometry import Causal
+from ringspan.geometry import looks_ahead
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import Sequence
@@ -68,7 +68,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _check_padding(sequence: Sequence, padding: Tensor) -> None:
     right = bool((padding[:, 1:].bool() <= padding[:, :-1].bool()).all())
     everything = bool(torch.all(padding != 0))
-    if padding.ndim != 2 or not (everything or (right and isinstance(sequence.mask, Causal))):
+    if padding.ndim != 2 or not (everything or (right and not looks_ahead(sequence.mask))):
         raise UnsupportedError(
             f"an attention_mask {tuple(padding.shape)} under mask {sequence.mask}",
             "it hides tokens that others would see",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from ringspan.errors import RingspanError
-from ringspan.geometry import Mask, causal, make_layout
+from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Problem, select_kernel
 from ringspan.strategies import make_schedules
 
@@ -26,7 +27,7 @@ def check_names(
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     whole = make_layout(layout, num_ranks, num_ranks, weights)
-    make_schedules(strategy, whole, causal(), **options)
+    make_schedules(strategy, whole, full(), **options)
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
     make_layout(layout, num_ranks, num_ranks, weights)
@@ -38,6 +39,7 @@ def check_sequence(length: int, mask: Mask) -> None:
         raise RingspanError(f"a sequence of length {length!r}", "", "A length is a whole number of at least 1 token", "length=1024")
     if not isinstance(mask, Mask):
         raise RingspanError(f"mask {mask!r}", f"it is of type {type(mask).__name__}", "A mask is a ringspan mask", "ringspan.causal()")
+    mask.check_length(length)
 
 
 def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
@@ -51,8 +53,30 @@ def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
         )
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, shard_length: int, rank: int, kernel: str) -> None:
-    """Shapes, dtypes and devices of q, k and v, and that the kernel computes them."""
+def features(mask: Mask, softcap: float | None) -> frozenset[str]:
+    """What a kernel must know to compute these scores: see `ringspan.kernels.Problem`."""
+    wanted = {"softcap": softcap is not None, "mask_mod": mask.mod is not None, "window": has_window(mask)}
+    return frozenset(name for name, needed in wanted.items() if needed)
+
+
+def kernel_problem(q: Tensor, k: Tensor, wanted: frozenset[str]) -> Problem:
+    """The problem that a kernel is chosen for."""
+    return Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], features=wanted)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    shard_length: int,
+    rank: int,
+    kernel: str,
+    wanted: frozenset[str],
+) -> None:
+    """Shapes, dtypes and devices of q, k, v and sinks, and that the kernel computes them."""
     asked = f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise RingspanError(
@@ -68,9 +92,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, shard_length: int, rank: in
             "q, k and v hold this rank's shard",
             "seq.shard(x, dim=1) of the whole tensor",
         )
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2] or not q.shape[3]:
         raise RingspanError(
-            asked, f"{q.shape[2]} query heads, {k.shape[2]} KV heads", "KV heads divide query heads", "as many KV heads as query heads"
+            asked,
+            f"{q.shape[2]} query heads, {k.shape[2]} KV heads of {q.shape[3]}",
+            "KV heads divide query heads",
+            "as many KV heads as query heads",
         )
     if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
         raise RingspanError(
@@ -80,19 +107,25 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, shard_length: int, rank: in
             f"k.to({q.dtype}), v.to({q.dtype})",
         )
     if len({q.device, k.device, v.device}) > 1:
-        raise RingspanError(
-            asked, f"devices {q.device}, {k.device}, {v.device}", "q, k and v lie on one device", f"k.to('{q.device}'), v.to('{q.device}')"
-        )
-    select_kernel(kernel, Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3]))
+        found = f"devices {q.device}, {k.device}, {v.device}"
+        raise RingspanError(asked, found, "q, k and v lie on one device", f"k.to('{q.device}'), v.to('{q.device}')")
+    if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
+        found = f"{tuple(sinks.shape)} on {sinks.device}"
+        raise RingspanError(f"{asked} with sinks", found, "Sinks are one score a query head", f"sinks of shape ({q.shape[2]},)")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and (name == "scale" or value > 0)):
+            raise RingspanError(
+                f"{asked} with {name}={value!r}", "", "A scale is a finite number, and a softcap one above 0", f"{name}=None"
+            )
+    select_kernel(kernel, kernel_problem(q, k, wanted))
 
 
-def describe_attention(q: Tensor, k: Tensor, scale: float) -> str:
+def describe_attention(q: Tensor, k: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> str:
     """What all ranks must have in common."""
     if q.ndim != 4 or k.ndim != 4:
         return "malformed tensors"
-    return (
-        f"batch={q.shape[0]} heads={q.shape[2]} kv_heads={k.shape[2]} head_dim={q.shape[3]} {q.dtype} on {q.device.type} scale={scale:.9g}"
-    )
+    heads = f"batch={q.shape[0]} heads={q.shape[2]} kv_heads={k.shape[2]} head_dim={q.shape[3]}"
+    return f"{heads} {q.dtype} on {q.device.type} scale={scale} softcap={softcap} sinks={sinks is not None}"
 
 
 def describe_shard(x: Tensor, dim: int) -> str:

@@ -17,10 +17,11 @@ from ringspan.attention.batch import shard_batch
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.program import resolve
+from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import Problem, select_kernel
+from ringspan.kernels import select_kernel
 from ringspan.strategies import Schedules, make_schedules
 from ringspan.transport import InProcessTransport, agree, make_transport
 
@@ -156,13 +157,39 @@ class Sequence:
         return Unshard.apply(x, self.layout, self.context.transport, dim)
 
     @overload
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, return_lse: Literal[False] = False) -> Tensor: ...
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
     @overload
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, return_lse: Literal[True]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, return_lse: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Exact attention of this rank's queries to the whole sequence. Collective, forward and backward.
 
@@ -171,7 +198,10 @@ class Sequence:
             k: `[batch, shard, kv_heads, head_dim]`; `kv_heads` divides `heads` and is never expanded, here or on the wire.
             v: like `k`.
             scale: of the scores; 1/√head_dim if not given.
-            return_lse: also return the log-sum-exp of each query's scores.
+            softcap: scores become `softcap · tanh(scores / softcap)` (Gemma 2).
+            sinks: `[heads]`, one more score a head that takes weight and gives nothing (gpt-oss); with a gradient. Each rank's gradient of
+                it is its own share: `ContextParallel.sum_gradients` adds them up.
+            return_lse: also return the log-sum-exp of each query's scores, the sink's included.
 
         Returns:
             `out [batch, shard, heads, head_dim]` in the dtype of `q`; with `return_lse` also `lse [batch, heads, shard]`, float32 or wider.
@@ -180,24 +210,27 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
                 wrong, the kernel refuses it, or the ranks disagree.
         """
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None and q.ndim else scale
+        about_sinks = None if sinks is None else (sinks.shape, sinks.device)
+        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(q, k, v, scale)
-        out, lse = DistributedAttention.apply(q, k, v, plan, scale)
+            plan = self._plans[key] = self._plan(q, k, v, sinks, scale, softcap)
+        out, lse = DistributedAttention.apply(q, k, v, sinks, plan)
         return (out, lse) if return_lse else out
 
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Plan:
-        problem = checks.problem_of(lambda: checks.check_attention(q, k, v, self.shard_length, self.rank, self.context.kernel))
-        agree(self.context.transport, "attention", checks.describe_attention(q, k, scale), problem)
-        kernel = select_kernel(
-            self.context.kernel, Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3])
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
+        features = checks.features(self.mask, softcap)
+        problem = checks.problem_of(
+            lambda: checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
         )
+        agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
+        kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
         forward, backward = (
             resolve(schedule, self.layout, self.mask, kernel, self.rank) for schedule in (self.schedules.forward, self.schedules.backward)
         )
-        return Plan(forward, backward, kernel, self.context.transport)
+        scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod)
+        return Plan(forward, backward, kernel, self.context.transport, TileScores(scoring, self.layout, q.device))
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

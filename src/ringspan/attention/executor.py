@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.program import RankProgram
+from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Accumulator, Shelf
 from ringspan.geometry import Tile
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, merge_, rows_first
@@ -26,11 +27,11 @@ class Pass:
         program: this rank's resolved program.
         kernel: computes the tiles.
         transport: moves the pieces.
-        scale: of the scores.
+        scores: makes the scores of each tile.
     """
 
-    def __init__(self, program: RankProgram, kernel: Kernel, transport: Transport, scale: float) -> None:
-        self.program, self.kernel, self.transport, self.scale = program, kernel, transport, scale
+    def __init__(self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores) -> None:
+        self.program, self.kernel, self.transport, self.scores = program, kernel, transport, scores
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
@@ -87,8 +88,10 @@ class Pass:
 class ForwardPass(Pass):
     """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. See `Pass` for the other arguments."""
 
-    def __init__(self, program: RankProgram, kernel: Kernel, transport: Transport, scale: float, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(program, kernel, transport, scale)
+    def __init__(
+        self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        super().__init__(program, kernel, transport, scores)
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank = program.rank
@@ -106,7 +109,7 @@ class ForwardPass(Pass):
         """Merges the tile's partial attention into the partial of `q_owner`."""
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
         (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
-        out, lse = self.kernel.forward(batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), tile, self.scale)
+        out, lse = self.kernel.forward(batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), self.scores(q_owner, kv_owner, tile))
         self._merge(q_owner, tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
@@ -152,10 +155,10 @@ class BackwardPass(Pass):
     """dO and what the forward saved to dq, dk, dv. `dlse` is None where nothing depends on lse."""
 
     def __init__(
-        self, program: RankProgram, kernel: Kernel, transport: Transport, scale: float,
+        self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(program, kernel, transport, scale)
+        super().__init__(program, kernel, transport, scores)
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank, rows = program.rank, q.shape[1]
@@ -177,7 +180,7 @@ class BackwardPass(Pass):
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
         dq, dk, dv = self.kernel.backward(
             batch_first(dout), batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), batch_first(out),
-            lse.permute(1, 2, 0), dlse, tile, self.scale,
+            lse.permute(1, 2, 0), dlse, self.scores(q_owner, kv_owner, tile),
         )  # fmt: skip
         self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))
         self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))
@@ -212,8 +215,8 @@ class BackwardPass(Pass):
         rank = self.program.rank
         dq = self._accumulators[("dq", rank)].rows(0, self._q.shape[1])
         dkv = self._accumulators[("dkv", rank)].rows(0, self._k.shape[1])
-        dtypes = (self._q.dtype, self._k.dtype, self._k.dtype)
-        return tuple(batch_first(x).to(dtype).contiguous() for x, dtype in zip((dq, dkv[:, 0], dkv[:, 1]), dtypes, strict=True))
+        dk, dv = (batch_first(dkv[:, index]).to(self._k.dtype).contiguous() for index in (0, 1))
+        return batch_first(dq).to(self._q.dtype).contiguous(), dk, dv
 
 
 def pack(k: Tensor, v: Tensor, program: RankProgram) -> Tensor:

@@ -29,8 +29,8 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
+    def backward(ctx, *gradients: Tensor):
+        return gradients[0], None
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, transport: Transport, ignore_index: int = IGNORE_INDEX) -> Tensor:

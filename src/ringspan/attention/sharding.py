@@ -53,8 +53,9 @@ class Unshard(torch.autograd.Function):
         return assemble(shards, layout, ctx.dim)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, *gradients: Tensor):
         """Every rank sends to each owner the gradient of its shard; the owner adds them in rank order."""
+        (gradient,) = gradients
         transport, layout = ctx.transport, ctx.layout
         others = [rank for rank in range(transport.size) if rank != transport.rank]
         sends = [Parcel(take_shard(gradient, layout, rank, ctx.dim).contiguous(), rank) for rank in others]

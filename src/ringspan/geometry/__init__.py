@@ -1,26 +1,48 @@
 """Integers only: spans, layouts, masks and the tiles that they leave. No torch here."""
 
 from ringspan.geometry.layout import LAYOUTS, Layout, make_layout
-from ringspan.geometry.mask import MASKS, Causal, Full, Mask, Region, causal, full, parse_mask, tiles
+from ringspan.geometry.mask import (
+    Mask,
+    MaskMod,
+    Region,
+    block_sparse,
+    causal,
+    documents,
+    full,
+    has_window,
+    looks_ahead,
+    mask_mod,
+    prefix_lm,
+    sliding_window,
+)
+from ringspan.geometry.mask_text import MASK_FORMS, MASKS, parse_mask
 from ringspan.geometry.span import Span
 from ringspan.geometry.tile import Tile, band_pairs
+from ringspan.geometry.tiling import tiles
 from ringspan.geometry.workload import Workload
 
 __all__ = [
     "LAYOUTS",
     "MASKS",
-    "Causal",
-    "Full",
+    "MASK_FORMS",
     "Layout",
     "Mask",
+    "MaskMod",
     "Region",
     "Span",
     "Tile",
     "Workload",
     "band_pairs",
+    "block_sparse",
     "causal",
+    "documents",
     "full",
+    "has_window",
+    "looks_ahead",
     "make_layout",
+    "mask_mod",
     "parse_mask",
+    "prefix_lm",
+    "sliding_window",
     "tiles",
 ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringspan.geometry.layout import Layout
-from ringspan.geometry.mask import Mask, tiles
+from ringspan.geometry.mask import Mask
+from ringspan.geometry.tiling import tiles
 
 
 @dataclass(frozen=True)

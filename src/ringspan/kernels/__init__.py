@@ -2,14 +2,20 @@
 
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
-from ringspan.kernels.protocol import Kernel, Problem, lowered
+from ringspan.kernels.protocol import Kernel, Problem, Scores, lowered
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
-__all__ = ["KERNELS", "Kernel", "Problem", "accumulator_dtype", "batch_first", "lowered", "merge_", "rows_first", "select_kernel"]
+__all__ = ["KERNELS", "Kernel", "Problem", "Scores", "accumulator_dtype", "batch_first", "lowered", "merge_", "rows_first", "select_kernel"]
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CuDnn(), Flash2(), TorchCpu(), Reference())}
 """By name, the fastest first where speeds were compared (Hopper, PEERS table of 2026-11)."""
+
+
+def refusal(kernel: Kernel, problem: Problem) -> str | None:
+    """Why `kernel` does not compute `problem` here, or None where it does."""
+    missing = sorted(problem.features - kernel.features)
+    return kernel.refusal(problem) or (f"it computes no {' and no '.join(missing)}" if missing else None)
 
 
 def select_kernel(name: str, problem: Problem) -> Kernel:
@@ -18,7 +24,7 @@ def select_kernel(name: str, problem: Problem) -> Kernel:
     Raises:
         UnsupportedError: for an unknown name, or a kernel that refuses `problem`, with its reason.
     """
-    reasons = {other: kernel.refusal(problem) for other, kernel in KERNELS.items()}
+    reasons = {other: refusal(kernel, problem) for other, kernel in KERNELS.items()}
     capable = [other for other, reason in reasons.items() if reason is None]
     if name == "auto":
         return KERNELS[capable[0]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ringspan.geometry import Tile
+from ringspan.geometry import MaskMod, Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Problem:
         heads: query heads.
         kv_heads: key and value heads, a divisor of `heads`.
         head_dim: width of a head.
+        features: which of `window`, `softcap` and `mask_mod` the scores need.
     """
 
     device: str
@@ -28,6 +29,47 @@ class Problem:
     heads: int
     kv_heads: int
     head_dim: int
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the scores of one tile come about: `softcap · tanh(q kᵀ · scale / softcap)`, −inf where the tile or `mask_mod` forbids.
+
+    Args:
+        tile: the rectangle and its band.
+        scale: of q kᵀ.
+        softcap: bounds the scores, None for no bound (Gemma 2).
+        mask_mod: FlexAttention's function of global positions, or None.
+        q_positions: global positions of the tile's rows, where `mask_mod` is given.
+        k_positions: global positions of its columns, likewise.
+        first_head: the global index of the first query head at hand.
+    """
+
+    tile: Tile
+    scale: float
+    softcap: float | None = None
+    mask_mod: MaskMod | None = None
+    q_positions: Tensor | None = field(default=None, compare=False)
+    k_positions: Tensor | None = field(default=None, compare=False)
+    first_head: int = 0
+
+    def allowed(self, rows: slice, batch: int, heads: int, device: torch.device) -> Tensor | None:
+        """Which pairs of `rows` (of the tile) are allowed: boolean, broadcastable to `[batch, heads, rows, keys]`; None for all."""
+        result = None
+        if self.tile.kind != "full":
+            i = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+            distance = i - torch.arange(self.tile.num_keys, device=device)
+            low = distance.new_full((), self.tile.low) if self.tile.low is not None else distance
+            high = distance.new_full((), self.tile.high) if self.tile.high is not None else distance
+            result = ((distance >= low) & (distance <= high))[None, None]
+        if self.mask_mod is not None:
+            assert self.q_positions is not None and self.k_positions is not None
+            b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+            h = torch.arange(self.first_head, self.first_head + heads, device=device).view(1, -1, 1, 1)
+            said = self.mask_mod(b, h, self.q_positions[rows].view(1, 1, -1, 1), self.k_positions.view(1, 1, 1, -1))
+            result = said if result is None else result & said
+        return result
 
 
 class Kernel(Protocol):
@@ -37,18 +79,20 @@ class Kernel(Protocol):
         name: what the user calls it.
         shapes: the tiles that it computes in one launch, beyond full ones: `causal` (low = 0, aligned top-left, any rectangle),
             `square` (low = 0 on squares only), `band` (anything). Other tiles are lowered to these, see `lowered`.
+        features: which of `window`, `softcap` and `mask_mod` it computes.
         lse_gradient: whether the backward takes a gradient of lse.
     """
 
     name: str
     shapes: frozenset[str]
+    features: frozenset[str]
     lse_gradient: bool
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this kernel does not compute `problem` here, or None where it does."""
+        """Why this kernel does not compute `problem` here (features aside), or None where it does."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """`q [batch, queries, heads, head_dim]`, `k, v [batch, keys, kv_heads, head_dim]`, the rows of the tile alone, any strides.
 
         Returns `out [batch, queries, heads, head_dim]` and `lse [batch, heads, queries]` (natural log, float32 or wider).
@@ -56,7 +100,7 @@ class Kernel(Protocol):
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one tile, given the *merged* `out` and `lse` of its rows, which make each tile's share exact."""
         ...

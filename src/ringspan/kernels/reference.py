@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringspan.geometry import Tile
 from ringspan.kernels.partial import accumulator_dtype
-from ringspan.kernels.protocol import Problem
+from ringspan.kernels.protocol import Problem, Scores
 
 SCORES_IN_MEMORY = 1 << 24
 """How many scores the reference holds at once; longer tiles are computed by blocks of queries."""
@@ -20,25 +19,26 @@ class Reference:
 
     name = "reference"
     shapes = frozenset({"causal", "square", "band"})
+    features = frozenset({"window", "softcap", "mask_mod"})
     lse_gradient = True
 
     def refusal(self, problem: Problem) -> str | None:
         """None: the reference computes everything, slowly."""
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`. Rows that see no key are 0 with lse −inf."""
         outs, lses = [], []
         for rows in _blocks(q, k):
-            scores = _scores(q, k, tile, scale, rows)
-            lse = torch.logsumexp(scores, -1)
-            weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+            block, _ = _block_scores(q, k, scores, rows)
+            lse = torch.logsumexp(block, -1)
+            weights = torch.exp(block - _finite(lse).unsqueeze(-1))
             outs.append(torch.einsum("bgrqk,bkgd->bqgrd", weights, v.to(weights.dtype)).flatten(2, 3))
             lses.append(lse.flatten(1, 2))
         return torch.cat(outs, 1), torch.cat(lses, 2)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`: P = exp(S − lse), dS = P ∘ (dO vᵀ − delta + dlse), delta = Σ dO ∘ out."""
         wide = accumulator_dtype(q.dtype)
@@ -48,10 +48,11 @@ class Reference:
         dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for rows in _blocks(q, k):
             queries, grads = (x[:, rows].to(wide).unflatten(2, (groups, -1)) for x in (q, dout))
-            scores = _scores(q, k, tile, scale, rows)
+            block, slope = _block_scores(q, k, scores, rows)
             row_lse, row_delta = (x[:, :, rows].to(wide).unflatten(1, (groups, -1)).unsqueeze(-1) for x in (lse, delta))
-            weights = torch.exp(scores - _finite(row_lse))
-            dscores = weights * (torch.einsum("bqgrd,bkgd->bgrqk", grads, v.to(wide)) - row_delta) * scale
+            weights = torch.exp(block - _finite(row_lse))
+            dscores = weights * (torch.einsum("bqgrd,bkgd->bgrqk", grads, v.to(wide)) - row_delta)
+            dscores = dscores * scores.scale if slope is None else dscores * slope * scores.scale
             dqs.append(torch.einsum("bgrqk,bkgd->bqgrd", dscores, k.to(wide)).flatten(2, 3))
             dk += torch.einsum("bgrqk,bqgrd->bkgd", dscores, queries)
             dv += torch.einsum("bgrqk,bqgrd->bkgd", weights, grads)
@@ -63,19 +64,20 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     yield from (slice(start, min(start + size, q.shape[1])) for start in range(0, q.shape[1], size))
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float, rows: slice) -> Tensor:
-    """`[batch, kv_heads, heads per kv head, rows, keys]`, −inf where the tile's band forbids."""
+def _block_scores(q: Tensor, k: Tensor, scores: Scores, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """`[batch, kv_heads, heads per kv head, rows, keys]`, −inf where forbidden; and the softcap's slope 1 − tanh², where there is one."""
     wide = accumulator_dtype(q.dtype)
     queries = q[:, rows].to(wide).unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("bqgrd,bkgd->bgrqk", queries, k.to(wide)) * scale
-    if tile.kind != "full":
-        i = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1)
-        distance = i - torch.arange(k.shape[1], device=q.device)
-        allowed = torch.ones_like(distance, dtype=torch.bool)
-        allowed = allowed if tile.low is None else allowed & (distance >= tile.low)
-        allowed = allowed if tile.high is None else allowed & (distance <= tile.high)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores
+    block = torch.einsum("bqgrd,bkgd->bgrqk", queries, k.to(wide)) * scores.scale
+    slope = None
+    if scores.softcap is not None:
+        tanh = torch.tanh(block / scores.softcap)
+        block, slope = tanh * scores.softcap, 1 - tanh * tanh
+    allowed = scores.allowed(rows, q.shape[0], q.shape[2], q.device)
+    if allowed is not None:
+        grouped = allowed.expand(-1, q.shape[2], -1, -1).unflatten(1, (k.shape[2], -1))
+        block = block.masked_fill(~grouped, float("-inf"))
+    return block, slope
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ringspan.geometry import Tile
-from ringspan.kernels.protocol import Problem
+from ringspan.kernels.protocol import Problem, Scores
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+_ROWS_WITH_MASK = 512
+"""The CPU kernel takes windows and mask_mods as a tensor of this many rows at a time, so that it never grows with the square."""
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -17,40 +19,90 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-def _dtype_refusal(problem: Problem, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _refusal(problem: Problem, device: str, dtypes: tuple[torch.dtype, ...], widest_head: int | None = None) -> str | None:
     if problem.device != device:
         return f"it runs on {device}, and the tensors are on {problem.device}"
     if problem.dtype not in dtypes:
-        return f"it computes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, not {str(problem.dtype).removeprefix('torch.')}"
+        names = [str(dtype).removeprefix("torch.") for dtype in (problem.dtype, *dtypes)]
+        return f"it computes {', '.join(names[1:])}, not {names[0]}"
+    if widest_head is not None and (problem.head_dim % 8 or problem.head_dim > widest_head):
+        return f"it computes head sizes that are multiples of 8 up to {widest_head}, not {problem.head_dim}"
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"it wants compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
     return None
 
 
 class TorchCpu:
-    """Torch's CPU flash attention. Its fully masked rows come back with lse 0 instead of −inf, so it is only given tiles without any."""
+    """Torch's CPU flash attention. Windows and mask_mods reach it as a mask, a few rows at a time."""
 
     name = "torch_cpu"
-    shapes = frozenset({"causal", "square"})
+    shapes = frozenset({"causal", "square", "band"})
+    features = frozenset({"window", "mask_mod"})
     lse_gradient = False
 
     def refusal(self, problem: Problem) -> str | None:
         """CPU tensors in float64, float32, bfloat16 or float16."""
-        return _dtype_refusal(problem, "cpu", (torch.float64, torch.float32, *_HALF))
+        return _refusal(problem, "cpu", (torch.float64, torch.float32, *_HALF))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, tile.kind == "causal", scale=scale)
-        return out.transpose(1, 2), lse
+        outs, lses = [], []
+        for rows, keys, mask, causal in _cpu_launches(q, k, scores):
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                *_heads_first(q[:, rows], k[:, keys], v[:, keys]), 0.0, causal, attn_mask=mask, scale=scores.scale
+            )
+            if scores.mask_mod is not None and mask is not None:
+                # A row of which mask_mod leaves nothing comes back with lse 0 instead of −inf, and would count in the merge.
+                empty = torch.isneginf(mask).all(-1).expand(lse.shape)
+                out, lse = out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, float("-inf"))
+            outs.append(out.transpose(1, 2))
+            lses.append(lse)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         assert dlse is None
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_heads_first(dout, q, k, v, out), lse, 0.0, tile.kind == "causal", scale=scale
-        )
-        dq, dk, dv = _heads_first(*grads)
-        return dq, dk, dv
+        if scores.mask_mod is not None:
+            lse = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
+        launches = list(_cpu_launches(q, k, scores))
+        dqs = []
+        dk = dv = None
+        for rows, keys, mask, causal in launches:
+            tensors = _heads_first(dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows])
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *tensors, lse[:, :, rows], 0.0, causal, attn_mask=mask, scale=scores.scale
+            )
+            dq, dk_part, dv_part = _heads_first(*grads)
+            if len(launches) == 1:
+                return dq, dk_part, dv_part
+            dqs.append(dq)
+            if dk is None or dv is None:
+                wide = torch.promote_types(k.dtype, torch.float32)
+                dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+            dk[:, keys] += dk_part
+            dv[:, keys] += dv_part
+        assert dk is not None and dv is not None
+        return torch.cat(dqs, 1), dk, dv
+
+
+def _cpu_launches(q: Tensor, k: Tensor, scores: Scores) -> list[tuple[slice, slice, Tensor | None, bool]]:
+    """(rows, keys, mask, causal) of each call: one where the kernel knows the tile's shape, else some rows with their mask at a time."""
+    tile = scores.tile
+    if scores.mask_mod is None and tile.kind != "band":
+        return [(slice(0, q.shape[1]), slice(0, k.shape[1]), None, tile.kind == "causal")]
+    launches = []
+    for start in range(0, q.shape[1], _ROWS_WITH_MASK):
+        rows = slice(start, min(start + _ROWS_WITH_MASK, q.shape[1]))
+        first = 0 if tile.high is None else max(0, rows.start - tile.high)
+        end = k.shape[1] if tile.low is None else min(k.shape[1], rows.stop - tile.low)
+        allowed = scores.allowed(rows, q.shape[0], q.shape[2], q.device)
+        assert allowed is not None
+        allowed = allowed[..., first:end]
+        mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
+        launches.append((rows, slice(first, end), mask, False))
+    return launches
 
 
 class CuDnn:
@@ -58,83 +110,76 @@ class CuDnn:
 
     name = "cudnn"
     shapes = frozenset({"causal", "square"})
+    features: frozenset[str] = frozenset()
     lse_gradient = False
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 128, a multiple of 8, on compute capability 8.0 or later."""
-        if (reason := _dtype_refusal(problem, "cuda", _HALF)) is not None:
-            return reason
-        if problem.head_dim % 8 or problem.head_dim > 128:
-            return f"it computes head sizes that are multiples of 8 up to 128, not {problem.head_dim}"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return f"it wants compute capability 8.0, and this GPU has {torch.cuda.get_device_capability()}"
-        return None
+        return _refusal(problem, "cuda", _HALF, widest_head=128)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            *_heads_first(q, k, v), None, True, 0.0, tile.kind == "causal", False, scale=scale
+            *_heads_first(q, k, v), None, True, 0.0, scores.tile.kind == "causal", False, scale=scores.scale
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3])
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         assert dlse is None
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             *_heads_first(dout, q, k, v, out), lse.contiguous().unsqueeze(-1), seed, seed, None, None, None,
-            q.shape[1], k.shape[1], 0.0, tile.kind == "causal", scale=scale,
+            q.shape[1], k.shape[1], 0.0, scores.tile.kind == "causal", scale=scores.scale,
         )  # fmt: skip
         dq, dk, dv = _heads_first(*grads)
         return dq, dk, dv
 
 
 class Flash2:
-    """FlashAttention-2 as torch carries it. Its causal alignment is bottom-right, so it is given squares."""
+    """FlashAttention-2 as torch carries it, windows included."""
 
     name = "flash2"
-    shapes = frozenset({"square"})
+    shapes = frozenset({"band"})
+    features = frozenset({"window"})
     lse_gradient = False
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 256, a multiple of 8, on compute capability 8.0 or later."""
-        if (reason := _dtype_refusal(problem, "cuda", _HALF)) is not None:
-            return reason
-        if problem.head_dim % 8 or problem.head_dim > 256:
-            return f"it computes head sizes that are multiples of 8 up to 256, not {problem.head_dim}"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return f"it wants compute capability 8.0, and this GPU has {torch.cuda.get_device_capability()}"
-        return None
+        return _refusal(problem, "cuda", _HALF, widest_head=256)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal, left, right = _flash2_window(scores.tile)
         out, lse, *_ = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, tile.kind == "causal", False, scale=scale
-        )
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False,
+            scale=scores.scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         assert dlse is None
+        causal, left, right = _flash2_window(scores.tile)
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         return aten._flash_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
-            0.0,
-            tile.kind == "causal",
-            seed,
-            seed[:0],
-            scale=scale,
-        )
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, seed[:0],
+            scale=scores.scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+
+
+def _flash2_window(tile: Tile) -> tuple[bool, int | None, int | None]:
+    """(causal, left, right) of a tile for FlashAttention, which counts from the bottom-right corner: key ≤ query + keys − queries + right.
+
+    On a trimmed tile both bounds come out at 0 or above; a negative one would mean no bound.
+    """
+    if tile.kind == "full" or (tile.kind == "causal" and tile.num_queries == tile.num_keys):
+        return tile.kind == "causal", None, None
+    corner = tile.num_keys - tile.num_queries
+    left = -1 if tile.high is None else tile.high + corner
+    right = -1 if tile.low is None else -tile.low - corner
+    return False, left, right

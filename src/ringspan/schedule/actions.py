@@ -13,7 +13,8 @@ from functools import cached_property
 from ringspan.errors import ScheduleError
 
 KINDS = ("q", "kv", "o", "do", "dq", "dkv")
-"""`q` queries · `kv` keys and values in one buffer · `o` a partial output with its lse · `do` dO with lse and delta · `dq`, `dkv` gradients."""
+"""`q` queries · `kv` keys and values in one buffer · `o` a partial output with its lse · `do` dO with what its backward needs · `dq`, `dkv`
+gradients."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,5 +36,10 @@ def lifetimes(program: tuple[Action, ...]) -> list[tuple[Receive, int]]:
                 result.append((action, combined[(action.piece, action.peer)]))
                 continue
             readers = used[(action.piece.kind, action.piece.owner)]
-            result.append((action, max((end for start, end, piece in readers if start >= action.due and action.piece.holds(piece)), default=action.due)))
+            result.append(
+                (
+                    action,
+                    max((end for start, end, piece in readers if start >= action.due and action.piece.holds(piece)), default=action.due),
+                )
+            )
     return result

@@ -206,7 +206,9 @@ class _Possession:
         taken = [entry for entry in accumulator if entry[0] >= piece.start and entry[1] <= piece.stop]
         if not taken:
             raise _broken("possession", f"rank {rank}, step {action.step}: {action}", "it has computed nothing of it")
-        self.accumulators[rank][(piece.kind, piece.owner)] = [entry for entry in accumulator if entry[0] < piece.start or entry[1] > piece.stop]
+        self.accumulators[rank][(piece.kind, piece.owner)] = [
+            entry for entry in accumulator if entry[0] < piece.start or entry[1] > piece.stop
+        ]
         return taken
 
     def _combine(self, rank: int, action: Combine) -> None:

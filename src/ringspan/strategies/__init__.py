@@ -69,4 +69,5 @@ def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int) ->
             raise RingspanError(
                 f"strategy {strategy!r} with {name}={value!r}", "", "The options of a strategy are whole numbers", f"{name}=1"
             )
+    mask.check_length(layout.length)
     return STRATEGIES[strategy](layout, mask, **options)

@@ -1,8 +1,8 @@
 """DISTFLASHATTN's balanced schedule: ranks with little work compute for those with much, in half as many steps.
 
-Li et al., "DISTFLASHATTN" (2310.03294), Algorithm 2, for contiguous shards under a causal mask: at step t = 1 … ⌊P/2⌋ rank p fetches the keys
-of rank p − t and attends to them; where there are none (p < t) it is idle, and so it *helps*: it fetches the queries of the heavy rank
-p − t + P, attends them to its own keys, and sends the partial result home. Blocks at a distance of up to P/2 are thus computed by
+Li et al., "DISTFLASHATTN" (2310.03294), Algorithm 2, for contiguous shards under a causal mask: at step t = 1 … ⌊P/2⌋ rank p fetches the
+keys of rank p − t and attends to them; where there are none (p < t) it is idle, and so it *helps*: it fetches the queries of the heavy
+rank p − t + P, attends them to its own keys, and sends the partial result home. Blocks at a distance of up to P/2 are thus computed by
 the queries' owner, the others by the keys' owner, under any layout and mask.
 
 Erratum: the printed guard t ≠ ⌊P/2⌋ drops blocks for every odd P; the two roles meet in the same block only where 2t = P. No rank is

@@ -1,4 +1,4 @@
-"""What every strategy is made of: which part of which shard a rank reads, how a shard goes from reader to reader, how gradients get home."""
+"""What strategies are made of: which part of a shard a rank reads, how a shard goes from reader to reader, how gradients get home."""
 
 from __future__ import annotations
 

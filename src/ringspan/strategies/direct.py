@@ -1,8 +1,8 @@
 """Direct attention: each rank fetches exactly the keys that its queries read, straight from their owners.
 
 Where a mask is sparse this sends strictly less than any ring: no rank forwards what it does not read, and the gaps between the spans
-that it reads are not sent either. Under a sliding window only the neighbours' tails travel. It is the group-cast of MagiAttention, written as a
-schedule. Gradients of exactly these spans go straight home.
+that it reads are not sent either. Under a sliding window only the neighbours' tails travel. It is the group-cast of MagiAttention,
+written as a schedule. Gradients of exactly these spans go straight home.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ringspan.strategies.common import Schedules, block, straight_backward
 
 
 def direct(layout: Layout, mask: Mask) -> Schedules:
-    """Forward and backward schedules: at step s a rank attends to the s-th nearest shard, going back round the ring, of which it reads anything."""
+    """Forward and backward schedules: at step s a rank attends to the s-th shard, going back round the ring, of which it reads anything."""
     num_ranks = layout.num_ranks
     builder = ScheduleBuilder("direct", "forward", layout.shard_lengths)
     for rank in range(num_ranks):

@@ -1,9 +1,9 @@
 """The double ring: inner rings of w ranks turn under one outer transfer, so that a slow link has w steps to deliver.
 
-Gu et al., "LoongTrain" (2406.18485), 2D attention's context-parallel half: N ranks are N/w inner rings of w. At outer step a, inner step b, rank
-(g, p) attends to the shard born at (g − a, p − b). What a rank holds at the start of an outer step goes to its twin in the next inner
-ring at once and is due w steps later; within the ring it goes round one rank a step. Put the ranks of one machine in one
-inner ring. In the backward dK and dV ride each inner ring and cross to their owner once a ring.
+Gu et al., "LoongTrain" (2406.18485), 2D attention's context-parallel half: N ranks are N/w inner rings of w. At outer step a, inner step
+b, rank (g, p) attends to the shard born at (g − a, p − b). What a rank holds at the start of an outer step goes to its twin in the next
+inner ring at once and is due w steps later; within the ring it goes round one rank a step. Put the ranks of one machine in one inner
+ring. In the backward dK and dV ride each inner ring and cross to their owner once a ring.
 """
 
 from __future__ import annotations

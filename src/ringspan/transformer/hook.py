@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.errors import RingspanError, UnsupportedError
-from ringspan.geometry import Causal
+from ringspan.geometry import looks_ahead, sliding_window
 
 ATTENTION_NAME = "ringspan"
 
@@ -49,6 +49,7 @@ def attention_forward(
             "The batch carries the sequence that it was split by",
             "model(**seq.shard_batch(batch))",
         )
+    window, softcap, sinks = (keywords.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     refused = {name: given for name, given in keywords.items() if name not in _HARMLESS and not _is_absent(given)}
     if attention_mask is not None:
         refused["attention_mask"] = tuple(attention_mask.shape)
@@ -57,20 +58,23 @@ def attention_forward(
     if refused:
         raise UnsupportedError(
             f"attention of {type(module).__name__} with {', '.join(f'{name}={given}' for name, given in refused.items())}",
-            "ringspan does not compute this exactly yet",
+            "ringspan does not compute this exactly",
             "Nothing that a model asks for is ignored",
-            "a model without it (config.attention_dropout=0, config.sliding_window=None), or attn_implementation='sdpa'",
+            "a model without it (config.attention_dropout=0), or attn_implementation='sdpa'",
         )
     wanted = keywords.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if wanted is None else wanted
-    if bool(is_causal) != isinstance(sequence.mask, Causal):
+    is_causal = bool(getattr(module, "is_causal", True) if wanted is None else wanted)
+    if is_causal == looks_ahead(sequence.mask):
         raise RingspanError(
             f"attention of {type(module).__name__} with is_causal={is_causal}",
             f"the sequence's mask is {sequence.mask}",
             "The model and the sequence ask for the same mask",
             f"cp.sequence(length, mask=ringspan.{'causal' if is_causal else 'full'}())",
         )
-    out = sequence.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling)
+    if window is not None:
+        # A layer's window is narrower than its model's mask; Hugging Face counts the query itself.
+        sequence = sequence.context.sequence(sequence.length, sequence.mask & sliding_window(window - 1, 0 if is_causal else window - 1))
+    out = sequence.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling, softcap=softcap, sinks=sinks)
     return out, None
 
 

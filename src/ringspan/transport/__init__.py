@@ -30,7 +30,8 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
     if isinstance(mesh_or_group, InProcessTransport):
         return mesh_or_group
     if mesh_or_group is None:
-        return process_group_transport(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else SingleRank()
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return SingleRank() if world is None else process_group_transport(world)
     if isinstance(mesh_or_group, DeviceMesh):
         if mesh_or_group.ndim != 1:
             raise RingspanError(

@@ -50,21 +50,21 @@ class ProcessGroupTransport:
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Works:
         """See `Transport.exchange`."""
         group = self._groups[lane]
-        operations = [(dist.irecv, *parcel) for parcel in receives] + [(dist.isend, *parcel) for parcel in sends]
         for tensor, peer in sends:
             self.bytes_sent[peer] += tensor.numel() * tensor.element_size()
         peers = [parcel.peer for parcel in (*receives, *sends)]
-        if not operations:
+        if not peers:
             return _Works(self, [], peers)
         try:
             if self._is_nccl:
-                batch = [dist.P2POp(operation, tensor, group=group, group_peer=peer) for operation, tensor, peer in operations]
+                batch = [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
+                batch += [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
                 return _Works(self, dist.batch_isend_irecv(batch), peers)
-            works = [operation(tensor, group=group, group_src=peer) if operation is dist.irecv else operation(tensor, group=group, group_dst=peer)
-                     for operation, tensor, peer in operations]  # fmt: skip
+            works = [dist.irecv(tensor, group=group, group_src=peer) for tensor, peer in receives]
+            works += [dist.isend(tensor, group=group, group_dst=peer) for tensor, peer in sends]
         except RuntimeError as error:
             raise self.failure(peers, error) from error
-        return _Works(self, works, peers)
+        return _Works(self, [work for work in works if work is not None], peers)
 
     def gather_objects(self, mine: object) -> list:
         """See `Transport.gather_objects`."""

@@ -1,0 +1,69 @@
+"""What a score is besides q kᵀ: scale, softcap, a user's mask_mod. And sinks, which act on the merged result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringspan.geometry import Layout, MaskMod, Tile
+from ringspan.kernels import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The part of `Scores` that all tiles of one attention share."""
+
+    scale: float
+    softcap: float | None = None
+    mask_mod: MaskMod | None = None
+    first_head: int = 0
+
+
+class TileScores:
+    """Makes the `Scores` of each tile, with global positions where a mask_mod asks for them.
+
+    Args:
+        scoring: what all tiles share.
+        layout: tells the positions of each owner's shard.
+        device: where the positions are wanted.
+    """
+
+    def __init__(self, scoring: Scoring, layout: Layout, device: torch.device) -> None:
+        self.scoring, self._layout, self._device = scoring, layout, device
+        self._positions: dict[int, Tensor] = {}
+
+    def __call__(self, q_owner: int, kv_owner: int, tile: Tile) -> Scores:
+        scoring = self.scoring
+        if scoring.mask_mod is None:
+            return Scores(tile, scoring.scale, scoring.softcap)
+        return Scores(
+            tile, scoring.scale, scoring.softcap, scoring.mask_mod,
+            self._of(q_owner)[tile.q_start : tile.q_stop], self._of(kv_owner)[tile.k_start : tile.k_stop], scoring.first_head,
+        )  # fmt: skip
+
+    def _of(self, owner: int) -> Tensor:
+        if owner not in self._positions:
+            self._positions[owner] = torch.tensor(self._layout.positions(owner), device=self._device)
+        return self._positions[owner]
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more key a head, with score `sinks [heads]` and value zero (gpt-oss): it takes weight and gives nothing.
+
+    Args:
+        out: `[batch, shard, heads, head_dim]`, merged.
+        lse: `[batch, heads, shard]`, merged.
+        sinks: a score for each head.
+    """
+    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1).expand_as(lse))
+    weight = torch.exp(lse - with_sink)
+    return (out * weight.transpose(1, 2).unsqueeze(-1)).to(out.dtype), with_sink
+
+
+def sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
+    """d loss / d sinks over this rank's rows: Σ exp(sink − lse) · (dlse − Σ dO ∘ out), with `out` and `lse` after `add_sinks`."""
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    slope = -delta if dlse is None else dlse - delta
+    return (torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse) * slope).sum((0, 2)).to(sinks.dtype)
