@@ -37,6 +37,11 @@ def test_the_cause_is_named_and_not_its_consequences(reports: dict, exits: dict,
     assert expected in str(error)
 
 
+def test_a_rank_that_hung_and_was_ended_is_not_said_to_have_died():
+    error = diagnose(2, {0: LOST}, {0: 2, 1: -signal.SIGKILL}, Path("logs"), hung={1})
+    assert "rank 1: it did not answer" in str(error)
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

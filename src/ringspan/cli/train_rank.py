@@ -18,7 +18,7 @@ from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.prepare import prepare
-from ringspan.training.ranks import Ranks, StopSignal, join_ranks
+from ringspan.training.ranks import Ranks, StopSignal, join_ranks, open_store
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
     """
     stop = StopSignal()
     stop.listen()
-    with join_ranks("cpu", float(given.get("timeout_seconds", 300.0)), stop) as ranks:
+    store = open_store(float(given.get("timeout_seconds", 300.0)))
+    with join_ranks(store, "plan", "cpu", float(given.get("timeout_seconds", 300.0)), stop) as ranks:
         plan = ranks.on_first(lambda: prepare(given, resume=resume, world_size=ranks.num_ranks))
         if ranks.is_first:
             show_plan(plan)
-    with join_ranks(plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+    with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
         return run_plan(plan, ranks)
 
 
@@ -118,7 +119,8 @@ def main(arguments: list[str]) -> int:
     stop = StopSignal(post.stop, os.getppid())
     stop.listen()
     try:
-        with join_ranks(plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+        store = open_store(plan.config.timeout_seconds)
+        with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
             outcome = run_plan(plan, ranks)
     except BaseException as error:
         traceback.print_exc(file=log)

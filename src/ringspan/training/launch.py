@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from ringspan.training.plan import Plan
 from ringspan.training.ranks import is_peer_loss
 
 PLAN, STOP = "plan.json", "stop"
+# After one rank failed: time for the others to notice and to say what they know.
+GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,14 @@ class Post:
     def process(self, rank: int) -> Path:
         """Holds the rank's process id."""
         return self.folder / f"rank-{rank}.pid"
+
+    def end(self, rank: int) -> bool:
+        """Kills the rank's process; False where there is none any more."""
+        try:
+            os.kill(int(self.process(rank).read_text()), signal.SIGKILL)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def report(self, rank: int) -> Path:
         """Holds the rank's report."""
@@ -107,22 +117,36 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
         agent = threading.Thread(target=lambda: exits.update(_run_agent(num_ranks, module, folder)), name="ringspan-agent")
         with _forwarding_signals(post, num_ranks, say) as was_killed:
             agent.start()
-            while agent.is_alive():
-                agent.join(0.2)
+            hung = _wait(agent, post, num_ranks)
         reports = post.read_reports(num_ranks)
     if was_killed:
         raise KeyboardInterrupt
     finished = reports.get(0)
     if not exits and finished is not None and finished.outcome is not None:
         return finished.outcome
-    raise diagnose(num_ranks, reports, exits, plan.files.logs)
+    raise diagnose(num_ranks, reports, exits, plan.files.logs, hung)
 
 
-def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], logs: Path) -> RingspanError:
+def _wait(agent: threading.Thread, post: Post, num_ranks: int) -> set[int]:
+    """Waits for the ranks' end. Those that are left a while after another failed are ended; returns which."""
+    hung: set[int] = set()
+    failed_at: float | None = None
+    while agent.is_alive():
+        agent.join(0.2)
+        reports = post.read_reports(num_ranks)
+        if failed_at is None and any(report.outcome is None for report in reports.values()):
+            failed_at = time.monotonic()
+        if failed_at is not None and not hung and time.monotonic() - failed_at > GRACE_SECONDS:
+            hung = {rank for rank in range(num_ranks) if rank not in reports and post.end(rank)}
+    return hung
+
+
+def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], logs: Path, hung: Collection[int] = ()) -> RingspanError:
     """The one error that explains the others: what a rank refused, else where a rank crashed, else which rank fell silent.
 
     Args:
         exits: exit codes other than 0 by rank, negative for a signal.
+        hung: ranks that did not answer and were ended for it.
     """
     resume = "--resume, which goes on from the last checkpoint"
     earliest = sorted(reports, key=lambda rank: reports[rank].time)
@@ -134,8 +158,9 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
             return RankFailure(
                 f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", resume
             )
-    silent = [rank for rank in range(num_ranks) if rank not in reports]
-    for rank in silent:
+    for rank in [rank for rank in range(num_ranks) if rank not in reports]:
+        if rank in hung:
+            return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", resume)
         code = exits.get(rank, 0)
         how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code} and without a word"
         rule = (
@@ -191,8 +216,7 @@ def _forwarding_signals(post: Post, num_ranks: int, say: Callable[[str], None]) 
             return
         killed.append(number)
         for rank in range(num_ranks):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(post.process(rank).read_text()), signal.SIGKILL)
+            post.end(rank)
 
     if threading.current_thread() is not threading.main_thread():
         yield killed

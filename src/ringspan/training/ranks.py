@@ -109,11 +109,19 @@ def is_peer_loss(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _PEER_LOST)
 
 
+def open_store(timeout_seconds: float) -> dist.Store:
+    """The store at which the ranks that torchrun's environment describes meet. Keep it as long as they do: rank 0 may be hosting it."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    return store
+
+
 @contextlib.contextmanager
-def join_ranks(device: str, timeout_seconds: float, stop: StopSignal) -> Iterator[Ranks]:
+def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: float, stop: StopSignal) -> Iterator[Ranks]:
     """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
     Args:
+        store: from `open_store`.
+        purpose: another one each time that the same ranks meet, or they would find what they said before.
         device: `"cpu"` (gloo) or `"cuda"` (NCCL, the GPU of LOCAL_RANK).
     """
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -123,9 +131,14 @@ def join_ranks(device: str, timeout_seconds: float, stop: StopSignal) -> Iterato
     timeout = timedelta(seconds=timeout_seconds)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        dist.init_process_group("nccl", timeout=timeout, device_id=place)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        store=dist.PrefixStore(purpose, store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+        device_id=place if place.type == "cuda" else None,
+    )
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup), "every rank is a member of it"
