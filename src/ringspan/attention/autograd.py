@@ -9,21 +9,26 @@ from torch import Tensor
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.program import RankProgram
+from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.errors import UnsupportedError
-from ringspan.kernels import Kernel
+from ringspan.kernels import Kernel, accumulator_dtype
 from ringspan.transport import Transport
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that attention needs besides tensors: resolved once, used at every call."""
+    """Everything that attention needs besides tensors: resolved once, used at every call.
+
+    `exchange` is there where positions are exchanged for heads around the programs.
+    """
 
     forward: RankProgram
     backward: RankProgram
     kernel: Kernel
     transport: Transport
     scores: TileScores
+    exchange: Exchange | None = None
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -61,3 +66,20 @@ class DistributedAttention(torch.autograd.Function):
         backward.run()
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, dlse, sinks)
         return *backward.result(), dsinks, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around the schedule where the plan has one."""
+    exchange = plan.exchange
+    if exchange is None:
+        return DistributedAttention.apply(q, k, v, sinks, plan)
+    heads = q.shape[2]
+    q, k, v = PositionsToHeads.apply(q, k, v, exchange)
+    share = exchange.share
+    if share.heads:
+        sinks = None if sinks is None else sinks[share.q_start : share.q_stop]
+        out, lse = DistributedAttention.apply(q, k, v, sinks, plan)
+    else:
+        # No head is this rank's: nor is one of its context group's, so nobody waits for it.
+        out, lse = q * 1, q.sum(-1, dtype=accumulator_dtype(q.dtype)).transpose(1, 2)
+    return HeadsToPositions.apply(out, lse if return_lse else None, exchange, heads)

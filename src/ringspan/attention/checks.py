@@ -23,7 +23,7 @@ def problem_of(check: Callable[[], None]) -> RingspanError | None:
 
 
 def check_names(
-    strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int, options: Mapping[str, int]
+    strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int, options: Mapping[str, int | str]
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     whole = make_layout(layout, num_ranks, num_ranks, weights)

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention import checks
-from ringspan.attention.autograd import DistributedAttention, Plan
+from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.program import resolve
+from ringspan.attention.reshard import make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
 from ringspan.kernels import select_kernel
 from ringspan.strategies import Schedules, make_schedules
-from ringspan.transport import InProcessTransport, agree, make_transport
+from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
 
 
 class ContextParallel:
@@ -36,7 +37,7 @@ class ContextParallel:
         layout: one of `ringspan.layouts`: who owns which positions.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
-        options: the strategy's own integers, such as `stages` of `all_gather` or `window` of `double_ring`.
+        options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
         RingspanError: on every rank, where the arguments are wrong or the ranks disagree about them.
@@ -50,7 +51,7 @@ class ContextParallel:
         layout: str = "zigzag",
         kernel: str = "auto",
         weights: tuple[float, ...] | None = None,
-        **options: int,
+        **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
@@ -216,8 +217,11 @@ class Sequence:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(q, k, v, sinks, scale, softcap)
-        out, lse = DistributedAttention.apply(q, k, v, sinks, plan)
-        return (out, lse) if return_lse else out
+        out, lse = attend(q, k, v, sinks, plan, return_lse)
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
 
     def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
         features = checks.features(self.mask, softcap)
@@ -226,11 +230,17 @@ class Sequence:
         )
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
+        schedules, transport = self.schedules, self.context.transport
+        exchange, first_head = None, 0
+        if (grid := schedules.grid) is not None:
+            exchange = make_exchange(transport, grid, self.layout, schedules.layout, q.shape[2], k.shape[2])
+            transport = Subgroup(transport, grid.context_group(exchange.place))
+            first_head = exchange.share.q_start
         forward, backward = (
-            resolve(schedule, self.layout, self.mask, kernel, self.rank) for schedule in (self.schedules.forward, self.schedules.backward)
+            resolve(schedule, schedules.layout, self.mask, kernel, transport.rank) for schedule in (schedules.forward, schedules.backward)
         )
-        scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod)
-        return Plan(forward, backward, kernel, self.context.transport, TileScores(scoring, self.layout, q.device))
+        scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head)
+        return Plan(forward, backward, kernel, transport, TileScores(scoring, schedules.layout, q.device), exchange)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

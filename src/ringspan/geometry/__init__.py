@@ -1,5 +1,7 @@
 """Integers only: spans, layouts, masks and the tiles that they leave. No torch here."""
 
+from ringspan.geometry.grid import PLACEMENTS, Grid, merge_groups, rows_within
+from ringspan.geometry.heads import HeadShare, head_shares
 from ringspan.geometry.layout import LAYOUTS, Layout, make_layout
 from ringspan.geometry.mask import (
     Mask,
@@ -25,6 +27,9 @@ __all__ = [
     "LAYOUTS",
     "MASKS",
     "MASK_FORMS",
+    "PLACEMENTS",
+    "Grid",
+    "HeadShare",
     "Layout",
     "Mask",
     "MaskMod",
@@ -38,11 +43,14 @@ __all__ = [
     "documents",
     "full",
     "has_window",
+    "head_shares",
     "looks_ahead",
     "make_layout",
     "mask_mod",
+    "merge_groups",
     "parse_mask",
     "prefix_lm",
+    "rows_within",
     "sliding_window",
     "tiles",
 ]

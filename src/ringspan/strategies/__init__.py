@@ -13,6 +13,8 @@ from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
+from ringspan.strategies.two_dimensional import two_dimensional
+from ringspan.strategies.ulysses import ulysses
 
 __all__ = ["STRATEGIES", "Schedules", "make_schedules", "strategy_options"]
 
@@ -23,12 +25,14 @@ STRATEGIES: dict[str, Callable[..., Schedules]] = {
     "balanced": balanced,
     "double_ring": double_ring,
     "direct": direct,
+    "ulysses": ulysses,
+    "two_dimensional": two_dimensional,
 }
-"""Each takes a layout and a mask, and as keywords a few integers of its own."""
+"""Each takes a layout and a mask, and as keywords a few options of its own."""
 
 
-def strategy_options(strategy: str) -> tuple[str, ...]:
-    """The keywords that `strategy` takes besides the layout and the mask.
+def strategy_options(strategy: str) -> dict[str, type]:
+    """The keywords that `strategy` takes besides the layout and the mask, with their types, `int` or `str`.
 
     Raises:
         RingspanError: for a name that is not one of `STRATEGIES`.
@@ -40,21 +44,21 @@ def strategy_options(strategy: str) -> tuple[str, ...]:
             "A strategy is asked for by name",
             "strategy='ring'",
         )
-    return tuple(inspect.signature(STRATEGIES[strategy]).parameters)[2:]
+    parameters = list(inspect.signature(STRATEGIES[strategy]).parameters.values())[2:]
+    return {parameter.name: str if "str" in str(parameter.annotation) else int for parameter in parameters}
 
 
-@lru_cache(maxsize=128)
-def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int) -> Schedules:
+def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int | str) -> Schedules:
     """The forward and backward schedules of `strategy` for `layout` and `mask`.
 
     Args:
         strategy: one of `STRATEGIES`.
         layout: who owns which positions.
         mask: what a query sees.
-        options: the strategy's own integers, such as `stages` of `all_gather` or `window` of `double_ring`.
+        options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
-        RingspanError: for an unknown strategy, an option that it does not take, or a value that it cannot have.
+        RingspanError: for an unknown strategy, an option that it does not take, a value that it cannot have, or a mask of another length.
     """
     known = strategy_options(strategy)
     if unknown := sorted(set(options) - set(known)):
@@ -62,12 +66,16 @@ def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int) ->
             f"strategy {strategy!r} with {', '.join(unknown)}",
             f"it takes {', '.join(known) or 'no options'}",
             "A strategy is given its own options alone",
-            f"make_schedules({strategy!r}, layout, mask)",
+            f"strategy {strategy!r} without it",
         )
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RingspanError(
-                f"strategy {strategy!r} with {name}={value!r}", "", "The options of a strategy are whole numbers", f"{name}=1"
-            )
+        if type(value) is not known[name]:
+            found = f"it is of type {type(value).__name__}"
+            raise RingspanError(f"strategy {strategy!r} with {name}={value!r}", found, f"{name} is of type {known[name].__name__}")
     mask.check_length(layout.length)
-    return STRATEGIES[strategy](layout, mask, **options)
+    return _made(strategy, layout, mask, tuple(sorted(options.items())))
+
+
+@lru_cache(maxsize=128)
+def _made(strategy: str, layout: Layout, mask: Mask, options: tuple[tuple[str, int | str], ...]) -> Schedules:
+    return STRATEGIES[strategy](layout, mask, **dict(options))

@@ -35,4 +35,4 @@ def all_gather(layout: Layout, mask: Mask, stages: int = 1) -> Schedules:
             if found:
                 builder.attend(rank, step, hull([q for q, _ in found]), *(kv for _, kv in found))
     forward = builder.build()
-    return Schedules(forward, straight_backward(forward))
+    return Schedules(forward, straight_backward(forward), layout)

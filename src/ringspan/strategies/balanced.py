@@ -31,7 +31,7 @@ def balanced(layout: Layout, mask: Mask) -> Schedules:
             if 2 * step != num_ranks and (pieces := block(layout, mask, other, rank)) is not None:
                 _help(builder, rank, step, *pieces)
     forward = builder.build()
-    return Schedules(forward, straight_backward(forward))
+    return Schedules(forward, straight_backward(forward), layout)
 
 
 def _help(builder: ScheduleBuilder, helper: int, step: int, q: Piece, kv: Piece) -> None:

@@ -7,16 +7,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ringspan.geometry import Layout, Mask, tiles
+from ringspan.geometry import Grid, Layout, Mask, tiles
 from ringspan.schedule import Action, Attend, Piece, Schedule, ScheduleBuilder, Send
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """The two halves of a strategy: its forward and its backward."""
+    """The two halves of a strategy: its forward and its backward.
+
+    Attributes:
+        forward: the schedule of the forward.
+        backward: the schedule of the backward.
+        layout: whose shards the schedules speak of.
+        grid: for two-dimensional attention, the head groups that exchange positions for heads before and after; a head group is one rank
+            of the schedules.
+    """
 
     forward: Schedule
     backward: Schedule
+    layout: Layout
+    grid: Grid | None = None
 
 
 class Visit(NamedTuple):

@@ -31,7 +31,7 @@ def direct(layout: Layout, mask: Mask) -> Schedules:
             builder.attend(rank, step, pieces[0], *spans)
             step += 1
     forward = builder.build()
-    return Schedules(forward, straight_backward(forward))
+    return Schedules(forward, straight_backward(forward), layout)
 
 
 def read_spans(layout: Layout, mask: Mask, q_rank: int, k_rank: int) -> list[Piece]:

@@ -38,7 +38,7 @@ def double_ring(layout: Layout, mask: Mask, window: int | None = None) -> Schedu
             _cross(builder, owner, turns)
         for _, _, visits in turns:
             ride_home(backward, owner, visits)
-    return Schedules(forward.build(), backward.build())
+    return Schedules(forward.build(), backward.build(), layout)
 
 
 def _turns(layout: Layout, mask: Mask, owner: int, window: int) -> list[tuple[int, int, list[Visit]]]:

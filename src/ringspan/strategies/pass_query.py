@@ -30,4 +30,4 @@ def pass_query(layout: Layout, mask: Mask) -> Schedules:
                 builder.transfer(part, visit.rank, owner, posted=num_ranks, due=num_ranks + 1)
                 builder.combine(owner, num_ranks + 1, part, visit.rank)
     forward = builder.build()
-    return Schedules(forward, straight_backward(forward))
+    return Schedules(forward, straight_backward(forward), layout)

@@ -25,4 +25,4 @@ def ring(layout: Layout, mask: Mask) -> Schedules:
         walk(forward, visits, "kv", start=(0, owner))
         walk(backward, visits, "kv", start=(0, owner))
         ride_home(backward, owner, visits)
-    return Schedules(forward.build(), backward.build())
+    return Schedules(forward.build(), backward.build(), layout)

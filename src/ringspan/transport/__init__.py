@@ -7,6 +7,7 @@ from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree
+from ringspan.transport.subgroup import Subgroup
 
 __all__ = [
     "InProcessTransport",
@@ -14,6 +15,7 @@ __all__ = [
     "Pending",
     "ProcessGroupTransport",
     "SingleRank",
+    "Subgroup",
     "Transport",
     "agree",
     "make_transport",

@@ -77,10 +77,15 @@ class InProcessTransport:
 
     def __init__(self, world: _World, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
-        self.bytes_sent: Counter[int] = Counter()
+        self._bytes_sent: Counter[int] = Counter()
         self._meetings = 0
         self._sent: Counter[tuple[int, int]] = Counter()
         self._received: Counter[tuple[int, int]] = Counter()
+
+    @property
+    def bytes_sent(self) -> Counter[int]:
+        """See `Transport.bytes_sent`, counted as tensors are handed over."""
+        return self._bytes_sent
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Arrivals:
         """See `Transport.exchange`."""
@@ -89,7 +94,7 @@ class InProcessTransport:
             for tensor, peer in parcels:
                 self.world.mail[(self.rank, peer, lane, self._sent[(peer, lane)])] = tensor
                 self._sent[(peer, lane)] += 1
-                self.bytes_sent[peer] += tensor.numel() * tensor.element_size()
+                self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
             self.world.changed.notify_all()
         tickets = []
         for parcel in receives:

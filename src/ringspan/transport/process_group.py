@@ -41,17 +41,22 @@ class ProcessGroupTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.bytes_sent: Counter[int] = Counter()
+        self._bytes_sent: Counter[int] = Counter()
         self._members = dist.get_process_group_ranks(group)
         self._is_nccl = dist.get_backend(group) == "nccl"
         # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
         self._groups = [group, *(dist.new_group(self._members, use_local_synchronization=True) for _ in range(NUM_LANES - 1))]
 
+    @property
+    def bytes_sent(self) -> Counter[int]:
+        """See `Transport.bytes_sent`, counted as tensors are handed over."""
+        return self._bytes_sent
+
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Works:
         """See `Transport.exchange`."""
         group = self._groups[lane]
         for tensor, peer in sends:
-            self.bytes_sent[peer] += tensor.numel() * tensor.element_size()
+            self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
         peers = [parcel.peer for parcel in (*receives, *sends)]
         if not peers:
             return _Works(self, [], peers)

@@ -39,12 +39,15 @@ class Transport(Protocol):
     Attributes:
         rank: this rank.
         size: the number of ranks.
-        bytes_sent: how many bytes this rank has sent to each peer through `exchange`, counted as they are handed over.
     """
 
     rank: int
     size: int
-    bytes_sent: Counter[int]
+
+    @property
+    def bytes_sent(self) -> Counter[int]:
+        """How many bytes this rank has sent to each peer through `exchange`."""
+        ...
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> Pending:
         """Starts all these transfers and returns at once."""
