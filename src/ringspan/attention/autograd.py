@@ -69,7 +69,7 @@ class DistributedAttention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around the schedule where the plan has one."""
+    """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
     exchange = plan.exchange
     if exchange is None:
         return DistributedAttention.apply(q, k, v, sinks, plan)

@@ -56,7 +56,7 @@ class Exchange:
         return list(whole.split(widths, 2))
 
     def to_positions(self, wholes: list[Tensor], heads: list[list[slice]], totals: list[int]) -> list[Tensor]:
-        """The way back: `[batch, group's rows, own heads, …]` to `[batch, own rows, totals[i] heads, …]`; places that share a head add up."""
+        """The way back: `[batch, group's rows, own heads, …]` to `[batch, own rows, totals[i] heads, …]`; shared heads add up."""
         packed = torch.cat(wholes, 2)
         sends = []
         for length, rows in zip(self.part_lengths, self.rows, strict=True):

@@ -18,7 +18,8 @@ class PieceBytes:
         heads: query heads.
         kv_heads: key and value heads; never expanded on the wire.
         head_dim: width of a head.
-        element_bytes: bytes of an element of q, k, v and dO. Partials, lse, delta and gradients travel in `accumulator_bytes`.
+        element_bytes: bytes of an element of q, k, v, out and dO. Partials, lse and gradients travel in `accumulator_bytes`. With dO travel
+            out and lse, of which kernels compute what they need.
         accumulator_bytes: 4 for float32, 8 where the inputs are float64.
     """
 
@@ -36,7 +37,7 @@ class PieceBytes:
             "q": q * self.head_dim * self.element_bytes,
             "kv": 2 * self.batch * self.kv_heads * self.head_dim * self.element_bytes,
             "o": q * (self.head_dim + 1) * self.accumulator_bytes,
-            "do": q * (self.head_dim * self.element_bytes + 2 * self.accumulator_bytes),
+            "do": q * (2 * self.head_dim * self.element_bytes + self.accumulator_bytes),
             "dq": q * self.head_dim * self.accumulator_bytes,
             "dkv": 2 * self.batch * self.kv_heads * self.head_dim * self.accumulator_bytes,
         }[kind]

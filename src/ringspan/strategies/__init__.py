@@ -11,12 +11,13 @@ from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
+from ringspan.strategies.links import link_bytes
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
 from ringspan.strategies.two_dimensional import two_dimensional
 from ringspan.strategies.ulysses import ulysses
 
-__all__ = ["STRATEGIES", "Schedules", "make_schedules", "strategy_options"]
+__all__ = ["STRATEGIES", "Schedules", "link_bytes", "make_schedules", "strategy_options"]
 
 STRATEGIES: dict[str, Callable[..., Schedules]] = {
     "ring": ring,
