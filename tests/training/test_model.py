@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringspan.errors import RingspanError
-from ringspan.training.model import PRESETS, build_model, check_exact, check_model, head_sizes, plain_attention
+from ringspan.training.model import PRESETS, build_model, cast_parameters, check_exact, check_model, head_sizes, plain_attention
 from ringspan.training.sample import sample
 
 
@@ -45,6 +45,14 @@ def test_generation_uses_the_weights_exactly_as_they_are():
     assert sample(model, prompt, num_tokens=12, temperature=0, seed=0) == ids[3:]
     assert model.config._attn_implementation == "ringspan"
     assert model.training
+
+
+def test_parameters_are_cast_and_rotary_angles_are_not():
+    model = pico()
+    angles = model.model.rotary_emb.inv_freq.clone()
+    cast_parameters(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, angles)
 
 
 def test_sampling_follows_its_seed():

@@ -100,11 +100,18 @@ def test_bytes_decode_to_the_text_that_they_encode():
 @pytest.mark.parametrize(("num_tokens", "context", "batch_size"), [(1000, 10, 1), (997, 13, 3), (50, 50, 1), (101, 50, 4)])
 def test_an_epoch_reads_every_window_once(num_tokens: int, context: int, batch_size: int):
     windows = Windows(num_tokens=num_tokens, context=context, batch_size=batch_size, seed=5)
-    starts = [start for step in range(1, num_tokens // context // batch_size + 3) for start in windows.starts(step)]
+    count = windows.windows_per_epoch
+    assert num_tokens // context - 1 <= count <= num_tokens // context
+    starts = [start for step in range(1, 3 * count + 1) for start in windows.starts(step)]
     assert all(0 <= start <= num_tokens - context for start in starts)
-    offset = starts[0] % context
-    first_epoch = starts[: (num_tokens - offset) // context]
-    assert sorted(first_epoch) == list(range(offset, num_tokens - context + 1, context))
+    for first in (0, count, 2 * count):
+        epoch = sorted(starts[first : first + count])
+        assert epoch == [epoch[0] + context * i for i in range(count)]
+
+
+def test_a_late_step_of_many_epochs_is_found_at_once():
+    windows = Windows(num_tokens=50, context=50, batch_size=1, seed=5)
+    assert windows.starts(10**12) == [0]
 
 
 def test_a_step_reads_the_same_whatever_was_read_before():

@@ -29,8 +29,15 @@ def command(
         str | None, _option(_WHAT, "nano, tiny, small, pico, or a Hugging Face folder to go on training.", "nano", metavar="NAME|DIR")
     ] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
-    mask: Annotated[str | None, _option(_WHAT, "causal or full.", "causal")] = None,
-    steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "600")] = None,
+    mask: Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "What a token sees: causal, or causal joined with others, see `ringspan show`. Text is sampled under causal alone.",
+            "causal",
+        ),
+    ] = None,
+    steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "1000")] = None,
     batch_size: Annotated[int | None, _option(_HOW, "Sequences in one step.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
     learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
@@ -52,9 +59,9 @@ def command(
     validation_every: Annotated[int | None, _option(_LEAVES, "Steps between measurements.", "100")] = None,
     checkpoint_every: Annotated[int | None, _option(_LEAVES, "Steps between checkpoints.", "200")] = None,
     keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2")] = None,
-    sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "200")] = None,
+    sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "300")] = None,
     prompt: Annotated[str | None, _option(_LEAVES, "What that text starts from.", "held-out text")] = None,
-    temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.7")] = None,
+    temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.6")] = None,
 ) -> None:
     """Train a transformer on a text, with its context split exactly over several processes.
 

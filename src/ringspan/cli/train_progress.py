@@ -33,7 +33,7 @@ class TrainingProgress:
             _Column("validation", "green", "{:.3f}"),
             _Column("tokens_per_second", "cyan", "{:,.0f} tokens/s"),
             TextColumn("[dim]{task.fields[shape]}[/dim]"),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
             transient=False,
             refresh_per_second=5,
@@ -92,7 +92,9 @@ class TrainingProgress:
         if self._live:
             self._bar.console.print(Panel(body, title=f"sample {when} (the dim part is given)", title_align="left", border_style="dim"))
         else:
-            self._console.print(Text(f"--- sample {when}, after the prompt {printable(prompt)[-30:]!r}:\n{printable(text)}\n---"))
+            self._console.print(
+                Text(f"--- sample {when}, after the prompt {printable(prompt)[-30:]!r}:\n{printable(text)}\n---"), soft_wrap=True
+            )
 
     def saved(self, step: int, folder: Path) -> None:
         """Says where."""

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from ringspan.cli.train_progress import TrainingProgress, printable
+from ringspan.errors import RingspanError
 from ringspan.training.launch import PLAN, Post, Report, report_of
 from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
@@ -102,7 +103,12 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
     stop.listen()
     store = open_store(float(given.get("timeout_seconds", 300.0)))
     with join_ranks(store, "plan", "cpu", float(given.get("timeout_seconds", 300.0)), stop) as ranks:
-        plan = ranks.on_first(lambda: prepare(given, resume=resume, world_size=ranks.num_ranks))
+        try:
+            plan = ranks.on_first(lambda: prepare(given, resume=resume, world_size=ranks.num_ranks))
+        except RingspanError:
+            if ranks.is_first:
+                raise
+            sys.exit(2)
         if ranks.is_first:
             show_plan(plan)
     with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:

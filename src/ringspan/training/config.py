@@ -69,7 +69,7 @@ class TrainingConfig:
     ranks: int = 2
     context: int = 1024
     batch_size: int = 1
-    steps: int = 600
+    steps: int = 1000
     seed: int = 0
     learning_rate: float | None = None
     warmup_steps: int = 20
@@ -86,8 +86,8 @@ class TrainingConfig:
     validation_every: int = 100
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
-    sample_tokens: int = 200
-    temperature: float = 0.7
+    sample_tokens: int = 300
+    temperature: float = 0.6
     prompt: str = ""
     timeout_seconds: float = 300.0
 

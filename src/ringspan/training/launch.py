@@ -112,16 +112,18 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="ringspan-") as folder:
         post = Post(Path(folder))
         plan.save(post.folder / PLAN)
-        exits: dict[int, int] = {}
-        # In a thread, since the agent would take the signals of the main one, and allow a rank 30 seconds to write its checkpoint.
-        agent = threading.Thread(target=lambda: exits.update(_run_agent(num_ranks, module, folder)), name="ringspan-agent")
+        agent = _Agent(num_ranks, module, folder)
         with _forwarding_signals(post, num_ranks, say) as was_killed:
             agent.start()
             hung = _wait(agent, post, num_ranks)
         reports = post.read_reports(num_ranks)
     if was_killed:
         raise KeyboardInterrupt
-    finished = reports.get(0)
+    if agent.error is not None:
+        raise RankFailure(
+            "starting the ranks", f"{type(agent.error).__name__}: {agent.error}", "torchrun's agent starts them on this machine"
+        )
+    finished, exits = reports.get(0), agent.exits
     if not exits and finished is not None and finished.outcome is not None:
         return finished.outcome
     raise diagnose(num_ranks, reports, exits, plan.files.logs, hung)
@@ -173,6 +175,23 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
     if lost:
         return RankFailure(reports[lost[0]].message)
     return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", resume)
+
+
+class _Agent(threading.Thread):
+    """torchrun's agent, in a thread: in the main one it would take the signals, and allow a rank 30 seconds to write its checkpoint."""
+
+    def __init__(self, num_ranks: int, module: str, folder: str) -> None:
+        super().__init__(name="ringspan-agent", daemon=True)
+        self._arguments = (num_ranks, module, folder)
+        self.exits: dict[int, int] = {}
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Starts the ranks and waits for them."""
+        try:
+            self.exits = _run_agent(*self._arguments)
+        except Exception as error:
+            self.error = error
 
 
 def _run_agent(num_ranks: int, module: str, folder: str) -> dict[int, int]:

@@ -110,5 +110,6 @@ def _save(trainer: Trainer, observer: Observer) -> Path:
 
 
 def _sample(trainer: Trainer, observer: Observer) -> None:
-    if trainer.config.sample_tokens and trainer.ranks.is_first:
+    # The sample is generated with plain causal attention; under a narrower mask that would be another model.
+    if trainer.config.sample_tokens and trainer.config.mask == "causal" and trainer.ranks.is_first:
         observer.sampled(trainer.step, *trainer.write_sample())

@@ -199,6 +199,12 @@ def check_exact(model: PreTrainedModel, name: str) -> None:
         )
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turns the parameters into `dtype`, in place, and leaves buffers: rotary angles in bfloat16 would blur every far position."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """The same weights with torch's own attention, for generating on one rank."""

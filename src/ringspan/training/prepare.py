@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
-from ringspan.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
+from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, TrainingConfig, check_name, option
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.tokenizer import load_tokenizer
 from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
 
+Result = TypeVar("Result")
 DEFAULT_OUT = Path(TrainingConfig().out)
 
 
@@ -41,7 +43,7 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     defaults: dict[str, Any] = {"out": str(free_folder(DEFAULT_OUT))}
     config = TrainingConfig(**defaults | given)
     config.check()
-    config = _settled(config)
+    config = _settled(config, config.model)
     files = RunFiles(Path(config.out))
     used = [path for path in (files.checkpoints, files.metrics) if path.exists()]
     if used:
@@ -54,7 +56,7 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     _check_writable(files.out)
     tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
     Split.of(tokens, config.context)
-    _check_room(config, files.out)
+    _check_room(config, config.model, files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
 
@@ -69,30 +71,23 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
         )
     config = TrainingConfig.load(files.config).resumed(given | {"out": str(out)})
     config.check()
-    config = _settled(config)
     state = verify_checkpoint(checkpoints[-1])
+    # The folder that the run once began from need not be there any more.
+    model = config.model if config.model in PRESETS else str(checkpoints[-1] / MODEL)
+    config = _settled(config, model)
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
-    _check_room(config, files.out)
+    _check_room(config, model, files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
 
 
-def _settled(config: TrainingConfig) -> TrainingConfig:
-    """The configuration with every choice made that was left to the model or the machine."""
-    from ringspan.geometry import LAYOUTS, MASKS
-    from ringspan.strategies import STRATEGIES
-
-    check_name("strategy", config.strategy, tuple(STRATEGIES))
-    check_name("layout", config.layout, tuple(LAYOUTS))
-    check_name("mask", config.mask, tuple(MASKS))
-    if config.mask != "causal":
-        raise RingspanError(
-            f"--mask {config.mask}", "a language model is causal", "A token that sees its successor has nothing to predict", "--mask causal"
-        )
-    check_model(config.model)
+def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
+    """The configuration with every choice made that was left to the `model` (a preset, or a folder as it is now) or the machine."""
+    _check_attention(config)
+    check_model(model)
     device = _settled_device(config)
-    _check_kernel(config, device)
+    _check_kernel(config, model, device)
     tokenizer = config.tokenizer or (BYTES if config.model in PRESETS else config.model)
     load_tokenizer(tokenizer)
     rate = config.learning_rate or default_learning_rate(config.model)
@@ -120,18 +115,51 @@ def _settled_device(config: TrainingConfig) -> str:
     return config.device
 
 
-def _check_kernel(config: TrainingConfig, device: str) -> None:
+def _check_attention(config: TrainingConfig) -> None:
+    """Strategy, layout and mask by themselves, and together at this context on these ranks."""
+    from ringspan.geometry import LAYOUTS, looks_ahead, make_layout, parse_mask
+    from ringspan.strategies import STRATEGIES, make_schedules
+
+    check_name("strategy", config.strategy, tuple(STRATEGIES))
+    check_name("layout", config.layout, tuple(LAYOUTS))
+    mask = _said_as(f"--mask {config.mask}", "--mask causal", lambda: parse_mask(config.mask))
+    if looks_ahead(mask):
+        raise RingspanError(
+            f"--mask {config.mask}",
+            "it shows a token what follows it",
+            "A token that sees its successor has nothing to predict",
+            "--mask causal",
+        )
+    asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context} --ranks {config.ranks}"
+    _said_as(asked, None, lambda: make_schedules(config.strategy, make_layout(config.layout, config.context, config.ranks), mask))
+
+
+def _check_kernel(config: TrainingConfig, model: str, device: str) -> None:
     import torch
 
+    from ringspan.attention.checks import features
+    from ringspan.geometry import parse_mask
     from ringspan.kernels import KERNELS, Problem, select_kernel
 
     check_name("kernel", config.kernel, ("auto", *KERNELS))
-    heads, kv_heads, head_dim = head_sizes(config.model)
-    problem = Problem(device=device, dtype=getattr(torch, config.dtype), heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    heads, kv_heads, head_dim = head_sizes(model)
+    problem = Problem(
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        features=features(parse_mask(config.mask), None),
+    )
+    _said_as(f"--kernel {config.kernel}", "--kernel auto", lambda: select_kernel(config.kernel, problem))
+
+
+def _said_as(asked: str, nearest: str | None, check: Callable[[], Result]) -> Result:
+    """Calls `check`, and puts its error in terms of the command line."""
     try:
-        select_kernel(config.kernel, problem)
+        return check()
     except RingspanError as error:
-        raise RingspanError(f"--kernel {config.kernel}", error.found, error.rule, "--kernel auto") from None
+        raise RingspanError(asked, error.found or error.asked, error.rule, nearest or error.nearest) from None
 
 
 def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) -> TokenFile:
@@ -173,10 +201,10 @@ def _check_writable(out: Path) -> None:
     _writing(probe, out)
 
 
-def _check_room(config: TrainingConfig, out: Path) -> None:
+def _check_room(config: TrainingConfig, model: str, out: Path) -> None:
     vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
     # One more than is kept: the new one is whole before the oldest goes.
-    needed = checkpoint_bytes(config.model, vocabulary) * (config.keep_checkpoints + 1)
+    needed = checkpoint_bytes(model, vocabulary) * (config.keep_checkpoints + 1)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise RingspanError(
@@ -187,7 +215,7 @@ def _check_room(config: TrainingConfig, out: Path) -> None:
         )
 
 
-def _writing(write, out: Path):
+def _writing(write: Callable[[], Result], out: Path) -> Result:
     """Calls `write`, and says what is wrong with the folder where the operating system refuses."""
     try:
         return write()

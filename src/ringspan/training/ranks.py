@@ -76,6 +76,24 @@ class Ranks:
             dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
         return names[int(code)]
 
+    def require_equal(self, value: float, what: str) -> None:
+        """Checks that every rank has the same value, bit for bit.
+
+        Raises:
+            RankFailure: on every rank, naming those that differ from rank 0.
+        """
+        values = [torch.zeros(1, dtype=torch.float64) for _ in range(self.num_ranks)]
+        with self._naming_lost_peers():
+            dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self.control)
+        others = [str(rank) for rank, theirs in enumerate(values) if theirs.item() != values[0].item() and not theirs.isnan().all()]
+        if others:
+            raise RankFailure(
+                f"the {what} of rank {', '.join(others)}",
+                "they differ from rank 0's",
+                "Every rank takes the same optimizer step",
+                "the last checkpoint, and a look at the hardware of that rank",
+            )
+
     def on_first(self, function: Callable[[], Result]) -> Result:
         """Calls `function` on rank 0 and returns its result on every rank, or raises its RingspanError on every rank."""
         box: list[object] = [None]

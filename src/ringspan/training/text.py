@@ -41,7 +41,9 @@ def find_text(data: str) -> Text:
         return _text("the Python standard library", root, [path for path in root.rglob("*.py") if _in_library(path.relative_to(root))])
     path = Path(data)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _visible(file.relative_to(path)) and file.is_file()]
+        # What earlier runs left below the folder is no text of it.
+        runs = {tokens.parents[1] for tokens in path.rglob("tokens/tokens.json")}
+        files = [file for file in path.rglob("*") if file.is_file() and _visible(file.relative_to(path)) and not runs & set(file.parents)]
         return _text(data, path, [file for file in files if _is_text(file)])
     if not path.exists():
         raise _nothing(data, "no such file or folder")

@@ -137,23 +137,27 @@ class Windows:
         """First token of each row of the batch of `step` (counted from 1)."""
         return [self._start((step - 1) * self.batch_size + row) for row in range(self.batch_size)]
 
+    @property
+    def num_offsets(self) -> int:
+        """In how many places the first window of an epoch may begin."""
+        return min(self.context, self.num_tokens - self.context + 1)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """As many as fit behind the last offset, so that every epoch has the same number; at least one."""
+        return (self.num_tokens - self.num_offsets + 1) // self.context
+
     def _start(self, index: int) -> int:
-        # Epochs may differ by one window, since each has its own offset; walking them keeps the order exact.
-        for epoch in range(index + 1):
-            starts = _epoch(self.num_tokens, self.context, self.seed, epoch)
-            if index < len(starts):
-                return int(starts[index])
-            index -= len(starts)
-        raise AssertionError("every epoch holds at least one window")
+        epoch, place = divmod(index, self.windows_per_epoch)
+        return int(_epoch(self, epoch)[place])
 
 
 @lru_cache(maxsize=8)
-def _epoch(num_tokens: int, context: int, seed: int, epoch: int) -> Int[Tensor, " windows"]:
+def _epoch(windows: Windows, epoch: int) -> Int[Tensor, " windows"]:
     # Two seeds in one number: the epoch's place is far above any number of epochs, and manual_seed takes 64 bits.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    offset = int(torch.randint(min(context, num_tokens - context + 1), (1,), generator=generator))
-    num_windows = (num_tokens - offset) // context
-    return offset + context * torch.randperm(num_windows, generator=generator)
+    generator = torch.Generator().manual_seed((windows.seed * 1_000_003 + epoch) % 2**63)
+    offset = int(torch.randint(windows.num_offsets, (1,), generator=generator))
+    return offset + windows.context * torch.randperm(windows.windows_per_epoch, generator=generator)
 
 
 def validation_starts(split: Split, context: int, validation_tokens: int) -> list[int]:

@@ -14,7 +14,7 @@ from ringspan.geometry import parse_mask
 from ringspan.training.checkpoint import MODEL, OPTIMIZER, TrainingState, load_tensors, save_checkpoint
 from ringspan.training.config import BYTES
 from ringspan.training.metrics import StepRecord
-from ringspan.training.model import build_model, rebuild_model
+from ringspan.training.model import build_model, cast_parameters, rebuild_model
 from ringspan.training.optimizer import Optimizer, learning_rate_at
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
@@ -61,7 +61,8 @@ class Trainer:
             model = build_model(config.model, vocabulary_size=vocabulary_size, context=config.context, seed=config.seed)
         else:
             model = rebuild_model(Path(plan.checkpoint) / MODEL)
-        torch.nn.Module.to(model, self.ranks.device, getattr(torch, config.dtype))
+        torch.nn.Module.to(model, self.ranks.device)
+        cast_parameters(model, getattr(torch, config.dtype))
         optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
         if plan.checkpoint is not None:
             load_tensors(Path(plan.checkpoint) / MODEL, dict(optimizer.masters))
@@ -110,7 +111,12 @@ class Trainer:
         return self.sequence.loss(logits, batch["labels"])
 
     def save(self) -> Path:
-        """Writes a checkpoint from rank 0; every rank returns once it is there, or raises what kept it from being."""
+        """Writes a checkpoint from rank 0; every rank returns once it is there, or raises what kept it from being.
+
+        Raises:
+            RingspanError: also where the ranks' weights differ, since then none of them is the unsplit model's.
+        """
+        self.ranks.require_equal(sum(float(master.double().sum()) for master in self.optimizer.masters.values()), "weights")
         return self.ranks.on_first(self._save)
 
     def _save(self) -> Path:
