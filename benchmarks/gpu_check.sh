@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that a machine with GPUs must show, correctness first, then speed. usage: gpu_check.sh OUT_FOLDER [exact|train|speed ...]
+set -uo pipefail
+out=$1; shift
+parts=${*:-exact train speed}
+mkdir -p "$out"
+export PYTHONPATH=src PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count())'
+ringspan() { python3 -m ringspan.cli.main "$@"; }
+over_nccl() { torchrun --nproc-per-node "$gpus" "$@"; }
+case " $parts " in *" exact "*)
+  over_nccl -m ringspan.cli.main verify --device cuda --dtype bfloat16,float32 --length 61,257,1000 --head-dim 64 --json "$out/verify_nccl.json"
+  echo "verify over NCCL: $?"
+  ringspan verify --device cuda --ranks 1,2,3,4,8 --dtype bfloat16,float32 --length 61,1000 --head-dim 64 --kernel auto,flash2 --json "$out/verify_one_gpu.json"
+  echo "verify with in-process ranks on one GPU: $?"
+esac
+case " $parts " in *" train "*)
+  ringspan train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run"
+  echo "train over NCCL: $?"
+esac
+case " $parts " in *" speed "*)
+  over_nccl benchmarks/attention_speed.py --json "$out/speed.json"
+  echo "speed: $?"
+esac
