@@ -116,7 +116,7 @@ class Trainer:
         Raises:
             RingspanError: also where the ranks' weights differ, since then none of them is the unsplit model's.
         """
-        self.ranks.require_equal(sum(float(master.double().sum()) for master in self.optimizer.masters.values()), "weights")
+        self.ranks.require_equal(sum(float(master.detach().double().sum()) for master in self.optimizer.masters.values()), "weights")
         return self.ranks.on_first(self._save)
 
     def _save(self) -> Path:
