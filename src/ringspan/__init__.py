@@ -12,7 +12,7 @@ from ringspan.transport import run_in_process
 
 __version__ = "0.1.0"
 
-layouts: tuple[str, ...] = tuple(_LAYOUTS)
+layouts: tuple[str, ...] = (*_LAYOUTS, "auto")
 """The names of the layouts."""
 
 __all__ = [

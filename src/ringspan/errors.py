@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["RankFailure", "RingspanError", "ScheduleError", "UnsupportedError"]
+
 
 class RingspanError(ValueError):
     """Raised for everything that a user can put right.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Problem, select_kernel
 from ringspan.strategies import make_schedules
@@ -26,7 +27,7 @@ def check_names(
     strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int, options: Mapping[str, int | str]
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
-    whole = make_layout(layout, num_ranks, num_ranks, weights)
+    whole = make_layout(layout, num_ranks, num_ranks, weights, full())
     make_schedules(strategy, whole, full(), **options)
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
@@ -118,6 +119,16 @@ def check_attention(
                 f"{asked} with {name}={value!r}", "", "A scale is a finite number, and a softcap one above 0", f"{name}=None"
             )
     select_kernel(kernel, kernel_problem(q, k, wanted))
+
+
+def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """Shapes and dtypes of `ContextParallel.decode`, whose keys are as many as a rank has, and that no gradient is asked for."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise UnsupportedError(
+            "decode with a gradient", "a tensor requires grad", "Decoding has no backward", "torch.no_grad(), or seq.attention to train"
+        )
+    queries = q[:, :1].expand(-1, k.shape[1], -1, -1) if q.ndim == k.ndim == 4 else q
+    check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", frozenset())
 
 
 def describe_attention(q: Tensor, k: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> str:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
+from ringspan.attention.decode import decode
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.program import resolve
@@ -34,7 +35,7 @@ class ContextParallel:
         mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
             group (a single rank where torch.distributed is not initialised).
         strategy: one of `ringspan.strategies.STRATEGIES`.
-        layout: one of `ringspan.layouts`: who owns which positions.
+        layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
@@ -87,8 +88,27 @@ class ContextParallel:
         if key not in self._sequences:
             problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
             agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
-            self._sequences[key] = Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights), mask)
+            self._sequences[key] = Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights, mask), mask)
         return self._sequences[key]
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """Attention of a few queries to keys that lie on all ranks, by one maximum and one sum (Tree Attention, 2408.04093). Collective.
+
+        Args:
+            q: `[batch, queries, heads, head_dim]`, the same on every rank; every query sees every key.
+            k: `[batch, own keys, kv_heads, head_dim]`: this rank's, as many as it has, none included.
+            v: like `k`.
+            scale: of the scores; 1/√head_dim if not given.
+
+        Returns:
+            `out` like `q` and `lse [batch, heads, queries]`, the same on every rank. No gradient goes through it.
+
+        Raises:
+            RingspanError: where shapes or dtypes do not fit, or a gradient is asked for.
+        """
+        checks.check_decode(q, k, v, scale)
+        kernel = select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
+        return decode(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kernel, self.transport)
 
     def sum_gradients(self, model: nn.Module | Iterable[nn.Parameter]) -> None:
         """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective."""

@@ -1,8 +1,9 @@
 """Integers only: spans, layouts, masks and the tiles that they leave. No torch here."""
 
+from ringspan.geometry.balance import balanced_layout, make_layout
 from ringspan.geometry.grid import PLACEMENTS, Grid, merge_groups, rows_within
 from ringspan.geometry.heads import HeadShare, head_shares
-from ringspan.geometry.layout import LAYOUTS, Layout, make_layout
+from ringspan.geometry.layout import LAYOUTS, Layout
 from ringspan.geometry.mask import (
     Mask,
     MaskMod,
@@ -37,6 +38,7 @@ __all__ = [
     "Span",
     "Tile",
     "Workload",
+    "balanced_layout",
     "band_pairs",
     "block_sparse",
     "causal",

@@ -9,6 +9,7 @@ from ringspan.geometry.layout import Layout
 from ringspan.geometry.span import Span
 
 PLACEMENTS = ("head_first", "context_first")
+"""Which ranks are neighbours in a `Grid`: those of a head group, or those of a context group."""
 
 
 @dataclass(frozen=True)

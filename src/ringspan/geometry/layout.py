@@ -108,17 +108,20 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
     "striped": striped,
     "weighted": weighted,
 }
+"""The layouts that do not depend on the mask, by name."""
 
 
 @lru_cache(maxsize=256)
-def make_layout(name: str, length: int, num_ranks: int, weights: tuple[float, ...] | None = None) -> Layout:
-    """The layout called `name`, checked.
+def named_layout(name: str, length: int, num_ranks: int, weights: tuple[float, ...] | None = None) -> Layout:
+    """The layout called `name`, checked: `make_layout` for the layouts that do not depend on the mask.
 
     Raises:
         RingspanError: for an unknown name, a length or number of ranks below 1, or weights for a layout that takes none.
     """
     if name not in LAYOUTS:
-        raise RingspanError(f"layout {name!r}", f"the layouts are {', '.join(LAYOUTS)}", "A layout is asked for by name", "layout='zigzag'")
+        raise RingspanError(
+            f"layout {name!r}", f"the layouts are {', '.join(LAYOUTS)}, auto", "A layout is asked for by name", "layout='zigzag'"
+        )
     if length < 1 or num_ranks < 1:
         raise RingspanError(
             f"a sequence of {length} positions on {num_ranks} ranks",

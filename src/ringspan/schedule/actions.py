@@ -91,6 +91,7 @@ class Combine:
 
 
 Action = Send | Receive | Attend | Combine
+"""What a rank does."""
 
 _PHASES = {Combine: 0, Send: 1, Receive: 2, Attend: 3}
 

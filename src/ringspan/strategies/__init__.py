@@ -14,6 +14,7 @@ from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
+from ringspan.strategies.tree import tree
 from ringspan.strategies.two_dimensional import two_dimensional
 from ringspan.strategies.ulysses import ulysses
 
@@ -26,6 +27,7 @@ STRATEGIES: dict[str, Callable[..., Schedules]] = {
     "balanced": balanced,
     "double_ring": double_ring,
     "direct": direct,
+    "tree": tree,
     "ulysses": ulysses,
     "two_dimensional": two_dimensional,
 }

@@ -10,7 +10,9 @@ from ringspan.schedule import PieceBytes, traffic
 from ringspan.strategies.common import Schedules
 
 
-def link_bytes(schedules: Schedules, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False) -> Counter[tuple[int, int]]:
+def link_bytes(
+    schedules: Schedules, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False
+) -> Counter[tuple[int, int]]:
     """Bytes over each link (source, target) in one direction of a strategy: what the transport's counters must show.
 
     Args:

@@ -11,6 +11,7 @@ from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
 
 ATTENTION_NAME = "ringspan"
+"""What `attn_implementation` is set to."""
 
 # What models pass to every attention and what changes nothing here: positions are already inside q and k, labels belong to the loss.
 _HARMLESS = {

@@ -115,9 +115,10 @@ class InProcessTransport:
             world.tables.pop(meeting - 2, None)
         return [table[rank] for rank in range(self.size)]
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """See `Transport.all_reduce`. Summed in rank order, so the same on every rank and run."""
-        tensor.copy_(torch.stack(self.gather_objects(tensor.detach().clone())).sum(0))
+        every = torch.stack(self.gather_objects(tensor.detach().clone()))
+        tensor.copy_(every.sum(0) if operation == "sum" else every.amax(0))
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """See `Transport.broadcast`."""

@@ -80,10 +80,10 @@ class ProcessGroupTransport:
             raise self.failure(list(range(self.size)), error) from error
         return said
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """See `Transport.all_reduce`."""
         try:
-            dist.all_reduce(tensor, group=self._groups[0])
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self._groups[0])
         except RuntimeError as error:
             raise self.failure(list(range(self.size)), error) from error
 

@@ -57,8 +57,8 @@ class Transport(Protocol):
         """Every rank's small picklable object, in rank order."""
         ...
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sums `tensor` over the ranks, in place."""
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
+        """The `sum` or the `max` of `tensor` over the ranks, in place."""
         ...
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:

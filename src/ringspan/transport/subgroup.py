@@ -37,7 +37,7 @@ class Subgroup:
         said = self._whole.gather_objects(mine)
         return [said[member] for member in self._members]
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """Not offered: sums go over the whole."""
         raise NotImplementedError("sums go over the whole transport")
 
