@@ -1,0 +1,163 @@
+"""Law 4: every distributed result equals float64 dense attention: out, dq, dk, dv, lse; for odd, prime and non-dividing sizes.
+
+All of this runs on memory that is NaN until it is written (see conftest).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringspan.attention import executor
+from ringspan.attention.shelf import Accumulator
+from ringspan.errors import RingspanError
+from ringspan.geometry import LAYOUTS
+from ringspan.strategies import STRATEGIES
+from tests.support.dense import Outcome, Tensors, dense, make_tensors
+from tests.support.errors import BUDGETS, relative
+from tests.support.laws import check_attention
+from tests.support.masks import EXAMPLES
+from tests.support.sizes import HEADS, LAYOUT_NAMES, NUM_RANKS, examples, lengths, num_ranks
+from tests.support.split import Split, split_attention
+
+F64, F32 = torch.float64, torch.float32
+
+
+@pytest.mark.parametrize("ranks", NUM_RANKS)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_the_ring_equals_dense_attention_in_float64_and_float32(layout: str, mask: str, ranks: int):
+    heads, kv_heads = HEADS[(ranks + len(layout)) % len(HEADS)]
+    for length, dtype, kernel in ((37, F64, "reference"), (max(1, ranks - 1), F64, "torch_cpu"), (53, F32, "torch_cpu")):
+        split = Split(num_ranks=ranks, mask=EXAMPLES[mask].make(length), layout=layout, kernel=kernel)
+        check_attention(split, mask, length, BUDGETS[dtype], dtype=dtype, heads=heads, kv_heads=kv_heads, batch=2, seed=ranks)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("dtype", "kernel"), [(F64, "reference"), (F64, "torch_cpu"), (F32, "auto")])
+@examples(15)
+@given(
+    length=lengths, ranks=num_ranks, layout=st.sampled_from(LAYOUT_NAMES), mask=st.sampled_from(list(EXAMPLES)), heads=st.sampled_from(HEADS),
+    batch=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_every_strategy_layout_and_mask_equals_dense_attention(
+    strategy: str,
+    dtype: torch.dtype,
+    kernel: str,
+    length: int,
+    ranks: int,
+    layout: str,
+    mask: str,
+    heads: tuple[int, int],
+    batch: int,
+    seed: int,
+):
+    split = Split(num_ranks=ranks, mask=EXAMPLES[mask].make(length), strategy=strategy, layout=layout, kernel=kernel)
+    sizes = {"dtype": dtype, "heads": heads[0], "kv_heads": heads[1], "batch": batch, "seed": seed}
+    try:
+        check_attention(split, mask, length, BUDGETS[dtype], **sizes)
+    except RingspanError as refusal:
+        assert strategy == "two_dimensional" and layout == "striped", f"{split} is refused: {refusal}"
+
+
+@pytest.mark.parametrize("mask", EXAMPLES)
+@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+def test_the_gradient_through_lse_is_exact_with_the_reference_kernel(layout: str, mask: str):
+    split = Split(num_ranks=3, mask=EXAMPLES[mask].make(29), layout=layout)
+    check_attention(split, mask, 29, BUDGETS[F64], with_dlse=True, heads=9, kv_heads=3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scale_softcap_and_sinks_are_exact_in_every_strategy(strategy: str):
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=F64)
+    for extra in ({"scale": 0.7}, {"scale": -0.2}, {"softcap": 2.5}, {"sinks": sinks}, {"scale": 0.5, "softcap": 1.5, "sinks": sinks}):
+        split = Split(num_ranks=3, mask=EXAMPLES["causal"].make(23), strategy=strategy, **extra)
+        check_attention(split, "causal", 23, BUDGETS[F64], heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch_cpu"])
+@pytest.mark.parametrize("mask", ["blocks", "mask_mod"])
+def test_queries_that_see_nothing_on_any_rank_give_zero_and_minus_infinity(mask: str, kernel: str):
+    length, tensors = 31, make_tensors(31)
+    found, _ = split_attention(Split(num_ranks=4, mask=EXAMPLES[mask].make(length), layout="contiguous", kernel=kernel), tensors)
+    empty = ~EXAMPLES[mask].allowed(length).any(-1)
+    assert empty.any(), "the mask leaves some query without keys"
+    assert not found.out[:, empty].any() and not found.dq[:, empty].any()
+    assert torch.isneginf(found.lse[:, :, empty]).all() and torch.isfinite(found.lse[:, :, ~empty]).all()
+
+
+# ---- half precision: the yardstick is dense attention by one kernel in that dtype, torch's own, with autograd ----------------------
+
+
+def by_one_kernel(tensors: Tensors, causal: bool) -> Outcome:
+    """scaled_dot_product_attention over the whole sequence; it hands out no lse."""
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (tensors.q, tensors.k, tensors.v))
+    out = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v)), is_causal=causal, enable_gqa=True).transpose(
+        1, 2
+    )
+    return Outcome(out.detach(), torch.empty(0), *torch.autograd.grad(out, (q, k, v), tensors.dout))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_at_most_half_as_much_again_as_one_kernel_that_computes_the_whole(dtype: torch.dtype, mask: str, strategy: str):
+    # 127 positions × 4 heads × 32: enough numbers for rounding errors to average out.
+    tensors = make_tensors(127, heads=4, kv_heads=2, head_dim=32, dtype=dtype, seed=3)
+    exact = dense(tensors, EXAMPLES[mask].allowed(127))
+    single = by_one_kernel(tensors, mask == "causal")
+    for ranks, layout in ((2, "zigzag"), (3, "contiguous"), (8, "striped" if strategy != "two_dimensional" else "zigzag")):
+        for kernel in ("reference", "torch_cpu"):
+            split = Split(num_ranks=ranks, mask=EXAMPLES[mask].make(127), strategy=strategy, layout=layout, kernel=kernel)
+            found, _ = split_attention(split, tensors)
+            for name in ("out", "dq", "dk", "dv"):
+                error, floor = (relative(outcome.named()[name], exact.named()[name]) for outcome in (found, single))
+                assert error <= 1.5 * floor, f"{split}: {name} errs by {error:.2e}, one kernel by {floor:.2e}"
+            assert relative(found.lse, exact.lse) <= BUDGETS[F32], "lse is float32 whatever the inputs"
+            assert found.out.dtype == found.dq.dtype == found.dk.dtype == dtype and found.lse.dtype == F32
+
+
+# ---- the law fails where the code is broken ----------------------------------------------------------------------------------------
+
+
+def _forget_the_other_partial(out, lse, other_out, other_lse):
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+def _gradient_of_own_softmax(self, q_owner, kv_owner, tile):
+    """The backward of a tile with its own lse instead of the merged one."""
+    (q,) = self.shelf.view(executor.Piece("q", q_owner, tile.q_start, tile.q_stop))
+    (kv,) = self.shelf.view(executor.Piece("kv", kv_owner, tile.k_start, tile.k_stop))
+    dout, out, *_ = self.shelf.view(executor.Piece("do", q_owner, tile.q_start, tile.q_stop))
+    scores = self.scores(q_owner, kv_owner, tile)
+    q, k, v, dout, out = (executor.batch_first(x) for x in (q, kv[:, 0], kv[:, 1], dout, out))
+    _, lse = self.kernel.forward(q, k, v, scores)
+    dq, dk, dv = self.kernel.backward(dout, q, k, v, out, lse, None, scores)
+    self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, executor.rows_first(dq))
+    self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, executor.rows_first(dk), executor.rows_first(dv))
+
+
+BREAKAGES = {
+    "a merge that forgets the other partial": (executor, "merge_", _forget_the_other_partial),
+    "a backward from the tile's own lse": (executor.BackwardPass, "attend", _gradient_of_own_softmax),
+    "an accumulator that is not zeroed": (Accumulator, "_settle", lambda self: setattr(self, "_fresh", False)),
+    "a gradient that arrives and is not added": (executor.BackwardPass, "combine", lambda self, piece, arrived: None),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_law_4_fails_with(breakage: str, monkeypatch: pytest.MonkeyPatch):
+    target, name, wrong = BREAKAGES[breakage]
+    monkeypatch.setattr(target, name, wrong)
+    # A mask of which each rank's first tile leaves rows for later ones, so that accumulators begin with zeros.
+    split = Split(num_ranks=3, mask=EXAMPLES["documents"].make(23))
+    with pytest.raises(AssertionError, match="relative errors"):
+        check_attention(split, "documents", 23, BUDGETS[F64])
+
+
+def test_every_layout_and_strategy_that_there_is_is_tried_here():
+    assert set(LAYOUT_NAMES) == set(LAYOUTS)
+    assert {"ring", "all_gather"} <= set(STRATEGIES)
