@@ -28,7 +28,8 @@ def check_names(
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())
-    make_schedules(strategy, whole, full(), **options)
+    if strategy != "auto" or options:
+        make_schedules(strategy, whole, full(), **options)
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
     make_layout(layout, num_ranks, num_ranks, weights)

@@ -23,8 +23,9 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import select_kernel
-from ringspan.strategies import Schedules, make_schedules
+from ringspan.kernels import accumulator_dtype, select_kernel
+from ringspan.schedule import PieceBytes
+from ringspan.strategies import MACHINES, Choice, Schedules, choose, make_schedules
 from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
 
 
@@ -34,7 +35,7 @@ class ContextParallel:
     Args:
         mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
             group (a single rank where torch.distributed is not initialised).
-        strategy: one of `ringspan.strategies.STRATEGIES`.
+        strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says which and why.
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
@@ -125,6 +126,7 @@ class Sequence:
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: dict[tuple, Plan] = {}
+        self.choice: Choice | None = None
 
     @property
     def length(self) -> int:
@@ -151,10 +153,20 @@ class Sequence:
         """Global positions of this rank's tokens, `[shard]`, int64, on the CPU, rising."""
         return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
 
-    @cached_property
+    @property
     def schedules(self) -> Schedules:
-        """The schedules that `attention` runs."""
-        return make_schedules(self.context.strategy, self.layout, self.mask, **self.context.options)
+        """The schedules that `attention` runs; under strategy `auto`, those that its last new shape chose.
+
+        Raises:
+            RingspanError: under strategy `auto` before the first attention, which tells the heads.
+        """
+        if self.context.strategy != "auto":
+            return make_schedules(self.context.strategy, self.layout, self.mask, **self.context.options)
+        if self.choice is None:
+            raise RingspanError(
+                "the schedules of strategy 'auto'", "no attention has told the heads yet", "auto chooses by shapes", "seq.attention"
+            )
+        return make_schedules(self.choice.strategy, self.layout, self.mask, **dict(self.choice.options))
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor, along `dim`. Local and differentiable.
@@ -250,6 +262,13 @@ class Sequence:
         )
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
+        if self.context.strategy == "auto":
+            # The same numbers on every rank, so the same choice: the ranks have just agreed on them.
+            sizes = PieceBytes(
+                batch=q.shape[0], heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3],
+                element_bytes=q.element_size(), accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
+            )  # fmt: skip
+            self.choice = choose(self.layout, self.mask, sizes, MACHINES[q.device.type], make_schedules)
         schedules, transport = self.schedules, self.context.transport
         exchange, first_head = None, 0
         if (grid := schedules.grid) is not None:

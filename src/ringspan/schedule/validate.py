@@ -40,7 +40,7 @@ def validate(schedule: Schedule, layout: Layout, mask: Mask) -> Report:
     _check_coverage(schedule, layout, mask)
     _Possession(schedule).check(order)
     _check_thrift(schedule)
-    return Report(_live_positions(schedule), _sent_positions(schedule))
+    return Report(live_positions(schedule), _sent_positions(schedule))
 
 
 def _broken(rule: str, asked: str, found: str) -> ScheduleError:
@@ -259,7 +259,8 @@ def _check_thrift(schedule: Schedule) -> None:
                     raise _broken("thrift", f"rank {rank}: {action}", f"of it only positions {first} to {last} are read or passed on")
 
 
-def _live_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
+def live_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
+    """For each rank and kind, the most visiting positions that lie in receive buffers at once."""
     result = []
     for program in schedule.programs:
         changes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))

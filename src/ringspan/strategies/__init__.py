@@ -7,8 +7,10 @@ from functools import lru_cache
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
 from ringspan.strategies.all_gather import all_gather
+from ringspan.strategies.auto import Choice, choose
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
+from ringspan.strategies.cost import MACHINES, Cost, Machine, cost
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.links import link_bytes
@@ -18,7 +20,19 @@ from ringspan.strategies.tree import tree
 from ringspan.strategies.two_dimensional import two_dimensional
 from ringspan.strategies.ulysses import ulysses
 
-__all__ = ["STRATEGIES", "Schedules", "link_bytes", "make_schedules", "strategy_options"]
+__all__ = [
+    "MACHINES",
+    "STRATEGIES",
+    "Choice",
+    "Cost",
+    "Machine",
+    "Schedules",
+    "choose",
+    "cost",
+    "link_bytes",
+    "make_schedules",
+    "strategy_options",
+]
 
 STRATEGIES: dict[str, Callable[..., Schedules]] = {
     "ring": ring,
@@ -43,7 +57,7 @@ def strategy_options(strategy: str) -> dict[str, type]:
     if strategy not in STRATEGIES:
         raise RingspanError(
             f"strategy {strategy!r}",
-            f"the strategies are {', '.join(STRATEGIES)}",
+            f"the strategies are {', '.join(STRATEGIES)}, and auto without options",
             "A strategy is asked for by name",
             "strategy='ring'",
         )

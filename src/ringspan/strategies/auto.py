@@ -1,0 +1,96 @@
+"""`auto`: the strategy that is predicted to end first, and why.
+
+The rule: every strategy that the layout, the mask and the heads allow is priced from its own schedules (`ringspan.strategies.cost`). Those
+that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within 3% of it the first in the order of
+`CANDIDATES`, which begins with the strategies that hold least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ringspan.errors import RingspanError
+from ringspan.geometry import Layout, Mask
+from ringspan.schedule import PieceBytes
+from ringspan.strategies.common import Schedules
+from ringspan.strategies.cost import Cost, Machine, cost
+
+CLOSE = 1.03
+"""Predictions nearer than this are not told apart."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` picked.
+
+    Attributes:
+        strategy: its name.
+        options: its options.
+        reason: a sentence with the numbers.
+        costs: every candidate's, by name and options.
+    """
+
+    strategy: str
+    options: tuple[tuple[str, int | str], ...]
+    reason: str
+    costs: dict[str, Cost]
+
+
+Make = Callable[..., Schedules]
+
+
+def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
+    """The strategies that are compared, those that hold least first."""
+    found: list[tuple[str, dict[str, int | str]]] = [("ring", {}), ("direct", {}), ("all_gather", {}), ("balanced", {}), ("pass_query", {})]
+    found.append(("ulysses", {}))
+    degrees = [degree for degree in range(2, num_ranks) if num_ranks % degree == 0]
+    found.extend(("two_dimensional", {"ulysses": degree}) for degree in degrees)
+    return found
+
+
+@lru_cache(maxsize=256)
+def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make, memory_bytes: int | None = None) -> Choice:
+    """The strategy for `layout` and `mask` with tensors of `sizes` on `machine`.
+
+    Args:
+        layout: of all ranks.
+        mask: what a query sees.
+        sizes: of attention's tensors.
+        machine: speeds of the ranks and links.
+        make: `make_schedules`.
+        memory_bytes: the most that visitors may take at once on a rank; None for no limit.
+
+    Raises:
+        RingspanError: where no strategy holds as little as `memory_bytes`.
+    """
+    costs: dict[str, Cost] = {}
+    named: dict[str, tuple[str, dict[str, int | str]]] = {}
+    for strategy, options in candidates(layout.num_ranks):
+        name = strategy + "".join(f" {key}={value}" for key, value in options.items())
+        try:
+            schedules = make(strategy, layout, mask, **options)
+        except RingspanError:
+            # What a strategy refuses is no candidate: striped positions in neighbouring head groups, say.
+            continue
+        named[name], costs[name] = (strategy, options), cost(schedules, layout, mask, sizes, machine)
+    fitting = [name for name, priced in costs.items() if memory_bytes is None or priced.live_bytes <= memory_bytes]
+    if not fitting:
+        least = min(costs, key=lambda name: costs[name].live_bytes)
+        raise RingspanError(
+            f"strategy 'auto' with {memory_bytes} bytes for visitors",
+            f"the least is {costs[least].live_bytes} bytes, by {least}",
+            "A rank holds what visits it",
+            f"memory_bytes={costs[least].live_bytes}",
+        )
+    quickest = min(costs[name].seconds for name in fitting)
+    picked = next(name for name in fitting if costs[name].seconds <= CLOSE * quickest)
+    mine, slowest = costs[picked], max(fitting, key=lambda name: costs[name].seconds)
+    reason = (
+        f"{picked}: {mine.seconds * 1e3:.3g} ms a layer predicted on {machine.name}, computing {mine.computing:.0%} of it, "
+        f"{mine.sent_bytes / 1e6:.3g} MB sent by the busiest rank; "
+        f"{slowest} would take {costs[slowest].seconds / mine.seconds:.2f} times as long"
+    )
+    strategy, options = named[picked]
+    return Choice(strategy, tuple(options.items()), reason, costs)
