@@ -6,7 +6,9 @@ import sys
 
 import typer
 
+from ringspan.cli.show import command as show
 from ringspan.cli.train import command as train
+from ringspan.cli.verify import command as verify
 from ringspan.errors import RingspanError
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train)
+app.command("verify")(verify)
+app.command("show")(show)
 
 
 @app.callback()
