@@ -25,7 +25,7 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
 from ringspan.kernels import accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, Choice, Schedules, choose, make_schedules
+from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
 
 
@@ -35,7 +35,8 @@ class ContextParallel:
     Args:
         mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
             group (a single rank where torch.distributed is not initialised).
-        strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says which and why.
+        strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says
+            which and why. The backward of `ring` rotates keys or queries, whichever is less traffic for the heads at hand.
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
@@ -126,6 +127,7 @@ class Sequence:
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: dict[tuple, Plan] = {}
+        self._schedules: Schedules | None = None
         self.choice: Choice | None = None
 
     @property
@@ -155,18 +157,41 @@ class Sequence:
 
     @property
     def schedules(self) -> Schedules:
-        """The schedules that `attention` runs; under strategy `auto`, those that its last new shape chose.
+        """The schedules that the last new shape of `attention` runs; before it, those that the strategy makes without knowing heads.
 
         Raises:
             RingspanError: under strategy `auto` before the first attention, which tells the heads.
         """
-        if self.context.strategy != "auto":
-            return make_schedules(self.context.strategy, self.layout, self.mask, **self.context.options)
-        if self.choice is None:
+        if self._schedules is not None:
+            return self._schedules
+        context = self.context
+        if context.strategy == "auto":
             raise RingspanError(
                 "the schedules of strategy 'auto'", "no attention has told the heads yet", "auto chooses by shapes", "seq.attention"
             )
-        return make_schedules(self.choice.strategy, self.layout, self.mask, **dict(self.choice.options))
+        return make_schedules(context.strategy, self.layout, self.mask, **context.options)
+
+    def _choose(self, q: Tensor, k: Tensor) -> Schedules:
+        """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
+        context = self.context
+        sizes = PieceBytes(
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            element_bytes=q.element_size(),
+            accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
+        )
+        strategy, options = context.strategy, context.options
+        if strategy == "auto":
+            self.choice = choose(self.layout, self.mask, sizes, MACHINES[q.device.type], make_schedules)
+            strategy, options = self.choice.strategy, dict(self.choice.options)
+        schedules = make_schedules(strategy, self.layout, self.mask, **options)
+        if strategy == "ring" and "rotate" not in options:
+            queries = make_schedules(strategy, self.layout, self.mask, rotate="queries")
+            keys_bytes, queries_bytes = (link_bytes(each, self.layout, sizes, "backward").total() for each in (schedules, queries))
+            return queries if queries_bytes < keys_bytes else schedules
+        return schedules
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor, along `dim`. Local and differentiable.
@@ -262,14 +287,8 @@ class Sequence:
         )
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
-        if self.context.strategy == "auto":
-            # The same numbers on every rank, so the same choice: the ranks have just agreed on them.
-            sizes = PieceBytes(
-                batch=q.shape[0], heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3],
-                element_bytes=q.element_size(), accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
-            )  # fmt: skip
-            self.choice = choose(self.layout, self.mask, sizes, MACHINES[q.device.type], make_schedules)
-        schedules, transport = self.schedules, self.context.transport
+        schedules = self._schedules = self._choose(q, k)
+        transport = self.context.transport
         exchange, first_head = None, 0
         if (grid := schedules.grid) is not None:
             exchange = make_exchange(transport, grid, self.layout, schedules.layout, q.shape[2], k.shape[2])

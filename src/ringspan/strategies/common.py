@@ -60,33 +60,41 @@ def key_visits(layout: Layout, mask: Mask, owner: int, stops: list[tuple[int, in
     return [Visit(step, rank, *pieces) for step, rank, pieces in found if pieces is not None]
 
 
-def walk(builder: ScheduleBuilder, visits: list[Visit], kind: str, start: tuple[int, int]) -> None:
+def query_visits(layout: Layout, mask: Mask, owner: int, stops: list[tuple[int, int]]) -> list[Visit]:
+    """The visits of the queries of `owner` at `stops`, (step, rank) in order, without the ranks of which they read nothing."""
+    found = ((step, rank, block(layout, mask, owner, rank)) for step, rank in stops)
+    return [Visit(step, rank, *pieces) for step, rank, pieces in found if pieces is not None]
+
+
+def walk(builder: ScheduleBuilder, visits: list[Visit], kinds: tuple[str, ...], start: tuple[int, int]) -> None:
     """A shard goes from reader to reader, each attends, and from each goes on what is still read ahead.
 
     Args:
         builder: takes the actions.
         visits: in the order of the walk.
-        kind: `kv` or `q`: which of the two pieces of a visit it is that travels.
+        kinds: what travels: `kv`, or `q` and, in a backward, `do` with it.
         start: (step, rank) where the shard is at first.
     """
     since, here = start
     for index, visit in enumerate(visits):
         if visit.rank != here:
-            ahead = hull([later.kv if kind == "kv" else later.q for later in visits[index:]])
-            builder.transfer(ahead, here, visit.rank, posted=since, due=visit.step)
+            ahead = hull([later.kv if kinds == ("kv",) else later.q for later in visits[index:]])
+            for kind in kinds:
+                piece = Piece(kind, ahead.owner, ahead.start, ahead.stop)
+                builder.transfer(piece, here, visit.rank, posted=since, due=visit.step)
         builder.attend(visit.rank, visit.step, visit.q, visit.kv)
         here, since = visit.rank, visit.step
 
 
-def ride_home(builder: ScheduleBuilder, owner: int, visits: list[Visit]) -> None:
-    """The gradient of keys rides behind them from reader to reader, one step later and growing, and makes one last hop home.
+def ride_home(builder: ScheduleBuilder, owner: int, visits: list[Visit], kind: str = "dkv") -> None:
+    """The gradient of what walks rides behind it from reader to reader, one step later and growing, and makes one last hop home.
 
-    What the owner itself computed waits at home.
+    What the owner itself computed waits at home. `kind` is `dkv` or `dq`.
     """
     away = [visit for visit in visits if visit.rank != owner]
     for index, visit in enumerate(away):
-        grown = hull([earlier.kv for earlier in away[: index + 1]])
-        rides = Piece("dkv", owner, grown.start, grown.stop)
+        grown = hull([earlier.kv if kind == "dkv" else earlier.q for earlier in away[: index + 1]])
+        rides = Piece(kind, owner, grown.start, grown.stop)
         last = index + 1 == len(away)
         target, due = (owner, visit.step + 2) if last else (away[index + 1].rank, away[index + 1].step + 1)
         builder.transfer(rides, visit.rank, target, posted=visit.step + 1, due=due)

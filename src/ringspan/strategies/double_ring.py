@@ -62,5 +62,5 @@ def _cross(builder: ScheduleBuilder, owner: int, turns: list[tuple[int, int, lis
         if entrance != here:
             ahead = hull([visit.kv for _, _, later in turns[index:] for visit in later])
             builder.transfer(ahead, here, entrance, posted=since, due=step)
-        walk(builder, visits, "kv", start=(step, entrance))
+        walk(builder, visits, ("kv",), start=(step, entrance))
         since, here = step, entrance

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ringspan.geometry import Layout, Mask
 from ringspan.schedule import Piece, ScheduleBuilder
-from ringspan.strategies.common import Schedules, Visit, block, straight_backward, walk
+from ringspan.strategies.common import Schedules, query_visits, straight_backward, walk
 
 
 def pass_query(layout: Layout, mask: Mask) -> Schedules:
@@ -18,12 +18,8 @@ def pass_query(layout: Layout, mask: Mask) -> Schedules:
     num_ranks = layout.num_ranks
     builder = ScheduleBuilder("pass_query", "forward", layout.shard_lengths)
     for owner in range(num_ranks):
-        visits = []
-        for hops in range(num_ranks):
-            rank = (owner + hops) % num_ranks
-            if (pieces := block(layout, mask, owner, rank)) is not None:
-                visits.append(Visit(hops, rank, *pieces))
-        walk(builder, visits, "q", start=(0, owner))
+        visits = query_visits(layout, mask, owner, [(hops, (owner + hops) % num_ranks) for hops in range(num_ranks)])
+        walk(builder, visits, ("q",), start=(0, owner))
         for visit in visits:
             if visit.rank != owner:
                 part = Piece("o", owner, visit.q.start, visit.q.stop)
