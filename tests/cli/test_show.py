@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def test_weights_and_options_reach_the_layout_and_the_strategy():
     assert "two_dimensional ulysses=1 inner=all_gather" in inner
 
 
+def test_auto_chooses_a_strategy_and_a_layout_and_says_why():
+    text = " ".join(show("auto", "--layout", "auto", "--machine", "cpu", "--length", "4096").split())
+    assert re.match(r"\w+ · auto · causal 4 ranks · 4 096 positions · forward auto chose \w+: .* predicted on CPU processes", text)
+
+
 def test_it_draws_a_png_and_says_where(tmp_path: Path):
     path = tmp_path / "ring.png"
     assert f"drawn: {path}" in show("--png", str(path))
@@ -73,8 +79,9 @@ def test_it_draws_a_png_and_says_where(tmp_path: Path):
         (["--layout", "weighted", "--weights", "1,2,,4"], "numbers joined by commas"),
         (["--layout", "weighted", "--weights", "0,0,0,0"], "above 0"),
         (["--layout", "weighted", "--weights=-1,1,1,1"], "the least -1.0"),
-        (["--option", "stages=2"], "it takes no options"),
+        (["--option", "stages=2"], "A strategy is given its own options alone"),
         (["--option", "stages"], "a name and a value"),
+        (["auto", "--machine", "abacus"], "the machines are cuda, cpu"),
         (["--png", "nowhere/ring.png"], "No such file or directory"),
         (["--png", "ring.svg"], "Pictures are PNG files"),
     ],

@@ -43,6 +43,12 @@ def test_ulysses_sends_every_position_for_the_heads_of_the_others():
     assert (shown.num_lanes, shown.lane_letter, shown.work("forward")) == (1, "g", (78,) * 4)
 
 
+def test_the_layout_auto_balances_the_mask_that_is_studied():
+    shown = study("ring", layout="auto", mask="documents:20,12", length=32, num_ranks=4)
+    plain = [study("ring", layout=name, mask="documents:20,12", length=32, num_ranks=4) for name in ("contiguous", "zigzag")]
+    assert shown.imbalance("forward") <= min(other.imbalance("forward") for other in plain)
+
+
 def test_uneven_heads_are_waiting_too():
     shown = study("ulysses", length=12, num_ranks=3, sizes=PieceBytes(heads=8, kv_heads=8))
     assert shown.work("forward") == (3 * 78, 3 * 78, 2 * 78)
@@ -72,7 +78,7 @@ def test_without_head_groups_imbalance_and_idleness_are_those_of_the_pairs():
         ({"weights": (1.0, 1.0)}, "Only 'weighted' takes weights"),
         ({"layout": "weighted", "weights": (1.0,)}, "one finite weight"),
         ({"layout": "weighted", "weights": (1.0, float("nan"))}, "one finite weight"),
-        ({"options": {"stages": 2}}, "it takes no options"),
+        ({"options": {"stages": 2}}, "its own options alone"),
         ({"strategy": "all_gather", "options": {"stages": "two"}}, "of type int"),
         ({"strategy": "double_ring", "options": {"window": 3}}, "divisors 1, 2"),
     ],

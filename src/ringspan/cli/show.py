@@ -16,9 +16,9 @@ _WHAT, _SIZES, _HOW = "What is shown", "What a position weighs", "How it is show
 
 
 def command(
-    strategy: Annotated[str, typer.Argument(help="ring, all_gather, pass_query, …", metavar="STRATEGY")] = "ring",
+    strategy: Annotated[str, typer.Argument(help="ring, direct, all_gather, …, or auto.", metavar="STRATEGY")] = "ring",
     ranks: Annotated[int, typer.Option(help="How many ranks share the sequence.", rich_help_panel=_WHAT)] = 4,
-    layout: Annotated[str, typer.Option(help="contiguous, zigzag, striped or weighted.", rich_help_panel=_WHAT)] = "zigzag",
+    layout: Annotated[str, typer.Option(help="contiguous, zigzag, striped, weighted or auto.", rich_help_panel=_WHAT)] = "zigzag",
     mask: Annotated[str, typer.Option(help="causal, full, window:7, …; joined by &.", rich_help_panel=_WHAT)] = "causal",
     length: Annotated[int, typer.Option(help="Positions in the whole sequence.", rich_help_panel=_WHAT)] = 32,
     weights: Annotated[
@@ -28,6 +28,7 @@ def command(
         list[str] | None,
         typer.Option(help="One of the strategy's own, such as stages=2; repeatable.", metavar="NAME=VALUE", rich_help_panel=_WHAT),
     ] = None,
+    machine: Annotated[str, typer.Option(help="cuda or cpu: what auto chooses a strategy for.", rich_help_panel=_WHAT)] = "cuda",
     direction: Annotated[str, typer.Option(help="forward or backward: whose table and picture.", rich_help_panel=_HOW)] = "forward",
     full: Annotated[bool, typer.Option("--full", help="Every cell, rank and link, however wide.", rich_help_panel=_HOW)] = False,
     png: Annotated[str | None, typer.Option(help="Also draw it into this PNG.", metavar="FILE", rich_help_panel=_HOW)] = None,
@@ -60,6 +61,7 @@ def command(
         weights=parse_weights(weights),
         options=parse_options(option or []),
         sizes=sizes,
+        machine=machine,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show × and → gets a question mark for them, not a traceback.

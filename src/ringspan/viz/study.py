@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ringspan.errors import RingspanError
-from ringspan.geometry import Layout, Mask, make_layout, parse_mask
-from ringspan.schedule import PieceBytes, Report, Schedule, traffic, validate
+from ringspan.geometry import Layout, Mask, head_shares, make_layout, parse_mask
+from ringspan.schedule import PieceBytes, Report, Schedule, validate
 from ringspan.schedule.draw import Timeline, timeline
-from ringspan.strategies import Schedules, make_schedules
-from ringspan.viz.exchange import sizes_of_places, two_dimensional_links
+from ringspan.strategies import MACHINES, Machine, Schedules, choose, link_bytes, make_schedules
 
 DIRECTIONS = ("forward", "backward")
 MAX_RANKS = 128
@@ -32,6 +31,7 @@ class Study:
         schedules: as the strategy makes them.
         reports: the validator's, forward and backward.
         sizes: what one position of each kind of piece weighs, with all heads.
+        reason: why `auto` chose the strategy; empty where it was asked for by name.
     """
 
     strategy: str
@@ -40,6 +40,7 @@ class Study:
     schedules: Schedules
     reports: Mapping[str, Report]
     sizes: PieceBytes
+    reason: str = ""
 
     @property
     def num_ranks(self) -> int:
@@ -88,8 +89,9 @@ class Study:
         grid = self.schedules.grid
         if grid is None:
             return (self.sizes,) * self.num_ranks
-        places = sizes_of_places(grid, self.sizes)
-        return tuple(places[grid.place(rank)] for rank in range(self.num_ranks))
+        shares = head_shares(self.sizes.heads, self.sizes.kv_heads, grid.degree)
+        own = [shares[grid.place(rank)] for rank in range(self.num_ranks)]
+        return tuple(replace(self.sizes, heads=share.heads, kv_heads=share.kv_heads) for share in own)
 
     def work(self, direction: str) -> tuple[int, ...]:
         """For each rank its pairs times its heads."""
@@ -109,10 +111,7 @@ class Study:
     @cached_property
     def link_bytes(self) -> Mapping[str, Mapping[tuple[int, int], int]]:
         """For each direction the bytes over each link, as `{(source, target): bytes}`."""
-        grid = self.schedules.grid
-        if grid is None:
-            return {direction: traffic(self.schedule(direction), self.sizes) for direction in DIRECTIONS}
-        return {direction: two_dimensional_links(self.schedule(direction), grid, self.layout, self.sizes) for direction in DIRECTIONS}
+        return {direction: link_bytes(self.schedules, self.layout, self.sizes, direction) for direction in DIRECTIONS}
 
     @cached_property
     def sent_bytes(self) -> Mapping[str, tuple[int, ...]]:
@@ -139,18 +138,20 @@ def study(
     weights: Sequence[float] | None = None,
     options: Mapping[str, int | str] | None = None,
     sizes: PieceBytes | None = None,
+    machine: str = "cuda",
 ) -> Study:
     """Makes the schedules of `strategy` and has the validator prove both.
 
     Args:
-        strategy: one of `STRATEGIES`.
-        layout: one of `LAYOUTS`.
+        strategy: one of `STRATEGIES`, or `auto` for the one that is predicted to end first.
+        layout: one of `LAYOUTS`, or `auto` for one that balances the mask.
         mask: a mask, or its name as `parse_mask` reads it.
         length: global positions.
         num_ranks: at most 128: the proof looks at every pair of ranks, and at all that pass between them.
         weights: one for each rank, for the layout `weighted`.
         options: the strategy's own, by name.
         sizes: what a position weighs; else eight heads of 128 elements in two bytes.
+        machine: one of `MACHINES`, for which the strategy `auto` chooses.
 
     Raises:
         RingspanError: for a name that does not exist, or a number out of its range.
@@ -158,15 +159,28 @@ def study(
     """
     check_count("ranks", num_ranks, MAX_RANKS)
     check_count("length", length, MAX_LENGTH)
-    made_layout = make_layout(layout, length, num_ranks, tuple(weights) if weights is not None else None)
     made_mask = parse_mask(mask) if isinstance(mask, str) else mask
-    schedules = make_schedules(strategy, made_layout, made_mask, **(options or {}))
+    made_layout = make_layout(layout, length, num_ranks, tuple(weights) if weights is not None else None, made_mask)
+    sizes = sizes or piece_sizes(8, None, 128, 2)
+    options, reason = dict(options or {}), ""
+    if strategy == "auto" and not options:
+        choice = choose(made_layout, made_mask, sizes, _machine(machine), make_schedules)
+        strategy, options, reason = choice.strategy, dict(choice.options), choice.reason
+    schedules = make_schedules(strategy, made_layout, made_mask, **options)
     reports = {
         direction: validate(schedule, schedules.layout, made_mask)
         for direction, schedule in zip(DIRECTIONS, (schedules.forward, schedules.backward), strict=True)
     }
-    named = strategy + "".join(f" {name}={value}" for name, value in (options or {}).items())
-    return Study(named, made_layout, made_mask, schedules, reports, sizes or piece_sizes(8, None, 128, 2))
+    named = strategy + "".join(f" {name}={value}" for name, value in options.items())
+    return Study(named, made_layout, made_mask, schedules, reports, sizes, reason)
+
+
+def _machine(name: str) -> Machine:
+    if name not in MACHINES:
+        raise RingspanError(
+            f"machine {name!r}", f"the machines are {', '.join(MACHINES)}", "A machine is asked for by name", "machine cuda"
+        )
+    return MACHINES[name]
 
 
 def check_count(name: str, value: int, most: int) -> None:

@@ -28,6 +28,8 @@ def print_study(study: Study, console: Console, *, direction: str = "forward", f
     """
     facts = f"{counted(study.num_ranks, 'rank')} · {counted(study.layout.length, 'position')} · {direction}"
     console.print(Text.assemble((study.title, "bold"), f"   {facts}"))
+    if study.reason:
+        console.print(f"auto chose {study.reason}.", highlight=False)
     console.print()
     _print_schedule(study, console, direction, full)
     console.print()
