@@ -36,7 +36,8 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         this rank's share of the unsplit loss: the shares add up to it.
 
     Raises:
-        RingspanError: for tensors of another length, unknown keys, or padding that this mask does not make harmless.
+        RingspanError: for tensors of another length, unknown keys, padding that this mask does not make harmless, and on every rank where
+            one of them would own no token.
     """
     unknown = sorted(set(batch) - set(_KNOWN))
     if unknown or not ({"input_ids", "inputs_embeds"} & set(batch)):
@@ -46,6 +47,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"A batch is made of {', '.join(_KNOWN)}, and nothing is ignored",
             "seq.shard(x, dim) for further tensors",
         )
+    _check_everyone_owns_some(sequence)
     labels = batch.get("labels")
     if (padding := batch.get("attention_mask")) is not None:
         _check_padding(sequence, padding)
@@ -65,13 +67,25 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     return part
 
 
+def _check_everyone_owns_some(sequence: Sequence) -> None:
+    # Hugging Face's layers reshape with −1, which means nothing for a tensor without elements.
+    if empty := [rank for rank, length in enumerate(sequence.layout.shard_lengths) if not length]:
+        raise UnsupportedError(
+            f"a batch of {sequence.length} tokens split {sequence.layout.name} over {sequence.num_ranks} ranks",
+            f"rank {empty[0]} owns none",
+            "A model computes at least one token on every rank",
+            f"at least {sequence.num_ranks} tokens, fewer ranks, or weights above 0",
+        )
+
+
 def _check_padding(sequence: Sequence, padding: Tensor) -> None:
-    right = bool((padding[:, 1:].bool() <= padding[:, :-1].bool()).all())
-    everything = bool(torch.all(padding != 0))
-    if padding.ndim != 2 or not (everything or (right and not looks_ahead(sequence.mask))):
+    shaped = padding.ndim == 2 and padding.shape[1] == sequence.length
+    everything = shaped and bool(torch.all(padding != 0))
+    right = shaped and bool((padding[:, 1:].bool() <= padding[:, :-1].bool()).all())
+    if not (everything or (right and not looks_ahead(sequence.mask))):
         raise UnsupportedError(
             f"an attention_mask {tuple(padding.shape)} under mask {sequence.mask}",
-            "it hides tokens that others would see",
+            "it hides tokens that others would see" if shaped else f"it is not [batch, {sequence.length}]",
             "Padding is exact on the right under a causal mask, where no token sees what follows it",
             "tokenizer.padding_side = 'right' with mask causal, or sequences of one length",
         )

@@ -1,0 +1,88 @@
+"""`shard_batch`: every rank's part of a Hugging Face batch, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ringspan
+from ringspan.errors import RingspanError, UnsupportedError
+from tests.support.models import make_batch
+
+
+def parts(batch: dict[str, Any], ranks: int = 3, mask: ringspan.Mask | None = None, **how: Any) -> list[dict[str, Any]]:
+    def run(group: Any) -> dict[str, Any]:
+        sequence = ringspan.ContextParallel(group, **how).sequence(batch["input_ids"].shape[1], mask)
+        return {**sequence.shard_batch(batch), "positions": sequence.positions}
+
+    return ringspan.run_in_process(ranks, run)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_position_t_holds_the_token_at_t_and_the_label_at_t_plus_one_whichever_rank_owns_them(layout: str):
+    batch = make_batch(2, 17)
+    expected = torch.cat((batch["labels"][:, 1:], torch.full((2, 1), -100)), 1)
+    for part in parts(batch, layout=layout):
+        assert torch.equal(part["input_ids"], batch["input_ids"][:, part["positions"]])
+        assert torch.equal(part["labels"], expected[:, part["positions"]])
+        assert torch.equal(part["shift_labels"], part["labels"])
+        assert torch.equal(part["position_ids"], part["positions"].expand(2, -1))
+        assert part["num_items_in_batch"] == (expected != -100).sum()
+
+
+def test_position_ids_that_are_given_are_kept():
+    batch = {**make_batch(1, 12), "position_ids": torch.arange(12).unsqueeze(0) % 5}
+    for part in parts(batch):
+        assert torch.equal(part["position_ids"], batch["position_ids"][:, part["positions"]])
+
+
+def test_the_batch_that_was_given_is_left_as_it_was():
+    batch = make_batch(2, 12, padded=(0, 3))
+    before = {key: tensor.clone() for key, tensor in batch.items()}
+    parts(batch)
+    assert all(torch.equal(batch[key], before[key]) for key in before)
+
+
+REFUSED = {
+    "padding on the left": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])}, None, "right"),
+    "a hole in the middle": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}, None, "right"),
+    "padding under a mask that looks ahead": (lambda: make_batch(2, 8, padded=(0, 2)), ringspan.full(), "causal"),
+    "a mask of pairs": (lambda: {**make_batch(1, 8), "attention_mask": torch.ones(1, 1, 8, 8)}, None, "attention_mask"),
+    "a mask of one dimension": (lambda: {**make_batch(1, 8), "attention_mask": torch.ones(8)}, None, "attention_mask"),
+    "a mask of another length": (
+        lambda: {"input_ids": make_batch(1, 8)["input_ids"], "attention_mask": torch.ones(1, 9)},
+        None,
+        "attention_mask",
+    ),
+    "labels of another length": (lambda: {**make_batch(1, 8), "labels": torch.zeros(1, 9, dtype=torch.int64)}, None, "8 positions"),
+    "a keyword that nobody knows": (lambda: {**make_batch(1, 8), "token_type_ids": torch.zeros(1, 8)}, None, "token_type_ids"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_batch_is_refused_for(case: str):
+    make, mask, message = REFUSED[case]
+    with pytest.raises(RingspanError, match=message):
+        parts(make(), ranks=2, mask=mask)
+
+
+def test_no_tokens_at_all_are_refused():
+    sequence = ringspan.ContextParallel().sequence(8)
+    with pytest.raises(UnsupportedError, match="neither input_ids nor inputs_embeds"):
+        sequence.shard_batch({"labels": torch.zeros(1, 8)})
+
+
+@pytest.mark.parametrize(
+    ("length", "how"), [(2, {}), (9, {"layout": "weighted", "weights": (1.0, 0.0, 1.0)})], ids=["few tokens", "no weight"]
+)
+def test_a_rank_without_a_token_is_refused_on_every_rank_since_models_compute_at_least_one(length: int, how: dict[str, Any]):
+    def run(group: Any) -> str:
+        sequence = ringspan.ContextParallel(group, **how).sequence(length)
+        with pytest.raises(UnsupportedError) as caught:
+            sequence.shard_batch(make_batch(1, length))
+        return str(caught.value)
+
+    messages = ringspan.run_in_process(3, run)
+    assert len(set(messages)) == 1 and "owns none" in messages[0]
