@@ -7,31 +7,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringspan.errors import RingspanError
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import STRATEGIES
 from tests.support.laws import check_bytes
 from tests.support.masks import EXAMPLES
-from tests.support.sizes import HEADS, LAYOUT_NAMES, examples, lengths, num_ranks
+from tests.support.sizes import LAYOUT_NAMES, examples, lengths, num_ranks, shapes, unless_refused
 from tests.support.split import Split
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @examples(15)
 @given(
-    length=lengths, ranks=num_ranks, layout=st.sampled_from(LAYOUT_NAMES), mask=st.sampled_from(list(EXAMPLES)), heads=st.sampled_from(HEADS),
+    length=lengths, ranks=num_ranks, layout=st.sampled_from(LAYOUT_NAMES), mask=st.sampled_from(list(EXAMPLES)), shape=shapes,
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), with_dlse=st.booleans(),
 )  # fmt: skip
 def test_every_byte_that_is_sent_was_promised_and_every_promised_byte_is_sent(
-    strategy: str, length: int, ranks: int, layout: str, mask: str, heads: tuple[int, int], dtype: torch.dtype, with_dlse: bool
+    strategy: str, length: int, ranks: int, layout: str, mask: str, shape: dict[str, int], dtype: torch.dtype, with_dlse: bool
 ):
     # A gradient of lse rides beside dO where queries travel; the schedule speaks of attention whose lse nobody differentiates.
     with_dlse = with_dlse and strategy in ("ring", "all_gather", "double_ring", "direct", "ulysses")
     split = Split(num_ranks=ranks, mask=EXAMPLES[mask].make(length), strategy=strategy, layout=layout)
-    try:
-        check_bytes(split, length, heads=heads[0], kv_heads=heads[1], dtype=dtype, with_dlse=with_dlse)
-    except RingspanError as refusal:
-        assert strategy == "two_dimensional" and layout == "striped", f"{split} is refused: {refusal}"
+    with unless_refused(strategy, layout):
+        check_bytes(split, length, dtype=dtype, with_dlse=with_dlse, **shape)
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])
