@@ -289,7 +289,7 @@ def documents(cu_seqlens: Sequence[int] | None = None, *, ids: Sequence[int] | N
                 "documents(ids=…)", "an id comes back after another document", "The tokens of a document stand together", "ids that rise"
             )
         cu_seqlens = [*starts, len(values)]
-    borders = tuple(_integers(cu_seqlens or ()))
+    borders = tuple(_integers(() if cu_seqlens is None else cu_seqlens))
     if len(borders) < 2 or borders[0] != 0 or any(stop <= start for start, stop in pairwise(borders)):
         raise RingspanError(
             f"documents(cu_seqlens={list(borders[:8])}{'…' if len(borders) > 8 else ''})",
