@@ -7,7 +7,7 @@ Receives are not drawn: each is the other end of a send.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -45,6 +45,11 @@ def piece_text(piece: Piece, lengths: Sequence[int]) -> str:
     """`kv3`, or `kv3[0:2]` where it is not the whole of a shard of `lengths[3]` positions."""
     whole = (piece.start, piece.stop) == (0, lengths[piece.owner])
     return f"{piece.kind}{piece.owner}" if whole else str(piece)
+
+
+def is_result(kind: str) -> bool:
+    """Whether pieces of `kind` go home to be combined: partials and gradients."""
+    return kind in ("o", "dq", "dkv", "dk", "dv")
 
 
 def visitor(rank: int, q: Piece, kv: Piece) -> Piece:
@@ -198,18 +203,26 @@ class Timeline:
         return self.starts[-1]
 
     @property
+    def busy_per_rank(self) -> tuple[int, ...]:
+        """How long each rank computes."""
+        return self._totals(self.bars)
+
+    @property
     def pairs_per_rank(self) -> tuple[int, ...]:
-        """How many pairs each rank computes."""
+        """How many pairs each rank computes: as long as it is busy, unless keys and values visit apart and each pair is met twice."""
+        return self._totals(bar for bar in self.bars if bar.kv.kind != "k")
+
+    def _totals(self, bars: Iterable[Bar]) -> tuple[int, ...]:
         totals = [0] * self.num_ranks
-        for bar in self.bars:
+        for bar in bars:
             totals[bar.rank] += bar.stop - bar.start
         return tuple(totals)
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's pairs over the mean: 1 is even, the number of ranks is one rank doing all."""
-        total = sum(self.pairs_per_rank)
-        return max(self.pairs_per_rank) * self.num_ranks / total if total else 1.0
+        """The busiest rank's work over the mean: 1 is even, the number of ranks is one rank doing all."""
+        total = sum(self.busy_per_rank)
+        return max(self.busy_per_rank) * self.num_ranks / total if total else 1.0
 
     @property
     def least_idle_fraction(self) -> float:
@@ -219,7 +232,7 @@ class Timeline:
     @property
     def idle_fraction(self) -> float:
         """The share of the ranks' time spent waiting where all wait for the slowest at every step: the gaps' share of the picture."""
-        return 1.0 - sum(self.pairs_per_rank) / (self.duration * self.num_ranks) if self.duration else 0.0
+        return 1.0 - sum(self.busy_per_rank) / (self.duration * self.num_ranks) if self.duration else 0.0
 
     @property
     def gaps(self) -> tuple[Gap, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ringspan.schedule.draw import Flight, Timeline, visitor
+from ringspan.schedule.draw import Flight, Timeline, is_result, visitor
 from ringspan.viz.palette import rank_colours, text_on
 from ringspan.viz.words import short_count
 
@@ -19,8 +20,6 @@ _BAR = (-0.40, 0.14)
 """A lane is one unit high; computing fills this part of it, and arrivals the part below."""
 _ARRIVALS = (0.18, 0.40)
 _SMALLEST_LABEL = 5.0
-RESULTS = ("o", "dq", "dkv")
-"""The kinds that go home, and are drawn outlined."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _draw_flights(axes: Axes, timeline: Timeline, scaled: Scale, points_per_pair
         top = flight.target + _ARRIVALS[0] + place.row * height
         tip = min((right - left) / 2, 5 / points_per_pair)
         middle, bottom = top + height * 0.45, top + height * 0.9
-        home = flight.piece.kind in RESULTS
+        home = is_result(flight.piece.kind)
         groups[flight.piece.owner, home].append(((left, top), (right - tip, top), (right, middle), (right - tip, bottom), (left, bottom)))
         text, size = _flight_label(flight, letter, (right - left - tip) * points_per_pair, 0.8 * height * points_per_lane)
         if size >= _SMALLEST_LABEL:
@@ -187,13 +186,15 @@ def _draw_steps(axes: Axes, timeline: Timeline, scaled: Scale, points_per_pair: 
     every = 1
     while timeline.num_steps and scaled.starts[-1] / timeline.num_steps * every * points_per_pair < 13:
         every *= 2
-    for step, (left, right) in enumerate(zip(scaled.starts, scaled.starts[1:], strict=False)):
+    computing = [after - before for before, after in pairwise(timeline.starts) if after > before]
+    room = min(computing, default=0) * points_per_pair >= 34
+    for step, (left, right) in enumerate(pairwise(scaled.starts)):
         if timeline.starts[step] == timeline.starts[step + 1]:
             axes.axvspan(left, right, color="#F3F3F3", linewidth=0, zorder=0)
         if step:
             axes.axvline(left, color="#9A9A9A", linewidth=0.7 if every == 1 else 0.3, linestyle=(0, (3, 2)), zorder=0.5)
         if step % every == 0:
-            wide = (right - left) * points_per_pair >= 34
+            wide = room and timeline.starts[step] < timeline.starts[step + 1]
             axes.text((left + right) / 2, -0.56, f"step {step}" if wide else str(step), fontsize=8.5, color=INK, ha="center", va="bottom")
     ticks: dict[int, float] = {}
     for real, place in zip(timeline.starts, scaled.starts, strict=True):
@@ -218,13 +219,16 @@ def _label_lanes(axes: Axes, timeline: Timeline, points_per_lane: float, letter:
             label.set_color(text_on(colour))
     axes.tick_params(axis="y", length=0, labelsize=min(9, max(5, 0.8 * points_per_lane * every)), pad=6)
     axes.tick_params(axis="x", length=2, labelsize=8, colors="#555555", pad=2)
-    axes.set_xlabel("time, in pairs of a query and a key", fontsize=9, color=INK)
+    apart = any(bar.kv.kind == "k" for bar in timeline.bars)
+    axes.set_xlabel(
+        "time, in pairs (keys and values are met apart)" if apart else "time, in pairs of a query and a key", fontsize=9, color=INK
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_SOFT)
     if points_per_lane >= 12:
-        pairs = timeline.pairs_per_rank
+        work = timeline.busy_per_rank
         for lane in lanes:
-            busy = pairs[lane] / timeline.duration if timeline.duration else 0.0
+            busy = work[lane] / timeline.duration if timeline.duration else 0.0
             axes.text(
                 1.012, lane + middle, f"{busy:.0%} busy", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444", va="center"
             )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringspan.errors import RingspanError
-from ringspan.schedule.draw import Timeline
-from ringspan.viz.lanes import RESULTS, draw_lanes
+from ringspan.schedule.draw import Timeline, is_result
+from ringspan.viz.lanes import draw_lanes
 from ringspan.viz.matrix import INK, MASKED_OUT, draw_matrix, shown_extent
 from ringspan.viz.palette import rank_colours
 from ringspan.viz.study import Study
@@ -103,8 +103,9 @@ def _write_titles(figure: Figure, study: Study, direction: str, height: float, n
     extent = shown_extent(study.lane_layout)
     groups = f" in {counted(study.num_lanes, 'head group')}" if study.schedules.grid is not None else ""
     facts = f"{counted(study.num_ranks, 'rank')}{groups}, {counted(study.layout.length, 'position')}, {direction}"
+    apart = " (values)" if any(bar.kv.kind == "v" for bar in timeline.bars) else ""
     colours = f"Colour: the {'rank' if study.schedules.grid is None else 'head group'} that computes." + (
-        " Number: at which step." if numbered else ""
+        f" Number: at which step{apart}." if numbered else ""
     )
     cut = f" The first {extent} positions." if extent < study.layout.length else ""
     left, middle, right = 0.25 / _WIDTH, (_LANES_LEFT - 0.4) / _WIDTH, 1 - 0.25 / _WIDTH
@@ -124,7 +125,7 @@ def _write_titles(figure: Figure, study: Study, direction: str, height: float, n
 
 
 def _lasts(timeline: Timeline) -> str:
-    even = short_count(-(-sum(timeline.pairs_per_rank) // timeline.num_ranks))
+    even = short_count(-(-sum(timeline.busy_per_rank) // timeline.num_ranks))
     length = f"{short_count(timeline.duration)} pair{'' if timeline.duration == 1 else 's'} long"
     if not timeline.gaps:
         return f"{length}, and nobody waits"
@@ -134,7 +135,7 @@ def _lasts(timeline: Timeline) -> str:
 def _reading(study: Study, direction: str) -> str:
     """How the timeline reads, in the terms of what travels in it."""
     kinds = {flight.piece.kind for flight in study.timeline(direction).flights}
-    visitors = " or ".join(word for kind, word in (("kv", "keys"), ("q", "queries")) if kind in kinds)
+    visitors = " or ".join(word for kind, word in (("kv", "keys"), ("k", "keys"), ("v", "values"), ("q", "queries")) if kind in kinds)
     if not visitors:
         return "Bar: whose keys are computed with. Nothing travels."
     return f"Bar: whose {visitors} are visiting. Arrow: who is on the way."
@@ -153,7 +154,7 @@ def _add_legend(figure: Figure, study: Study, direction: str, height: float) -> 
     entries = [Patch(facecolor=colours[rank], label=f"{study.lane_letter}{rank}") for rank in shown]
     entries.append(Patch(facecolor=MASKED_OUT, label="masked out"))
     entries.append(Patch(facecolor="white", edgecolor="#B5B5B5", hatch="/////", label="waits for the slowest"))
-    if any(flight.piece.kind in RESULTS for flight in study.timeline(direction).flights):
+    if any(is_result(flight.piece.kind) for flight in study.timeline(direction).flights):
         entries.append(Patch(facecolor="white", edgecolor=INK, label="a result on its way home"))
     figure.legend(
         handles=entries, loc="lower left", bbox_to_anchor=(0.12 / _WIDTH, 0.02 / height), ncols=len(entries),

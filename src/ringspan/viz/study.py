@@ -94,9 +94,9 @@ class Study:
         return tuple(replace(self.sizes, heads=share.heads, kv_heads=share.kv_heads) for share in own)
 
     def work(self, direction: str) -> tuple[int, ...]:
-        """For each rank its pairs times its heads."""
-        pairs = self.timeline(direction).pairs_per_rank
-        return tuple(pairs[self.lane(rank)] * self.rank_sizes[rank].heads for rank in range(self.num_ranks))
+        """For each rank how long it computes times its heads."""
+        busy = self.timeline(direction).busy_per_rank
+        return tuple(busy[self.lane(rank)] * self.rank_sizes[rank].heads for rank in range(self.num_ranks))
 
     def imbalance(self, direction: str) -> float:
         """The busiest rank's work over the mean: 1 is even."""

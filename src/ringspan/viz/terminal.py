@@ -131,11 +131,13 @@ def _explanation(table: Sequence[Sequence[Cell]], letter: str) -> str:
     """How the words of `table` read; only of those that stand in it."""
     cells_ = [cell for row in table for cell in row]
     text = " ".join(word.text for cell in cells_ for word in cell.words)
-    words = [f"q0×kv1: queries of {letter}0 against keys and values of {letter}1"]
+    apart = "×v" in text
+    keys = "k1" if apart else "kv1"
+    words = [f"q0×{keys}: queries of {letter}0 against keys{' (v1: values)' if apart else ' and values'} of {letter}1"]
     if "+kv" in text:
         words.append("kv1+kv2: both at once")
     if any(cell.sends for cell in cells_):
-        words.append(f"kv1→{letter}2: sent to {letter}2, there at the next step{' (@4: at step 4)' if '@' in text else ''}")
+        words.append(f"{keys}→{letter}2: sent to {letter}2, there at the next step{' (@4: at step 4)' if '@' in text else ''}")
     if combined := next((word for cell in cells_ for word in cell.combines), None):
         words.append(f"{combined.text}: what {combined.parts[-1][0][1:]} computed of it comes home or grows")
     if "[" in text:

@@ -33,11 +33,14 @@ class PaintedTile:
 
 
 def painted_tiles(schedule: Schedule, layout: Layout, mask: Mask, extent: int) -> Iterator[PaintedTile]:
-    """Every region of the queries and keys below `extent`. Where a layout's spans have gaps, a region is a single pair."""
+    """Every region of the queries and keys below `extent`. Where a layout's spans have gaps, a region is a single pair.
+
+    Where keys and values visit apart, it is the visit of the values that counts, so that no pair is painted twice.
+    """
     for rank, program in enumerate(schedule.programs):
         for action in program:
             if isinstance(action, Attend):
-                for kv in action.kvs:
+                for kv in (kv for kv in action.kvs if kv.kind != "k"):
                     yield from _of_block(layout, mask, rank, action.step, action.q, kv, extent)
 
 
