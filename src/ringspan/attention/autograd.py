@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
+from ringspan.attention.materialised import RingSelfAttention
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
@@ -20,7 +21,7 @@ from ringspan.transport import Transport
 class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
-    `exchange` is there where positions are exchanged for heads around the programs.
+    `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's.
     """
 
     forward: RankProgram
@@ -29,6 +30,7 @@ class Plan:
     transport: Transport
     scores: TileScores
     exchange: Exchange | None = None
+    materialised: bool = False
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -68,17 +70,23 @@ class DistributedAttention(torch.autograd.Function):
         return *backward.result(), dsinks, None
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    if plan.materialised:
+        return RingSelfAttention.apply(q, k, v, plan.forward, plan.backward, plan.transport, plan.scores)
+    return DistributedAttention.apply(q, k, v, sinks, plan)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
     exchange = plan.exchange
     if exchange is None:
-        return DistributedAttention.apply(q, k, v, sinks, plan)
+        return _attend(q, k, v, sinks, plan)
     heads = q.shape[2]
     q, k, v = PositionsToHeads.apply(q, k, v, exchange)
     share = exchange.share
     if share.heads:
         sinks = None if sinks is None else sinks[share.q_start : share.q_stop]
-        out, lse = DistributedAttention.apply(q, k, v, sinks, plan)
+        out, lse = _attend(q, k, v, sinks, plan)
     else:
         # No head is this rank's: nor is one of its context group's, so nobody waits for it.
         out, lse = q * 1, q.sum(-1, dtype=accumulator_dtype(q.dtype)).transpose(1, 2)

@@ -17,6 +17,7 @@ from ringspan.attention.batch import shard_batch
 from ringspan.attention.decode import decode
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
+from ringspan.attention.materialised import check_materialised
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
@@ -282,23 +283,29 @@ class Sequence:
 
     def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
         features = checks.features(self.mask, softcap)
-        problem = checks.problem_of(
-            lambda: checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
-        )
+        materialised = "ring_self_attention" in (self.context.strategy, self.context.options.get("inner"))
+
+        def check() -> None:
+            checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
+            if materialised:
+                check_materialised(self.context.kernel, softcap, sinks)
+
+        problem = checks.problem_of(check)
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
         schedules = self._schedules = self._choose(q, k)
         transport = self.context.transport
         exchange, first_head = None, 0
+        shapes = frozenset({"band"}) if materialised else kernel.shapes
         if (grid := schedules.grid) is not None:
             exchange = make_exchange(transport, grid, self.layout, schedules.layout, q.shape[2], k.shape[2])
             transport = Subgroup(transport, grid.context_group(exchange.place))
             first_head = exchange.share.q_start
         forward, backward = (
-            resolve(schedule, schedules.layout, self.mask, kernel, transport.rank) for schedule in (schedules.forward, schedules.backward)
+            resolve(schedule, schedules.layout, self.mask, shapes, transport.rank) for schedule in (schedules.forward, schedules.backward)
         )
         scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head)
-        return Plan(forward, backward, kernel, transport, TileScores(scoring, schedules.layout, q.device), exchange)
+        return Plan(forward, backward, kernel, transport, TileScores(scoring, schedules.layout, q.device), exchange, materialised)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

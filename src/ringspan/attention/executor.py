@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ringspan.attention.program import RankProgram
+from ringspan.attention.program import LANES, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Accumulator, Shelf
-from ringspan.geometry import Tile
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, merge_, rows_first
 from ringspan.schedule import Piece, Receive, Send
 from ringspan.transport import Parcel, Transport
@@ -25,13 +24,12 @@ class Pass:
 
     Args:
         program: this rank's resolved program.
-        kernel: computes the tiles.
         transport: moves the pieces.
         scores: makes the scores of each tile.
     """
 
-    def __init__(self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores) -> None:
-        self.program, self.kernel, self.transport, self.scores = program, kernel, transport, scores
+    def __init__(self, program: RankProgram, transport: Transport, scores: TileScores) -> None:
+        self.program, self.transport, self.scores = program, transport, scores
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
@@ -47,7 +45,7 @@ class Pass:
                 receives = [Parcel(tensor, receive.peer) for receive in batch.receives for tensor in self._incoming(receive)]
                 waiting.append((batch.due, self.transport.exchange(sends, receives, batch.lane).wait, sends + receives))
             for launch in step.launches:
-                self.attend(launch.q_owner, launch.kv_owner, launch.tile)
+                self.attend(launch)
             for due, wait, _ in waiting:
                 if due <= index + 1:
                     wait()
@@ -56,19 +54,19 @@ class Pass:
                 self.shelf.drop(piece)
 
     def _outgoing(self, send: Send) -> list[Tensor]:
-        if send.piece.kind in ("q", "kv", "do"):
+        if LANES[send.piece.kind] == 0:
             return [tensor.contiguous() for tensor in self.shelf.view(send.piece)]
         return self.partial(send.piece)
 
     def _incoming(self, receive: Receive) -> list[Tensor]:
         tensors = self.empty(receive.piece)
-        if receive.piece.kind in ("q", "kv", "do"):
+        if LANES[receive.piece.kind] == 0:
             self.shelf.put(receive.piece, tensors)
         else:
             self._arrived[(receive.piece, receive.peer)] = tensors
         return tensors
 
-    def attend(self, q_owner: int, kv_owner: int, tile: Tile) -> None:
+    def attend(self, launch: Launch) -> None:
         """Computes one tile into this rank's accumulators."""
         raise NotImplementedError
 
@@ -91,7 +89,8 @@ class ForwardPass(Pass):
     def __init__(
         self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        super().__init__(program, kernel, transport, scores)
+        super().__init__(program, transport, scores)
+        self.kernel = kernel
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank = program.rank
@@ -105,8 +104,9 @@ class ForwardPass(Pass):
             self._fresh.add(owner)
             self._partials[owner] = (Piece("o", owner, start, stop), out, lse)
 
-    def attend(self, q_owner: int, kv_owner: int, tile: Tile) -> None:
-        """Merges the tile's partial attention into the partial of `q_owner`."""
+    def attend(self, launch: Launch) -> None:
+        """Merges the tile's partial attention into the partial of its queries' owner."""
+        q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
         (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
         out, lse = self.kernel.forward(batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), self.scores(q_owner, kv_owner, tile))
@@ -158,7 +158,8 @@ class BackwardPass(Pass):
         self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(program, kernel, transport, scores)
+        super().__init__(program, transport, scores)
+        self.kernel = kernel
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank, rows = program.rank, q.shape[1]
@@ -172,8 +173,9 @@ class BackwardPass(Pass):
             piece = Piece(kind, owner, start, stop)
             self._accumulators[(kind, owner)] = Accumulator(piece, self.empty(piece)[0])
 
-    def attend(self, q_owner: int, kv_owner: int, tile: Tile) -> None:
+    def attend(self, launch: Launch) -> None:
         """Adds the tile's share of dq, dk and dv."""
+        q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
         (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))

@@ -6,20 +6,24 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
-from ringspan.kernels import Kernel, lowered
-from ringspan.schedule import Action, Attend, Combine, Piece, Receive, Schedule, Send, lifetimes
+from ringspan.kernels import lowered
+from ringspan.schedule import RESULTS, Action, Attend, Combine, Piece, Receive, Schedule, Send, lifetimes
 
-LANES = {"kv": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1}
+LANES = {"kv": 0, "k": 0, "v": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1, "dk": 1, "dv": 1}
 """Results travel on a lane of their own, so that they do not queue behind what the next step needs."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: `tile` of the queries of `q` against the keys of `kv`, in local indices of their owners' shards."""
+    """One kernel call: `tile` of the queries of one rank against the keys of another, in local indices of their shards.
+
+    `kind` says which of the keys and values are at hand: `kv`, `k` or `v`.
+    """
 
     q_owner: int
     kv_owner: int
     tile: Tile
+    kind: str = "kv"
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class RankProgram:
     accumulators: dict[tuple[str, int], tuple[int, int]]
 
 
-def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank: int) -> RankProgram:
-    """The program of `rank`."""
+def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int) -> RankProgram:
+    """The program of `rank`, its tiles lowered to the `shapes` that a kernel computes."""
     actions = schedule.programs[rank]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -62,7 +66,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank
 
     releases: dict[int, list[Piece]] = defaultdict(list)
     for received, last in lifetimes(actions):
-        if received.piece.kind in ("q", "kv", "do"):
+        if LANES[received.piece.kind] == 0:
             releases[last].append(received.piece)
     cells: dict[int, list[Action]] = defaultdict(list)
     for action in actions:
@@ -73,14 +77,14 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank
         launches = []
         for attend in (action for action in cell if isinstance(action, Attend)):
             for kv in attend.kvs:
-                launches.extend(_launches(layout, mask, kernel, attend.q, kv))
+                launches.extend(_launches(layout, mask, shapes, attend.q, kv))
         for launch in launches:
             tile = launch.tile
-            if schedule.direction == "forward":
-                grow("o", launch.q_owner, tile.q_start, tile.q_stop)
-            else:
-                grow("dq", launch.q_owner, tile.q_start, tile.q_stop)
-                grow("dkv", launch.kv_owner, tile.k_start, tile.k_stop)
+            for kind in RESULTS[(schedule.direction, launch.kind)]:
+                if kind in ("o", "dq"):
+                    grow(kind, launch.q_owner, tile.q_start, tile.q_stop)
+                else:
+                    grow(kind, launch.kv_owner, tile.k_start, tile.k_stop)
         combines = tuple(action for action in cell if isinstance(action, Combine))
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
@@ -89,9 +93,9 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, kernel: Kernel, rank
     return RankProgram(rank, tuple(steps), spans)
 
 
-def _launches(layout: Layout, mask: Mask, kernel: Kernel, q: Piece, kv: Piece) -> list[Launch]:
+def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: Piece) -> list[Launch]:
     clipped = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
-    return [Launch(q.owner, kv.owner, part) for tile in clipped if tile is not None for part in lowered(tile, kernel.shapes)]
+    return [Launch(q.owner, kv.owner, part, kv.kind) for tile in clipped if tile is not None for part in lowered(tile, shapes)]
 
 
 def _batches(transfers: list[Send | Receive]) -> tuple[Batch, ...]:

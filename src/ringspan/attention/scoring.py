@@ -34,6 +34,11 @@ class TileScores:
         self.scoring, self._layout, self._device = scoring, layout, device
         self._positions: dict[int, Tensor] = {}
 
+    @property
+    def shard_lengths(self) -> tuple[int, ...]:
+        """How many positions each owner has."""
+        return self._layout.shard_lengths
+
     def __call__(self, q_owner: int, kv_owner: int, tile: Tile) -> Scores:
         scoring = self.scoring
         if scoring.mask_mod is None:

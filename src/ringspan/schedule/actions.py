@@ -12,9 +12,19 @@ from functools import cached_property
 
 from ringspan.errors import ScheduleError
 
-KINDS = ("q", "kv", "o", "do", "dq", "dkv")
-"""`q` queries · `kv` keys and values in one buffer · `o` a partial output with its lse · `do` dO with what its backward needs · `dq`, `dkv`
-gradients."""
+KINDS = ("q", "kv", "k", "v", "o", "do", "dq", "dkv", "dk", "dv")
+"""`q` queries · `kv` keys and values in one buffer, or `k` and `v` apart · `o` a partial output with its lse · `do` dO with what its
+backward needs · `dq`, `dkv`, `dk`, `dv` gradients."""
+
+RESULTS = {
+    ("forward", "kv"): ("o",),
+    ("forward", "k"): (),
+    ("forward", "v"): ("o",),
+    ("backward", "kv"): ("dq", "dkv"),
+    ("backward", "k"): ("dq", "dk"),
+    ("backward", "v"): ("dv",),
+}
+"""What an attend adds to, by the direction of its schedule and the kind of its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +179,7 @@ class ScheduleBuilder:
         return Schedule(self._name, self._direction, self._lengths, programs)
 
 
-_PIECE = r"(q|kv|o|dq|dkv|do)(\d+)\[(\d+):(\d+)\]"
+_PIECE = r"(q|kv|k|v|o|dq|dkv|dk|dv|do)(\d+)\[(\d+):(\d+)\]"
 _TRANSFER = re.compile(rf"{_PIECE}([→←])(\d+)@(\d+)")
 _COMBINE = re.compile(rf"\+{_PIECE}←(\d+)")
 

@@ -33,13 +33,18 @@ class PieceBytes:
     def of(self, kind: str) -> int:
         """Bytes of one position of `kind`."""
         q = self.batch * self.heads
+        kv = 2 * self.batch * self.kv_heads * self.head_dim
         return {
             "q": q * self.head_dim * self.element_bytes,
-            "kv": 2 * self.batch * self.kv_heads * self.head_dim * self.element_bytes,
+            "kv": kv * self.element_bytes,
+            "k": kv * self.element_bytes // 2,
+            "v": kv * self.element_bytes // 2,
             "o": q * (self.head_dim + 1) * self.accumulator_bytes,
             "do": q * (2 * self.head_dim * self.element_bytes + self.accumulator_bytes),
             "dq": q * self.head_dim * self.accumulator_bytes,
-            "dkv": 2 * self.batch * self.kv_heads * self.head_dim * self.accumulator_bytes,
+            "dkv": kv * self.accumulator_bytes,
+            "dk": kv * self.accumulator_bytes // 2,
+            "dv": kv * self.accumulator_bytes // 2,
         }[kind]
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ringspan.errors import ScheduleError
-from ringspan.geometry import Layout, Mask, tiles
-from ringspan.schedule.actions import Action, Attend, Combine, Piece, Receive, Schedule, Send
+from ringspan.geometry import Layout, Mask, Tile, tiles
+from ringspan.schedule.actions import RESULTS, Action, Attend, Combine, Piece, Receive, Schedule, Send
 from ringspan.schedule.lifetime import lifetimes, uses
 
-INPUTS = ("q", "kv", "do")
+INPUTS = ("q", "kv", "k", "v", "do")
 
 
 @dataclass(frozen=True)
@@ -110,38 +110,41 @@ def _with_waits(program: tuple[Action, ...]) -> list[tuple[bool, Action]]:
 
 
 def _check_coverage(schedule: Schedule, layout: Layout, mask: Mask) -> None:
-    """Every allowed pair in exactly one attend: the areas of the attended rectangles' tiles add up, and no two rectangles overlap."""
-    rectangles: dict[tuple[int, int], list[tuple[Piece, Piece, int]]] = defaultdict(list)
+    """Every allowed pair in exactly one attend: the areas of the attended rectangles' tiles add up, and no two rectangles overlap.
+
+    Where keys and values travel apart, this holds for each of the two.
+    """
+    rectangles: dict[tuple[str, int, int], list[tuple[Piece, Piece, int]]] = defaultdict(list)
     for rank, program in enumerate(schedule.programs):
         for action in program:
             if isinstance(action, Attend):
                 for kv in action.kvs:
-                    rectangles[(action.q.owner, kv.owner)].append((action.q, kv, rank))
-    for q_owner in range(schedule.num_ranks):
-        for k_owner in range(schedule.num_ranks):
-            block = tiles(layout, mask, q_owner, k_owner)
-            attended = rectangles.pop((q_owner, k_owner), [])
-            for index, (q, kv, rank) in enumerate(attended):
-                inside = [tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in block]
-                if not any(inside):
-                    raise _broken("coverage", f"rank {rank}: {q}×{kv}", "the mask leaves nothing of it")
-                for other_q, other_kv, other in attended[:index]:
-                    crossing = [tile.clipped(*_overlap(q, other_q), *_overlap(kv, other_kv)) for tile in block]
-                    if any(crossing):
-                        raise _broken("coverage", f"rank {rank}: {q}×{kv}", f"rank {other} computes some of its pairs too")
-            covered = sum(
-                part.pairs
-                for q, kv, _ in attended
-                for tile in block
-                if (part := tile.clipped(q.start, q.stop, kv.start, kv.stop)) is not None
-            )
-            wanted = sum(tile.pairs for tile in block)
-            if covered != wanted:
-                raise _broken(
-                    "coverage", f"queries of rank {q_owner} × keys of rank {k_owner}", f"{covered} of {wanted} allowed pairs are computed"
-                )
+                    rectangles[(kv.kind, action.q.owner, kv.owner)].append((action.q, kv, rank))
+    kinds = {kind for kind, *_ in rectangles}
+    for kind in ("k", "v") if kinds & {"k", "v"} else ("kv",):
+        for q_owner in range(schedule.num_ranks):
+            for k_owner in range(schedule.num_ranks):
+                block = tiles(layout, mask, q_owner, k_owner)
+                _check_block(block, rectangles.pop((kind, q_owner, k_owner), []), f"queries of rank {q_owner} × {kind} of rank {k_owner}")
     if rectangles:
-        raise _broken("coverage", f"attends of {sorted(rectangles)}", f"there are {schedule.num_ranks} ranks")
+        raise _broken(
+            "coverage", f"attends of {sorted(rectangles)}", f"there are {schedule.num_ranks} ranks, and each pair is computed once"
+        )
+
+
+def _check_block(block: tuple[Tile, ...], attended: list[tuple[Piece, Piece, int]], what: str) -> None:
+    covered = 0
+    for index, (q, kv, rank) in enumerate(attended):
+        inside = [part for tile in block if (part := tile.clipped(q.start, q.stop, kv.start, kv.stop)) is not None]
+        covered += sum(part.pairs for part in inside)
+        if not inside:
+            raise _broken("coverage", f"rank {rank}: {q}×{kv}", "the mask leaves nothing of it")
+        for other_q, other_kv, other in attended[:index]:
+            if any(tile.clipped(*_overlap(q, other_q), *_overlap(kv, other_kv)) for tile in block):
+                raise _broken("coverage", f"rank {rank}: {q}×{kv}", f"rank {other} computes some of its pairs too")
+    wanted = sum(tile.pairs for tile in block)
+    if covered != wanted:
+        raise _broken("coverage", what, f"{covered} of {wanted} allowed pairs are computed")
 
 
 def _overlap(one: Piece, other: Piece) -> tuple[int, int]:
@@ -164,7 +167,6 @@ class _Possession:
         self.held: list[dict[tuple[str, int], list[tuple[Piece, int]]]] = [defaultdict(list) for _ in ranks]
         self.accumulators: list[dict[tuple[str, int], list]] = [defaultdict(list) for _ in ranks]
         self.in_flight: dict[tuple, tuple[int, list]] = {}
-        self.results = ("o",) if schedule.direction == "forward" else ("dq", "dkv")
 
     def check(self, order: list[tuple[int, Action]]) -> None:
         for rank, program in enumerate(self.schedule.programs):
@@ -180,7 +182,7 @@ class _Possession:
 
     def _do(self, rank: int, action: Action) -> None:
         if isinstance(action, Send):
-            if action.piece.kind in self.results:
+            if action.piece.kind not in INPUTS:
                 self.in_flight[(rank, action.peer, action.piece)] = (action.due, self._give_up(rank, action))
             else:
                 self._need(rank, action.piece, action)
@@ -192,8 +194,7 @@ class _Possession:
                 self._need(rank, Piece("do", action.q.owner, action.q.start, action.q.stop), action)
             for kv in action.kvs:
                 self._need(rank, kv, action)
-                for kind in self.results:
-                    of = kv if kind == "dkv" else action.q
+                for kind, of in _results(self.schedule, action.q, kv):
                     self.accumulators[rank][(kind, of.owner)].append((of.start, of.stop, (action.q, kv)))
 
     def _need(self, rank: int, piece: Piece, action: Action) -> None:
@@ -233,10 +234,15 @@ class _Possession:
             for action in program:
                 if isinstance(action, Attend):
                     for kv in action.kvs:
-                        wanted.update(((kv if kind == "dkv" else action.q).owner, kind, (action.q, kv)) for kind in self.results)
+                        wanted.update((of.owner, kind, (action.q, kv)) for kind, of in _results(self.schedule, action.q, kv))
         if at_home != wanted:
             rank, kind, (q, kv) = next(iter((wanted - at_home) or (at_home - wanted)))
             raise _broken("homecoming", f"{kind} of {q}×{kv} for rank {rank}", "it does not come home exactly once")
+
+
+def _results(schedule: Schedule, q: Piece, kv: Piece) -> list[tuple[str, Piece]]:
+    """(kind, of which piece) for everything that an attend adds to."""
+    return [(kind, kv if kind in ("dkv", "dk", "dv") else q) for kind in RESULTS[(schedule.direction, kv.kind)]]
 
 
 # ---- thrift, live buffers, traffic -----------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def _check_thrift(schedule: Schedule) -> None:
     for rank, program in enumerate(schedule.programs):
         used = uses(program)
         for action in program:
-            if isinstance(action, Receive) and action.piece.kind in ("q", "kv"):
+            if isinstance(action, Receive) and action.piece.kind in ("q", "kv", "k", "v"):
                 whole = action.piece
                 readers = [
                     piece

@@ -16,6 +16,7 @@ from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
+from ringspan.strategies.ring_self_attention import ring_self_attention
 from ringspan.strategies.tree import tree
 from ringspan.strategies.two_dimensional import two_dimensional
 from ringspan.strategies.ulysses import ulysses
@@ -44,6 +45,7 @@ STRATEGIES: dict[str, Callable[..., Schedules]] = {
     "tree": tree,
     "ulysses": ulysses,
     "two_dimensional": two_dimensional,
+    "ring_self_attention": ring_self_attention,
 }
 """Each takes a layout and a mask, and as keywords a few options of its own."""
 

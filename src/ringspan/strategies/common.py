@@ -72,13 +72,13 @@ def walk(builder: ScheduleBuilder, visits: list[Visit], kinds: tuple[str, ...], 
     Args:
         builder: takes the actions.
         visits: in the order of the walk.
-        kinds: what travels: `kv`, or `q` and, in a backward, `do` with it.
+        kinds: what travels: `kv` (`k` or `v` alone), or `q` and, in a backward, `do` with it.
         start: (step, rank) where the shard is at first.
     """
     since, here = start
     for index, visit in enumerate(visits):
         if visit.rank != here:
-            ahead = hull([later.kv if kinds == ("kv",) else later.q for later in visits[index:]])
+            ahead = hull([later.q if "q" in kinds else later.kv for later in visits[index:]])
             for kind in kinds:
                 piece = Piece(kind, ahead.owner, ahead.start, ahead.stop)
                 builder.transfer(piece, here, visit.rank, posted=since, due=visit.step)
@@ -89,11 +89,11 @@ def walk(builder: ScheduleBuilder, visits: list[Visit], kinds: tuple[str, ...], 
 def ride_home(builder: ScheduleBuilder, owner: int, visits: list[Visit], kind: str = "dkv") -> None:
     """The gradient of what walks rides behind it from reader to reader, one step later and growing, and makes one last hop home.
 
-    What the owner itself computed waits at home. `kind` is `dkv` or `dq`.
+    What the owner itself computed waits at home. `kind` is `dkv`, `dk`, `dv` or `dq`.
     """
     away = [visit for visit in visits if visit.rank != owner]
     for index, visit in enumerate(away):
-        grown = hull([earlier.kv if kind == "dkv" else earlier.q for earlier in away[: index + 1]])
+        grown = hull([earlier.q if kind == "dq" else earlier.kv for earlier in away[: index + 1]])
         rides = Piece(kind, owner, grown.start, grown.stop)
         last = index + 1 == len(away)
         target, due = (owner, visit.step + 2) if last else (away[index + 1].rank, away[index + 1].step + 1)
