@@ -1,10 +1,10 @@
 """Ring Self-Attention: two rings with the scores kept between them. The historical baseline, for comparison.
 
-Li et al., "Sequence Parallelism: Long Sequence Training from System Perspective" (2105.13120): keys go round once and leave each rank with its
-queries' scores against the whole sequence, an ordinary softmax follows, and values go round once. Memory grows with the shard
-times the whole length, which is what the online softmax of Ring Attention did away with. A forward sends K and V once round, 2(N − 1) shards; the
-published backward sends them again and all-reduces dK and dV at full length, 6(N − 1) shards; here dK and dV ride home behind
-K and V, 4(N − 1).
+Li et al., "Sequence Parallelism: Long Sequence Training from System Perspective" (2105.13120): keys go round once and leave each rank with
+its queries' scores against the whole sequence, an ordinary softmax follows, and values go round once. Memory grows with the shard times the
+whole length, which is what the online softmax of Ring Attention did away with. A forward sends K and V once round, 2(N − 1) shards; the
+published backward sends them again and all-reduces dK and dV at full length, 6(N − 1) shards; here dK and dV ride home behind K and V,
+4(N − 1).
 """
 
 from __future__ import annotations
