@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from ringspan.transport import Transport
 class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
-    `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's.
+    `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
+    `kv_heads_per_stage` where heads take turns.
     """
 
     forward: RankProgram
@@ -31,6 +32,7 @@ class Plan:
     scores: TileScores
     exchange: Exchange | None = None
     materialised: bool = False
+    kv_heads_per_stage: int | None = None
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -71,6 +73,21 @@ class DistributedAttention(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Some key heads after the others where the plan says so, so that what visits and what is accumulated is for those alone."""
+    if plan.kv_heads_per_stage is None or plan.kv_heads_per_stage >= k.shape[2]:
+        return _attend_stage(q, k, v, sinks, plan)
+    group = q.shape[2] // k.shape[2]
+    parts = []
+    for first in range(0, k.shape[2], plan.kv_heads_per_stage):
+        kv = slice(first, min(first + plan.kv_heads_per_stage, k.shape[2]))
+        heads = slice(kv.start * group, kv.stop * group)
+        stage = replace(plan, scores=plan.scores.from_head(heads.start))
+        parts.append(_attend_stage(q[:, :, heads], k[:, :, kv], v[:, :, kv], None if sinks is None else sinks[heads], stage))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 1)
+
+
+def _attend_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
     if plan.materialised:
         return RingSelfAttention.apply(q, k, v, plan.forward, plan.backward, plan.transport, plan.scores)
     return DistributedAttention.apply(q, k, v, sinks, plan)

@@ -24,12 +24,20 @@ def problem_of(check: Callable[[], None]) -> RingspanError | None:
 
 
 def check_names(
-    strategy: str, layout: str, kernel: str, weights: tuple[float, ...] | None, num_ranks: int, options: Mapping[str, int | str]
+    strategy: str,
+    layout: str,
+    kernel: str,
+    weights: tuple[float, ...] | None,
+    num_ranks: int,
+    kv_heads_per_stage: int | None,
+    options: Mapping[str, int | str],
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())
     if strategy != "auto" or options:
         make_schedules(strategy, whole, full(), **options)
+    if kv_heads_per_stage is not None and (isinstance(kv_heads_per_stage, bool) or not kv_heads_per_stage >= 1):
+        raise RingspanError(f"kv_heads_per_stage={kv_heads_per_stage}", "", "A stage has at least one key head", "kv_heads_per_stage=1")
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
     make_layout(layout, num_ranks, num_ranks, weights)
@@ -130,6 +138,17 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         )
     queries = q[:, :1].expand(-1, k.shape[1], -1, -1) if q.ndim == k.ndim == 4 else q
     check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", frozenset())
+
+
+def check_device(device: str, devices: frozenset[str], num_ranks: int) -> None:
+    """That the group carries tensors of this device."""
+    if num_ranks > 1 and device not in devices:
+        raise RingspanError(
+            f"tensors on {device} over {num_ranks} ranks",
+            f"the process group carries {' and '.join(sorted(devices)) or 'no tensors point to point'}",
+            "A group moves tensors of the devices that its backend serves: gloo the CPU's, NCCL a GPU's",
+            f"torch.distributed.init_process_group('{'nccl' if device == 'cuda' else 'gloo'}')",
+        )
 
 
 def describe_attention(q: Tensor, k: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> str:

@@ -41,6 +41,8 @@ class ContextParallel:
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
         weights: for layout `weighted`, the share of each rank.
+        kv_heads_per_stage: compute so many key heads (with their query heads) after one another, the whole schedule for each: head-strided
+            gathering. What visits a rank shrinks by as much; launches and messages become more.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
@@ -55,18 +57,21 @@ class ContextParallel:
         layout: str = "zigzag",
         kernel: str = "auto",
         weights: tuple[float, ...] | None = None,
+        kv_heads_per_stage: int | None = None,
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.weights = None if weights is None else tuple(weights)
-        self.options = options
+        self.kv_heads_per_stage, self.options = kv_heads_per_stage, options
         self._sequences: dict[tuple[int, Mask], Sequence] = {}
-        problem = checks.problem_of(lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, options))
+        problem = checks.problem_of(
+            lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, kv_heads_per_stage, options)
+        )
         agree(
             self.transport,
             "ContextParallel",
-            f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}",
+            f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} kv_heads_per_stage={kv_heads_per_stage} options={options}",
             problem,
         )
 
@@ -287,6 +292,7 @@ class Sequence:
 
         def check() -> None:
             checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
+            checks.check_device(q.device.type, self.context.transport.devices, self.num_ranks)
             if materialised:
                 check_materialised(self.context.kernel, softcap, sinks)
 
@@ -305,7 +311,16 @@ class Sequence:
             resolve(schedule, schedules.layout, self.mask, shapes, transport.rank) for schedule in (schedules.forward, schedules.backward)
         )
         scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head)
-        return Plan(forward, backward, kernel, transport, TileScores(scoring, schedules.layout, q.device), exchange, materialised)
+        return Plan(
+            forward,
+            backward,
+            kernel,
+            transport,
+            TileScores(scoring, schedules.layout, q.device),
+            exchange,
+            materialised,
+            self.context.kv_heads_per_stage,
+        )
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class TileScores:
     def __init__(self, scoring: Scoring, layout: Layout, device: torch.device) -> None:
         self.scoring, self._layout, self._device = scoring, layout, device
         self._positions: dict[int, Tensor] = {}
+
+    def from_head(self, head: int) -> TileScores:
+        """The same for tensors whose first query head is number `head` of these."""
+        if self.scoring.mask_mod is None:
+            return self
+        return TileScores(replace(self.scoring, first_head=self.scoring.first_head + head), self._layout, self._device)
 
     @property
     def shard_lengths(self) -> tuple[int, ...]:

@@ -87,6 +87,11 @@ class InProcessTransport:
         """See `Transport.bytes_sent`, counted as tensors are handed over."""
         return self._bytes_sent
 
+    @property
+    def devices(self) -> frozenset[str]:
+        """See `Transport.devices`: one process reaches all of them."""
+        return frozenset({"cpu", "cuda"})
+
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Arrivals:
         """See `Transport.exchange`."""
         parcels = [(tensor.detach().clone(), peer) for tensor, peer in sends]

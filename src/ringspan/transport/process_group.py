@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ringspan.errors import RankFailure
 from ringspan.transport.protocol import Parcel
 
 NUM_LANES = 2
+_POINT_TO_POINT = {("cpu", "gloo"), ("cpu", "mpi"), ("cuda", "nccl")}
 
 
 class _Works:
@@ -43,7 +43,9 @@ class ProcessGroupTransport:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._bytes_sent: Counter[int] = Counter()
         self._members = dist.get_process_group_ranks(group)
-        self._is_nccl = dist.get_backend(group) == "nccl"
+        # "cpu:gloo,cuda:nccl": gloo moves tensors point to point on the CPU alone, whatever it is registered for.
+        backends = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(","))
+        self._devices = frozenset(device for device, backend in backends.items() if (device, backend) in _POINT_TO_POINT)
         # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
         self._groups = [group, *(dist.new_group(self._members, use_local_synchronization=True) for _ in range(NUM_LANES - 1))]
 
@@ -51,6 +53,11 @@ class ProcessGroupTransport:
     def bytes_sent(self) -> Counter[int]:
         """See `Transport.bytes_sent`, counted as tensors are handed over."""
         return self._bytes_sent
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """See `Transport.devices`."""
+        return self._devices
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Works:
         """See `Transport.exchange`."""
@@ -61,7 +68,8 @@ class ProcessGroupTransport:
         if not peers:
             return _Works(self, [], peers)
         try:
-            if self._is_nccl:
+            if (*receives, *sends)[0].tensor.is_cuda:
+                # One group, so that sends and receives of a ring cannot wait for one another.
                 batch = [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
                 batch += [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
                 return _Works(self, dist.batch_isend_irecv(batch), peers)
@@ -113,8 +121,3 @@ def process_group_transport(group: dist.ProcessGroup) -> ProcessGroupTransport:
     if group not in _TRANSPORTS:
         _TRANSPORTS[group] = ProcessGroupTransport(group)
     return _TRANSPORTS[group]
-
-
-def device_of(group: dist.ProcessGroup) -> torch.device:
-    """The device whose tensors `group` carries: the current CUDA device under NCCL, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")

@@ -49,6 +49,11 @@ class Transport(Protocol):
         """How many bytes this rank has sent to each peer through `exchange`."""
         ...
 
+    @property
+    def devices(self) -> frozenset[str]:
+        """The types of device whose tensors can be exchanged."""
+        ...
+
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> Pending:
         """Starts all these transfers and returns at once."""
         ...

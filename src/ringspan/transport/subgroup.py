@@ -27,6 +27,11 @@ class Subgroup:
         """What the whole transport has sent, by ranks of the whole."""
         return self._whole.bytes_sent
 
+    @property
+    def devices(self) -> frozenset[str]:
+        """See `Transport.devices`."""
+        return self._whole.devices
+
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> Pending:
         """See `Transport.exchange`."""
         outgoing = [Parcel(tensor, self._members[peer]) for tensor, peer in sends]
