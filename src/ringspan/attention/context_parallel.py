@@ -68,12 +68,8 @@ class ContextParallel:
         problem = checks.problem_of(
             lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, kv_heads_per_stage, options)
         )
-        agree(
-            self.transport,
-            "ContextParallel",
-            f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} kv_heads_per_stage={kv_heads_per_stage} options={options}",
-            problem,
-        )
+        asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
+        agree(self.transport, "ContextParallel", f"{asked} kv_heads_per_stage={kv_heads_per_stage}", problem)
 
     @property
     def rank(self) -> int:
