@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,8 @@ def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / f"{name}.made").exists():
+            # What a failed attempt of another test left would hide its error behind another one.
+            shutil.rmtree(root / name, ignore_errors=True)
             make(root / name)
             (root / f"{name}.made").touch()
     return root / name

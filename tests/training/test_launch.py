@@ -37,6 +37,13 @@ def test_the_cause_is_named_and_not_its_consequences(reports: dict, exits: dict,
     assert expected in str(error)
 
 
+def test_the_rank_that_died_is_named_and_not_those_that_hung_or_were_ended_after_it():
+    """Under NCCL a rank that lost another hangs, and is ended without a word."""
+    killed = -signal.SIGKILL
+    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {1: killed, 0: killed}, Path("logs")))
+    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {0: killed, 1: killed}, Path("logs"), hung={0}))
+
+
 def test_a_rank_that_hung_and_was_ended_is_not_said_to_have_died():
     error = diagnose(2, {0: LOST}, {0: 2, 1: -signal.SIGKILL}, Path("logs"), hung={1})
     assert "rank 1: it did not answer" in str(error)

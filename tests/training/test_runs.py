@@ -127,6 +127,19 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(text: Path, tmp_path: Pat
     assert not Path(f"/proc/{other}").exists()
 
 
+def test_ranks_whose_launcher_is_killed_write_a_checkpoint_and_end(text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out) as process:
+        wait_for_step(out, 3)
+        ranks = [rank_process(process.pid, rank) for rank in (0, 1)]
+        process.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert verify_checkpoint(out / "checkpoints" / "latest").step >= 3
+
+
 def test_a_rank_that_stops_answering_is_given_up_after_the_timeout_and_named(text: Path, tmp_path: Path):
     out = tmp_path / "run"
     with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out, "--timeout-seconds", 5) as process:

@@ -54,6 +54,16 @@ class Post:
         """Holds the rank's process id."""
         return self.folder / f"rank-{rank}.pid"
 
+    def has_died(self, rank: int) -> bool:
+        """Whether the rank's process was there and is no more."""
+        try:
+            os.kill(int(self.process(rank).read_text()), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
+
     def end(self, rank: int) -> bool:
         """Kills the rank's process; False where there is none any more."""
         try:
@@ -136,10 +146,12 @@ def _wait(agent: threading.Thread, post: Post, num_ranks: int) -> set[int]:
     while agent.is_alive():
         agent.join(0.2)
         reports = post.read_reports(num_ranks)
-        if failed_at is None and any(report.outcome is None for report in reports.values()):
+        failed = {rank for rank, report in reports.items() if report.outcome is None}
+        dead = {rank for rank in range(num_ranks) if rank not in reports and post.has_died(rank)}
+        if failed_at is None and failed | dead:
             failed_at = time.monotonic()
         if failed_at is not None and not hung and time.monotonic() - failed_at > GRACE_SECONDS:
-            hung = {rank for rank in range(num_ranks) if rank not in reports and post.end(rank)}
+            hung = {rank for rank in range(num_ranks) if rank not in reports and rank not in dead and post.end(rank)}
     return hung
 
 
@@ -147,7 +159,7 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
     """The one error that explains the others: what a rank refused, else where a rank crashed, else which rank fell silent.
 
     Args:
-        exits: exit codes other than 0 by rank, negative for a signal.
+        exits: exit codes other than 0 by rank, negative for a signal, in the order of the ends.
         hung: ranks that did not answer and were ended for it.
     """
     resume = "--resume, which goes on from the last checkpoint"
@@ -160,7 +172,8 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
             return RankFailure(
                 f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", resume
             )
-    for rank in [rank for rank in range(num_ranks) if rank not in reports]:
+    silent = [rank for rank in dict.fromkeys((*exits, *range(num_ranks))) if rank not in reports]
+    for rank in sorted(silent, key=lambda rank: rank in hung):
         if rank in hung:
             return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", resume)
         code = exits.get(rank, 0)
@@ -195,7 +208,7 @@ class _Agent(threading.Thread):
 
 
 def _run_agent(num_ranks: int, module: str, folder: str) -> dict[int, int]:
-    """Exit codes other than 0, by rank."""
+    """Exit codes other than 0 by rank, in the order of the ends."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -219,7 +232,8 @@ def _run_agent(num_ranks: int, module: str, folder: str) -> dict[int, int]:
     try:
         elastic_launch(config, sys.executable)("-m", module, folder)
     except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # The first to end comes first: the agent ends the others because of it.
+        return {rank: failure.exitcode for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)}
     return {}
 
 
