@@ -61,8 +61,8 @@ def test_what_the_command_line_takes_is_read(text: str):
     assert isinstance(parse_mask(text), Mask)
 
 
-NO_MASKS = """triangle window window: window:x window:1,2,3 window:-1 documents: documents:0 prefix:-2 prefix blocks:4 blocks:0:1 blocks:4:10/1
-causal& causal:3"""
+NO_MASKS = """triangle window window: window:x window:1,2,3 window:-1 documents: documents:0 prefix:-2 prefix blocks:4 blocks:0:1
+blocks:4:10/1 causal& causal:3"""
 
 
 @pytest.mark.parametrize("text", ["", "causal causal", *NO_MASKS.split()])
