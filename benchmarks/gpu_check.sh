@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, correctness first, then speed. usage: gpu_check.sh OUT_FOLDER [exact|train|speed ...]
 set -uo pipefail
 out=$1; shift
-parts=${*:-exact train speed}
+parts=${*:-exact kernels train speed}
 mkdir -p "$out"
 export PYTHONPATH=src PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
@@ -15,11 +15,17 @@ case " $parts " in *" exact "*)
   ringspan verify --device cuda --ranks 1,2,3,4,8 --dtype bfloat16,float32 --length 61,1000 --head-dim 64 --kernel auto,flash2 --json "$out/verify_one_gpu.json"
   echo "verify with in-process ranks on one GPU: $?"
 esac
+case " $parts " in *" kernels "*)
+  python3 -m pytest -q tests/gpu -p no:cacheprovider 2>&1 | tail -30
+  compute-sanitizer --tool memcheck python3 -m pytest -q tests/gpu -k fused_merge -p no:cacheprovider 2>&1 | tail -4
+esac
 case " $parts " in *" train "*)
   ringspan train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run"
   echo "train over NCCL: $?"
 esac
 case " $parts " in *" speed "*)
-  over_nccl benchmarks/attention_speed.py --json "$out/speed.json"
-  echo "speed: $?"
+  for kernel in ${KERNELS:-auto}; do
+    echo "kernel $kernel"
+    over_nccl benchmarks/attention_speed.py --kernel "$kernel" --strategies "${STRATEGIES:-ring,all_gather,direct,ulysses}" --json "$out/speed_$kernel.json"
+  done
 esac

@@ -50,7 +50,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "geometry": set(),
     "schedule": set(),
     "strategies": set(),
-    "kernels": CORE,
+    # Both only where a GPU is, and each with a fallback: Triton comes with torch there, FlashAttention-4 is an extra.
+    "kernels": CORE | {"triton", "flash_attn"},
     "transport": CORE,
     "attention": CORE,
     "verify": CORE,

@@ -11,6 +11,9 @@ head_dim]` and `lse [rows, batch, heads]`, so that any span of a shard is contig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,12 +28,25 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 
     Associative and commutative up to rounding, with the identity `0, −inf`; rows where both are empty stay zero and never become NaN.
     """
+    if out.is_cuda and out.dtype == torch.float32 and (fused := _fused()) is not None and other_out.stride(-1) == 1:
+        fused(out, lse, other_out, other_lse)
+        return
     merged = torch.logaddexp(lse, other_lse)
     # A row that neither side has seen: −inf − −inf is NaN, so its weights are taken against 0 instead, and both are exp(−inf) = 0.
     reference = torch.where(torch.isneginf(merged), torch.zeros_like(merged), merged)
     out.mul_(torch.exp(lse - reference).unsqueeze(-1))
     out.addcmul_(other_out.to(out.dtype), torch.exp(other_lse - reference).unsqueeze(-1).to(out.dtype))
     lse.copy_(merged)
+
+
+@cache
+def _fused() -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
+    """The same as one kernel, where Triton is installed (torch's CUDA builds bring it)."""
+    try:
+        from ringspan.kernels.fused_merge import fused_merge_
+    except ImportError:
+        return None
+    return fused_merge_
 
 
 def rows_first(tensor: Tensor) -> Tensor:

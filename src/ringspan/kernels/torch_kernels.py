@@ -19,7 +19,14 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-def _refusal(problem: Problem, device: str, dtypes: tuple[torch.dtype, ...], widest_head: int | None = None) -> str | None:
+def capability_refusal(
+    problem: Problem,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    widest_head: int | None = None,
+    capability: tuple[int, int] = (8, 0),
+) -> str | None:
+    """Why a kernel for such a device, dtypes, widest head and compute capability does not compute `problem`, or None."""
     if problem.device != device:
         return f"it runs on {device}, and the tensors are on {problem.device}"
     if problem.dtype not in dtypes:
@@ -27,8 +34,8 @@ def _refusal(problem: Problem, device: str, dtypes: tuple[torch.dtype, ...], wid
         return f"it computes {', '.join(names[1:])}, not {names[0]}"
     if widest_head is not None and (problem.head_dim % 8 or problem.head_dim > widest_head):
         return f"it computes head sizes that are multiples of 8 up to {widest_head}, not {problem.head_dim}"
-    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"it wants compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if device == "cuda" and (here := torch.cuda.get_device_capability()) < capability:
+        return f"it wants compute capability {capability[0]}.{capability[1]}, and this GPU has {here[0]}.{here[1]}"
     return None
 
 
@@ -42,7 +49,7 @@ class TorchCpu:
 
     def refusal(self, problem: Problem) -> str | None:
         """CPU tensors in float64, float32, bfloat16 or float16."""
-        return _refusal(problem, "cpu", (torch.float64, torch.float32, *_HALF))
+        return capability_refusal(problem, "cpu", (torch.float64, torch.float32, *_HALF))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -115,7 +122,7 @@ class CuDnn:
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 128, a multiple of 8, on compute capability 8.0 or later."""
-        return _refusal(problem, "cuda", _HALF, widest_head=128)
+        return capability_refusal(problem, "cuda", _HALF, widest_head=128)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -148,7 +155,7 @@ class Flash2:
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 256, a multiple of 8, on compute capability 8.0 or later."""
-        return _refusal(problem, "cuda", _HALF, widest_head=256)
+        return capability_refusal(problem, "cuda", _HALF, widest_head=256)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
