@@ -1,10 +1,12 @@
 """Exact attention over sequences longer than one device holds.
 
-Start with `ContextParallel`, or with `ringspan.transformers.register()` for a Hugging Face model.
+Start with `ContextParallel`, with `attention` where flash-attn's stood, or with `ringspan.transformers.register()` for a Hugging Face
+model.
 """
 
 from ringspan import transformers
 from ringspan.attention import ContextParallel, Sequence
+from ringspan.attention.functional import attention, attention_varlen, scaled_dot_product_attention
 from ringspan.errors import RankFailure, RingspanError, ScheduleError, UnsupportedError
 from ringspan.geometry import LAYOUTS as _LAYOUTS
 from ringspan.geometry import Mask, block_sparse, causal, documents, full, mask_mod, parse_mask, prefix_lm, sliding_window
@@ -23,6 +25,8 @@ __all__ = [
     "ScheduleError",
     "Sequence",
     "UnsupportedError",
+    "attention",
+    "attention_varlen",
     "block_sparse",
     "causal",
     "documents",
@@ -32,6 +36,7 @@ __all__ = [
     "parse_mask",
     "prefix_lm",
     "run_in_process",
+    "scaled_dot_product_attention",
     "sliding_window",
     "transformers",
 ]
