@@ -30,7 +30,7 @@ def test_a_rank_of_the_ring_sends_twice_n_h_times_the_share_of_key_heads_whateve
     for ranks in RANKS:
         volume = sent(strategy, ranks, full(), "forward", elements(kv_heads))
         assert volume == 2 * LENGTH * WIDTH * share * Fraction(ranks - 1, ranks)
-        # Keys and values once more, and their gradients behind them. USP's table has 4 N h for both directions, as if no gradients travelled.
+        # Keys and values once more, and their gradients behind them. USP's table has 4 N h for both, as if no gradients travelled.
         assert sent(strategy, ranks, full(), "backward", elements(kv_heads)) == 2 * volume
         assert sent(strategy, ranks, full(), "backward", half_precision(kv_heads)) == (2 + 4) * volume
 
