@@ -270,7 +270,8 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
                 wrong, the kernel refuses it, or the ranks disagree.
         """
-        scale = q.shape[-1] ** -0.5 if scale is None and q.ndim else scale
+        # A head without a width has no such power; that it is none is then said on every rank.
+        scale = q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key)
