@@ -1,0 +1,88 @@
+"""Parameters that are whole on every rank: sums, broadcasts, and a loss that is the whole's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ringspan
+from ringspan.attention import gradients
+
+
+def test_gradients_are_summed_over_the_ranks_and_a_missing_one_counts_as_zero(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 60)  # several buckets, of one and of more parameters
+
+    def run(group: Any) -> list[Any]:
+        shapes = [(3,), (4, 2), (), (5, 5), (2,)]
+        parameters = [
+            nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16 if index == 3 else torch.float32)) for index, shape in enumerate(shapes)
+        ]
+        parameters[4].requires_grad_(False)
+        for index, parameter in enumerate(parameters[:4]):
+            if not (index == 0 and group.rank == 1) and index != 2:
+                parameter.grad = torch.full_like(parameter, group.rank + 1.0 + index)
+        ringspan.ContextParallel(group).sum_gradients(iter(parameters))
+        return [None if parameter.grad is None else (parameter.grad.dtype, parameter.grad.unique().tolist()) for parameter in parameters]
+
+    expected = [(torch.float32, [4.0]), (torch.float32, [9.0]), None, (torch.bfloat16, [15.0]), None]
+    assert ringspan.run_in_process(3, run) == [expected] * 3
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    def run(group: Any) -> float:
+        parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        parameter.grad = torch.tensor([256.0 if group.rank == 0 else 0.75], dtype=torch.bfloat16)
+        ringspan.ContextParallel(group).sum_gradients([parameter])
+        assert parameter.grad is not None
+        return float(parameter.grad)
+
+    # Summed one after the other in bfloat16, 256 swallows each 0.75.
+    assert ringspan.run_in_process(5, run) == [float(torch.tensor(259.0, dtype=torch.bfloat16))] * 5
+
+
+def test_every_rank_gets_the_parameters_and_buffers_of_rank_0():
+    def run(group: Any) -> list[float]:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(group.rank + 7)
+            model[0].weight = nn.Parameter(model[0].weight.t())  # not contiguous
+        ringspan.ContextParallel(group).broadcast_parameters(model)
+        return sorted({float(value) for tensor in (*model.parameters(), *model.buffers()) for value in tensor.detach().flatten()})
+
+    assert ringspan.run_in_process(3, run) == [[7.0]] * 3
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_the_loss_is_the_mean_over_all_labelled_positions_and_its_gradients_are_those_of_the_whole(ranks: int, ignored: float):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 13, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 7, (2, 13), generator=generator)
+    labels[torch.rand(2, 13, generator=generator) < ignored] = -100
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="sum") / max(1, int((labels != -100).sum()))
+    expected.backward()
+    assert whole.grad is not None
+
+    def run(group: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sequence = ringspan.ContextParallel(group, layout="striped").sequence(13)
+        mine = sequence.shard(logits).requires_grad_()
+        loss = sequence.loss(mine, sequence.shard(labels))
+        loss.backward()
+        assert mine.grad is not None
+        return loss.detach(), mine.grad, sequence.positions
+
+    for loss, gradient, positions in ringspan.run_in_process(ranks, run):
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(gradient, whole.grad[:, positions], rtol=1e-13, atol=1e-16)
+
+
+def test_another_index_to_ignore_is_ignored():
+    sequence = ringspan.ContextParallel().sequence(4)
+    logits, labels = torch.randn(1, 4, 5), torch.tensor([[0, 3, 3, 1]])
+    torch.testing.assert_close(sequence.loss(logits, labels, ignore_index=3), F.cross_entropy(logits[0, [0, 3]], torch.tensor([0, 1])))
