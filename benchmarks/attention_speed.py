@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -73,9 +74,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    dist.init_process_group("nccl")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.cuda.set_device(rank)
     alone = ringspan.ContextParallel(dist.new_group([rank], use_local_synchronization=True), layout="contiguous", kernel=arguments.kernel)
     results = []
     for per_rank in map(int, arguments.lengths.split(",")):

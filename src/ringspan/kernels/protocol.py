@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.geometry import MaskMod, Tile
+from ringspan.geometry.tile import trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ class Kernel(Protocol):
     Attributes:
         name: what the user calls it.
         shapes: the tiles that it computes in one launch, beyond full ones: `causal` (low = 0, aligned top-left, any rectangle),
-            `square` (low = 0 on squares only), `band` (anything). Other tiles are lowered to these, see `lowered`.
+            `square` (low = 0 on squares only), `corner` (bands without rows below them that see all keys), `band` (anything). Other
+            tiles are lowered to these, see `lowered`.
         features: which of `window`, `softcap` and `mask_mod` it computes.
         lse_gradient: whether the backward takes a gradient of lse.
     """
@@ -114,6 +116,8 @@ def lowered(tile: Tile, shapes: frozenset[str]) -> tuple[Tile, ...]:
     """
     if tile.kind == "full" or "band" in shapes:
         return (tile,)
+    if "corner" in shapes:
+        return _without_rows_below(tile)
     if tile.high is not None:
         raise NotImplementedError(f"a kernel with {set(shapes)} computes no window")
     assert tile.low is not None and tile.low <= 0, "a trimmed tile has no empty first row"
@@ -124,3 +128,14 @@ def lowered(tile: Tile, shapes: frozenset[str]) -> tuple[Tile, ...]:
         return (tile,)
     corner = tile.q_start + tile.num_keys
     return Tile(tile.q_start, corner, tile.k_start, tile.k_stop, 0), Tile(corner, tile.q_stop, tile.k_start, tile.k_stop)
+
+
+def _without_rows_below(tile: Tile) -> tuple[Tile, ...]:
+    """The band, and apart from it the rows that its lower bound does not touch."""
+    if tile.low is None or tile.num_queries <= tile.num_keys + tile.low:
+        return (tile,)
+    border = tile.num_keys + tile.low
+    high = None if tile.high is None else tile.high - border
+    above = trimmed(tile.q_start, tile.q_start + border, tile.k_start, tile.k_stop, tile.low, tile.high)
+    below = trimmed(tile.q_start + border, tile.q_stop, tile.k_start, tile.k_stop, None, high)
+    return tuple(part for part in (above, below) if part is not None)

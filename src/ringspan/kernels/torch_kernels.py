@@ -146,10 +146,14 @@ class CuDnn:
 
 
 class Flash2:
-    """FlashAttention-2 as torch carries it, windows included."""
+    """FlashAttention-2 as torch carries it, windows included.
+
+    A bound on the right that is as large as the number of keys counts as none there, which is wrong where there are more queries than keys:
+    the rows below a band are therefore launched apart.
+    """
 
     name = "flash2"
-    shapes = frozenset({"band"})
+    shapes = frozenset({"square", "corner"})
     features = frozenset({"window"})
     lse_gradient = False
 
