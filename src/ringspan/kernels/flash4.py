@@ -39,7 +39,7 @@ class Flash4:
     lse_gradient = True
 
     def refusal(self, problem: Problem) -> str | None:
-        """CUDA tensors in bfloat16 or float16 with heads of up to 128, a multiple of 8, on compute capability 9.0 and later, with the wheel."""
+        """CUDA tensors in bfloat16 or float16, heads up to 128, a multiple of 8, on compute capability 9.0 and later, with the wheel."""
         reason = capability_refusal(problem, "cuda", (torch.float16, torch.bfloat16), widest_head=128, capability=(9, 0))
         return reason or _missing()
 
