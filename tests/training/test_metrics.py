@@ -42,6 +42,15 @@ def test_a_line_that_a_crash_cut_short_is_left_out_but_one_before_it_is_named(tm
         read_metrics(path)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_with_the_step(tmp_path: Path):
+    with MetricsFile(tmp_path / "metrics.jsonl", after_step=None) as metrics:
+        metrics._stream.close()
+        metrics._stream = open("/dev/full", "a")  # noqa: SIM115
+        with pytest.raises(RingspanError, match=r"step 3 in .*No space left on device"):
+            metrics.write(StepRecord(step=3, loss=1.0))
+
+
 def test_only_what_was_measured_is_written(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, after_step=None) as metrics:

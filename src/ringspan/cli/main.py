@@ -24,11 +24,6 @@ app.command("verify")(verify)
 app.command("show")(show)
 
 
-@app.callback()
-def _subcommands() -> None:
-    """Exact attention over sequences longer than one device holds."""
-
-
 def main() -> None:
     """Runs the command line. Exit status 2 is the user's to put right: an unknown option, or a request that cannot be carried out."""
     try:

@@ -61,7 +61,7 @@ def command(
     keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2")] = None,
     sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "300")] = None,
     prompt: Annotated[str | None, _option(_LEAVES, "What that text starts from.", "held-out text")] = None,
-    temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.6")] = None,
+    temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.8")] = None,
 ) -> None:
     """Train a transformer on a text, with its context split exactly over several processes.
 
@@ -84,6 +84,8 @@ def run(given: dict[str, Any], *, resume: bool) -> int:
         # torchrun takes any status but 0 for a failure, and a run that was asked to stop has not failed.
         under_torchrun(given, resume=resume, show_plan=_show)
         return 0
+    from ringspan.cli.train_rank import go_on
+    from ringspan.training.checkpoint import list_checkpoints
     from ringspan.training.launch import launch
     from ringspan.training.prepare import prepare
 
@@ -95,7 +97,8 @@ def run(given: dict[str, Any], *, resume: bool) -> int:
     try:
         outcome = launch(plan, "ringspan.cli.train_rank", _say)
     except KeyboardInterrupt:
-        _say(f"ended at once; to go on from the last checkpoint: ringspan train --resume --out {plan.config.out}")
+        whole = list_checkpoints(plan.files.checkpoints)
+        _say(f"ended at once; to go on from {whole[-1].name}: {go_on(plan.files.out)}" if whole else "ended at once, before any checkpoint")
         return _SIGNAL_STATUS["SIGINT"]
     return _SIGNAL_STATUS[outcome.stopped_by] if outcome.stopped_by else 0
 

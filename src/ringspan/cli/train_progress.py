@@ -93,7 +93,7 @@ class TrainingProgress:
             self._bar.console.print(Panel(body, title=f"sample {when} (the dim part is given)", title_align="left", border_style="dim"))
         else:
             self._console.print(
-                Text(f"--- sample {when}, after the prompt {printable(prompt)[-30:]!r}:\n{printable(text)}\n---"), soft_wrap=True
+                Text(f"--- sample {when}, after a prompt that ends in {printable(prompt)[-40:]!r}:\n{printable(text)}\n---"), soft_wrap=True
             )
 
     def saved(self, step: int, folder: Path) -> None:

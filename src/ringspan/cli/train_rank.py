@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -129,9 +130,10 @@ def main(arguments: list[str]) -> int:
         with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
             outcome = run_plan(plan, ranks)
     except BaseException as error:
-        traceback.print_exc(file=log)
-        log.flush()
         post.write_report(rank, report_of(error))
+        # The log may lie on the disk whose filling up is the error.
+        with contextlib.suppress(OSError):
+            traceback.print_exc(file=log)
         return 2
     post.write_report(rank, Report(kind="outcome", outcome=outcome))
     return 0

@@ -87,7 +87,7 @@ class TrainingConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_tokens: int = 300
-    temperature: float = 0.6
+    temperature: float = 0.8
     prompt: str = ""
     timeout_seconds: float = 300.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,18 +39,33 @@ class MetricsFile:
         with partial.open("w") as stream:
             stream.writelines(_line(record) for record in kept)
         partial.replace(path)
+        self._path = path
         self._stream: TextIO = path.open("a")
 
     def write(self, record: StepRecord) -> None:
-        """Appends one line, and hands it to the operating system."""
-        self._stream.write(_line(record))
-        self._stream.flush()
+        """Appends one line, and hands it to the operating system.
+
+        Raises:
+            RingspanError: where it is not taken.
+        """
+        try:
+            self._stream.write(_line(record))
+            self._stream.flush()
+        except OSError as error:
+            raise RingspanError(
+                f"step {record.step} in {self._path}",
+                str(error.strerror),
+                "A run writes one line a step there",
+                "making room and --resume, which goes on from the last checkpoint",
+            ) from None
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stream.close()
+        # After a full disk there is a rest that cannot be written; its error has been said.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 def _line(record: StepRecord) -> str:

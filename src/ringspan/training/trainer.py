@@ -134,12 +134,11 @@ class Trainer:
         """A prompt and what the model makes of it; the prompt is from the held-out text's beginning unless the user gave one."""
         config = self.config
         prompt = self.tokenizer.encode(config.prompt or self._held_out_lines())
-        ids = sample(self.model, prompt, num_tokens=config.sample_tokens, temperature=config.temperature, seed=config.seed)
+        ids = sample(self.model, prompt, num_tokens=config.sample_tokens, temperature=config.temperature, seed=config.seed + self.step)
         return self.tokenizer.decode(prompt), self.tokenizer.decode(ids)
 
     def _held_out_lines(self) -> str:
-        """A few whole lines from near the beginning of the held-out text; what there is where it has none."""
+        """From the first line that begins in the held-out text to some place in a later one, so that there is something to go on with."""
         start = self.plan.split.num_training
         text = self.tokenizer.decode([int(token) for token in self.tokens[start : start + _PROMPT_TOKENS]])
-        begin, end = text.find("\n") + 1, text.rfind("\n") + 1
-        return text[begin:end] or text
+        return text[text.find("\n") + 1 :] or text
