@@ -16,6 +16,7 @@ from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
 from ringspan.attention.decode import decode
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
+from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.program import resolve
@@ -28,6 +29,9 @@ from ringspan.kernels import accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
+
+KEPT = 64
+"""Sequences that a `ContextParallel` keeps, and shapes that a `Sequence` keeps plans for: the last ones asked for."""
 
 
 class ContextParallel:
@@ -64,7 +68,7 @@ class ContextParallel:
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.weights = None if weights is None else tuple(weights)
         self.kv_heads_per_stage, self.options = kv_heads_per_stage, options
-        self._sequences: dict[tuple[int, Mask], Sequence] = {}
+        self._sequences: Kept[Sequence] = Kept(KEPT)
         problem = checks.problem_of(
             lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, kv_heads_per_stage, options)
         )
@@ -82,18 +86,20 @@ class ContextParallel:
         return self.transport.size
 
     def sequence(self, length: int, mask: Mask | None = None) -> Sequence:
-        """What this rank owns of sequences of `length` tokens under `mask` (causal if not given). Cached; the first call is collective.
+        """What this rank owns of sequences of `length` tokens under `mask` (causal if not given).
+
+        The last 64 are kept; a call for a new one is collective.
 
         Raises:
             RingspanError: on every rank, where the length is below 1 or the ranks disagree.
         """
         mask = causal() if mask is None else mask
-        key = (length, mask)
-        if key not in self._sequences:
-            problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
-            agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
-            self._sequences[key] = Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights, mask), mask)
-        return self._sequences[key]
+        return self._sequences.get((length, mask), lambda: self._new_sequence(length, mask))
+
+    def _new_sequence(self, length: int, mask: Mask) -> Sequence:
+        problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
+        agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
+        return Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights, mask), mask)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention of a few queries to keys that lie on all ranks, by one maximum and one sum (Tree Attention, 2408.04093). Collective.
@@ -128,7 +134,7 @@ class Sequence:
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: Kept[Plan] = Kept(KEPT)
         self._schedules: Schedules | None = None
         self.choice: Choice | None = None
 
@@ -274,9 +280,7 @@ class Sequence:
         scale = q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(q, k, v, sinks, scale, softcap)
+        plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
         out, lse = attend(q, k, v, sinks, plan, return_lse)
         if not return_lse:
             return out
