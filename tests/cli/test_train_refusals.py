@@ -11,6 +11,10 @@ import pytest
 
 from ringspan.cli.main import main
 from ringspan.training import launch
+from ringspan.training.checkpoint import TrainingState, save_checkpoint
+from ringspan.training.model import build_model
+from ringspan.training.optimizer import Optimizer
+from ringspan.training.prepare import prepare
 
 
 @pytest.fixture
@@ -121,7 +125,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(refused, text: Path, tmp_p
 
 def test_a_run_under_torchrun_has_torchruns_ranks(refused, text: Path):
     from ringspan.errors import RingspanError
-    from ringspan.training.prepare import prepare
 
     with pytest.raises(RingspanError, match="torchrun started 4"):
         prepare({"data": str(text), "ranks": 3}, resume=False, world_size=4)
@@ -136,3 +139,40 @@ def test_a_model_folder_without_a_readable_configuration_is_refused(refused, tex
     assert "is no JSON" in refused("--data", text, "--model", folder)
     (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "hidden_size": 32}))
     assert "tokenizer.json" in refused("--data", text, "--model", folder)
+
+
+@pytest.fixture
+def stopped_run(text: Path, tmp_path: Path) -> Path:
+    """A folder as a run leaves it that was stopped after its third step."""
+    plan = prepare({"data": str(text), "model": "pico", "context": 64, "out": str(tmp_path / "run")}, resume=False)
+    model = build_model("pico", vocabulary_size=256, context=64, seed=0)
+    optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
+    state = TrainingState(step=3, tokens_digest=plan.tokens.digest)
+    save_checkpoint(
+        plan.files.checkpoints, state, model=model, weights=optimizer.masters, moments=optimizer.moments(), extra_files={}, keep=2
+    )
+    return plan.files.out
+
+
+def test_a_stopped_run_can_be_gone_on_with(stopped_run: Path):
+    assert prepare({"out": str(stopped_run), "ranks": 3}, resume=True).first_step == 3
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_file(refused, stopped_run: Path):
+    damaged = next((stopped_run / "checkpoints" / "step-00000003" / "optimizer").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    said = refused("--resume", "--out", stopped_run)
+    assert f"optimizer/{damaged.name} has 1000 bytes" in said
+    assert "Try: starting a new run" in said
+
+
+def test_a_resumed_run_with_another_context_is_refused(refused, stopped_run: Path):
+    said = refused("--resume", "--out", stopped_run, "--context", 32)
+    assert "--context 32 with --resume: this run has 64" in said
+
+
+def test_a_resumed_run_whose_text_is_gone_or_another_goes_on_with_its_tokens_or_is_refused(refused, stopped_run: Path, text: Path):
+    text.write_text("quite another text " * 100)
+    assert prepare({"out": str(stopped_run)}, resume=True).first_step == 3
+    (stopped_run / "tokens" / "tokens.bin").unlink()
+    assert "its text is no longer what the run began with" in refused("--resume", "--out", stopped_run)
