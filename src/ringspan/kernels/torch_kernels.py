@@ -12,6 +12,8 @@ aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _ROWS_WITH_MASK = 512
 """The CPU kernel takes windows and mask_mods as a tensor of this many rows at a time, so that it never grows with the square."""
+_ROWS_FOR_LARGE_BLOCKS = 768
+"""From so many rows on, torch's CPU backward works by blocks of 256 rows; below by 64 and 32."""
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -78,6 +80,11 @@ class TorchCpu:
         dk = dv = None
         for rows, keys, mask, causal in launches:
             tensors = _heads_first(dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows])
+            if q.dtype in _HALF and tensors[0].shape[2] < _ROWS_FOR_LARGE_BLOCKS:
+                # After every block torch rounds dk and dv to the inputs' dtype: the small blocks of a shard would round them more often
+                # than the large blocks of the whole sequence do. In float32 nothing is rounded, and launches this short are as quick.
+                tensors = [tensor.float() for tensor in tensors]
+                mask = None if mask is None else mask.float()
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *tensors, lse[:, :, rows], 0.0, causal, attn_mask=mask, scale=scores.scale
             )
