@@ -1,0 +1,319 @@
+"""README and guides: their examples run, their commands print what they show, their tables name what there is and count what is so.
+
+In a `console` block a line `$ ringspan …` is a command, and what follows it is what it prints, with `…` for lines that are left out. The
+Python blocks of one page run one after the other, as a reader would type them; a `text` block right behind one is what it prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import shlex
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ringspan
+from ringspan import strategies, transport
+from ringspan.cli.main import app
+from ringspan.errors import RingspanError
+from ringspan.geometry import MASK_FORMS, make_layout, parse_mask
+from ringspan.kernels import KERNELS
+from ringspan.strategies import STRATEGIES, link_bytes, make_schedules
+from ringspan.verify import allowed_pairs
+from ringspan.viz.study import piece_sizes, study
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDES = ("adding_a_strategy", "exactness", "gallery", "masks")
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
+COLUMNS = 118
+SIZES = piece_sizes(heads=32, kv_heads=8, head_dim=128, dtype_bytes=2)
+"""What the tables of the gallery count bytes for."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `follows` says whether nothing but an empty line stands between it and the block before."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    follows: bool
+
+
+@cache
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found, end = [], -1
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        follows = end >= 0 and not text[end : match.start()].strip()
+        found.append(Block(page, text[: match.start()].count("\n") + 1, match[1], match[2], follows))
+        end = match.end()
+    return found
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under `## heading`."""
+    match = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert match is not None, f"{page.name} has no section {heading!r}"
+    return match[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row below a header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rules = [index for index, row in enumerate(cells) if all(set(cell) <= set("-:") for cell in row)]
+    return [row for index, row in enumerate(cells) if index not in rules and index + 1 not in rules]
+
+
+def named(text: str) -> list[str]:
+    """The first cells of a table's rows, without their quotes."""
+    return [row[0].strip("`") for row in rows(text)]
+
+
+def in_order(shown: list[str], printed: list[str]) -> str | None:
+    """The first line of `shown` that `printed` does not have where it belongs; `…` stands for lines left out."""
+    place, free = 0, False
+    for line in shown:
+        if line.strip() == "…":
+            free = True
+            continue
+        rest = printed[place:] if free else printed[place : place + 1]
+        if line not in rest:
+            return line
+        place += rest.index(line) + 1
+        free = False
+    return None
+
+
+# ---- what a reader types ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page: Path, monkeypatch: pytest.MonkeyPatch):
+    # A page may register what it builds; nobody else shall find it.
+    monkeypatch.setattr(strategies, "STRATEGIES", dict(STRATEGIES))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
+    for block in blocks(page):
+        if block.language == "python":
+            output = io.StringIO()
+            code = compile("\n" * block.line + block.text, str(page), "exec")
+            with contextlib.redirect_stdout(output):
+                exec(code, namespace)
+            printed = output.getvalue()
+        elif block.language == "text" and block.follows and printed:
+            assert [line.rstrip() for line in printed.rstrip().splitlines()] == block.text.splitlines(), f"{page.name}, line {block.line}"
+
+
+def commands() -> list[tuple[Block, str, list[str]]]:
+    """(block, command, what is shown of its output) for each `$` line of the pages' console blocks."""
+    found = []
+    for block in itertools.chain.from_iterable(blocks(page) for page in PAGES):
+        if block.language == "console":
+            for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+                command, *shown = part.rstrip("\n").split("\n")
+                found.append((block, command.split("  #")[0].strip(), shown))
+    return found
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, f"{command}: {result.exception or result.output}"
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("block", "command", "shown"), [case for case in commands() if case[1].startswith("ringspan show")], ids=lambda value: str(value)[:80]
+)
+def test_a_schedule_on_a_page_is_the_one_that_show_prints(
+    block: Block, command: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    if "--png" in command:
+        picture = shlex.split(command)[shlex.split(command).index("--png") + 1]
+        assert (ROOT / picture).exists(), f"{picture} is to be drawn by: {command}"
+        command = command.replace(picture, str(tmp_path / "picture.png"))
+    printed = [line.rstrip() for line in run(command, monkeypatch).splitlines()]
+    lost = in_order(shown, printed) if shown else None
+    assert lost is None, f"{block.page.name}, line {block.line}: {command} prints no such line there: {lost!r}\n" + "\n".join(printed)
+
+
+def test_verification_on_a_page_is_what_verify_prints_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch):
+    def shape(line: str) -> str:
+        line = re.sub(r"torch \S+", "torch #", line)
+        return re.sub(r"\s+", " ", re.sub(r"\d[\d.e-]*", "#", line)).strip()
+
+    found = [case for case in commands() if case[1].startswith("ringspan verify") and case[2]]
+    assert found, "no page shows what ringspan verify prints"
+    for block, command, shown in found:
+        printed = [shape(line) for line in run(f"{command} --device cpu", monkeypatch).splitlines()]
+        lost = in_order([shape(line) for line in shown], printed)
+        assert lost is None, f"{block.page.name}, line {block.line}: {command} prints no such line there: {lost!r}\n" + "\n".join(printed)
+
+
+def test_every_command_on_a_page_has_options_that_exist():
+    group = typer.main.get_command(app)
+    for block, command, _ in commands():
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"{block.page.name}, line {block.line}: {command}"
+        for start in ("ringspan", "ringspan.cli.main"):
+            if start in (program, *arguments):
+                words = [program, *arguments]
+                name, *rest = words[words.index(start) + 1 :]
+                group.commands[name].make_context(name, rest)  # type: ignore[attr-defined]
+
+
+# ---- what the README lists -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_name_every_strategy_layout_mask_kernel_and_transport():
+    assert named(section(README, "Strategies")) == [*STRATEGIES, "auto"]
+    assert named(section(README, "Layouts")) == list(ringspan.layouts)
+    assert named(section(README, "Masks")) == [*(form for form, _ in MASK_FORMS.values()), "mask_mod"]
+    assert named(section(README, "Kernels")) == list(KERNELS)
+    made = {name for name, value in vars(transport).items() if isinstance(value, type) and name in transport.__all__}
+    assert set(named(section(README, "Transports"))) == made - {"Parcel", "Pending", "Transport"}
+
+
+def test_the_kernels_of_the_table_compute_what_it_says():
+    said = {row[0].strip("`"): row[2:] for row in rows(section(README, "Kernels"))}
+    features = ("window", "mask_mod", "softcap")
+    computed = {
+        name: ["yes" if wanted in kernel.features else "" for wanted in features] + ["yes" if kernel.lse_gradient else ""]
+        for name, kernel in KERNELS.items()
+    }
+    assert said == computed
+
+
+def test_every_strategy_has_its_paragraph_in_the_gallery():
+    headings = re.findall(r"^## `(\w+)`$", (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings == [*STRATEGIES, "auto"]
+
+
+def test_every_room_and_file_has_its_line():
+    listed, room = [], ""
+    (tree,) = [block.text for block in blocks(README) if block.language == "text" and "errors.py" in block.text]
+    for line in tree.splitlines():
+        match = re.fullmatch(r"( *)(\S+)  +\S.*", line)
+        assert match is not None, f"a line without a name or without words for it: {line!r}"
+        indent, name = match[1], match[2]
+        room = name if name.endswith("/") else room if indent else ""
+        listed += [] if name.endswith("/") else [room + name]
+    source = ROOT / "src" / "ringspan"
+    there = [path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py" or path.parent == source]
+    assert sorted(listed) == sorted(there), f"not in the README: {set(there) - set(listed)}; no longer there: {set(listed) - set(there)}"
+
+
+def test_every_paper_that_the_code_names_is_cited():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    papers = section(README, "Papers")
+    missing = sorted(set(re.findall(r"\b\d{4}\.\d{5}\b", source)) - set(re.findall(r"\b\d{4}\.\d{5}\b", papers)))
+    assert not missing, f"named in a docstring and not under Papers: {missing}"
+
+
+def test_the_versions_are_those_that_the_package_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    low, high = re.findall(r"3\.(\d+)", project["requires-python"])
+    torch_low, torch_high = next(re.findall(r"2\.(\d+)", need) for need in project["dependencies"] if need.startswith("torch"))
+    installing = section(README, "Installing")
+    assert f"Python 3.{low} to 3.{int(high) - 1}" in installing
+    assert f"PyTorch 2.{torch_low} to 2.{int(torch_high) - 1}" in installing
+    extras = project["optional-dependencies"]
+    assert set(named(installing)) == set(extras)
+
+
+def test_measured_numbers_are_copied_from_a_report():
+    text = section(README, "Measured")
+    (report,) = re.findall(r"\((benchmarks/reports/[^)]+)\)", text)
+    lines = (ROOT / report).read_text(encoding="utf-8").splitlines()
+    measured = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert measured and not [line for line in measured if line not in lines]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# ---- what the guides count -------------------------------------------------------------------------------------------------------
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f}"
+
+
+def test_the_gallery_counts_what_the_schedules_count():
+    said = rows(section(ROOT / "docs" / "gallery.md", "Side by side"))
+    counted = []
+    for strategy in STRATEGIES:
+        shown = study(strategy, layout="zigzag", mask="causal", length=65536, num_ranks=8, sizes=SIZES)
+        sent = [sum(shown.link_bytes[direction].values()) for direction in ("forward", "backward")]
+        visiting = [max(shown.visiting_bytes(direction, rank) for rank in range(8)) for direction in ("forward", "backward")]
+        idle = f"{100 * shown.idle_fraction('forward'):.1f}%"
+        steps = f"{shown.schedule('forward').num_steps}, {shown.schedule('backward').num_steps}"
+        counted.append([f"`{strategy}`", *map(mebibytes, sent), *map(mebibytes, visiting), steps, idle])
+    assert said == counted
+
+
+def test_what_direct_saves_is_what_the_schedules_say():
+    said = rows(section(ROOT / "docs" / "gallery.md", "`direct`"))
+    counted = []
+    for text, layout, num_ranks in [(row[0].strip("`"), row[1].strip("`"), int(row[2])) for row in said]:
+        mask = parse_mask(text)
+        made = make_layout(layout, 65536, num_ranks)
+        row = [f"`{text}`", f"`{layout}`", str(num_ranks)]
+        for direction in ("forward", "backward"):
+            ring, direct = (
+                sum(link_bytes(make_schedules(strategy, made, mask), made, SIZES, direction).values()) for strategy in ("ring", "direct")
+            )
+            row += [mebibytes(ring), mebibytes(direct), f"{100 * (1 - direct / ring):.1f}%"]
+        counted.append(row)
+    assert said and said == counted
+
+
+def test_the_masks_are_drawn_as_they_are():
+    drawn = [block for block in blocks(ROOT / "docs" / "masks.md") if block.language == "text" and not block.follows]
+    for block in drawn:
+        text, *drawing = block.text.splitlines()
+        allowed = allowed_pairs(parse_mask(text), len(drawing))
+        assert drawing == [" ".join(".x"[bool(pair)] for pair in row) for row in allowed], f"masks.md, line {block.line}"
+    names = {part.split(":")[0] for block in drawn for part in block.text.splitlines()[0].split("&")}
+    assert names == set(MASK_FORMS), "every mask is drawn"
+
+
+def test_the_only_layout_that_a_strategy_refuses_is_the_one_that_the_readme_names():
+    refused = set()
+    for strategy, layout, num_ranks in itertools.product(STRATEGIES, ringspan.layouts, range(1, 9)):
+        try:
+            make_schedules(strategy, make_layout(layout, 61, num_ranks), ringspan.causal())
+        except RingspanError:
+            refused.add((strategy, layout))
+    assert refused == {("two_dimensional", "striped")}
+    assert "`two_dimensional` with layout `striped`" in section(README, "What is refused, and why")
+
+
+def test_every_test_that_a_guide_names_is_there():
+    for page in PAGES:
+        for name in re.findall(r"`(tests/[\w/.]+)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_a_command_whose_output_is_another_is_noticed():
+    assert in_order(["a", "…", "d"], ["a", "b", "c", "d", "e"]) is None
+    assert in_order(["a", "c"], ["a", "b", "c"]) == "c"
+    assert in_order(["…", "x"], ["a", "b"]) == "x"
