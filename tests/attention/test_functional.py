@@ -16,8 +16,7 @@ import ringspan
 from ringspan.attention import calls
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
-from ringspan.transport import InProcessTransport
-from tests.support.calls import every_rank_refuses, split_call
+from tests.support.calls import count_meetings, every_rank_refuses, meetings, split_call
 from tests.support.dense import Outcome, dense, make_tensors
 from tests.support.errors import BUDGETS, assert_close
 
@@ -263,7 +262,7 @@ def test_what_is_not_computed_exactly_is_refused_on_every_rank_before_anything_i
         (lambda g: (ringspan.attention, ringspan.scaled_dot_product_attention)[g.rank](X, X, X, group=g), ("rank 0 has attention",)),
         (
             lambda g: ringspan.attention(*[X[:, : 4 - g.rank]] * 3, group=g),
-            ("the ranks hold 4, 3 tokens", "length=7, and shards as ContextParallel(…).sequence(7).shard(x) cuts them"),
+            ("the ranks hold 4, 3 tokens", "length=7), and shards as ContextParallel(…).sequence(7).shard(x) cuts them"),
         ),
     ],
 )  # fmt: skip
@@ -291,21 +290,7 @@ def test_a_refusal_that_the_other_ranks_do_not_share_is_still_said_where_they_ha
 # --- what repeated calls cost ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that some rank asks all ranks something."""
-    seen: list[int] = []
-    right = InProcessTransport.gather_objects
-
-    def counted(self: InProcessTransport, mine: object) -> list:
-        seen.append(self.rank)
-        return right(self, mine)
-
-    monkeypatch.setattr(InProcessTransport, "gather_objects", counted)
-    return seen
-
-
-def test_calls_like_an_earlier_one_ask_nobody_anything(gathered: list[int]):
+def test_calls_like_an_earlier_one_ask_nobody_anything(monkeypatch: pytest.MonkeyPatch):
     x, packed = torch.randn(1, 4, 2, 8), torch.randn(4, 2, 8)
 
     def every_form(group: Any) -> None:
@@ -315,19 +300,12 @@ def test_calls_like_an_earlier_one_ask_nobody_anything(gathered: list[int]):
         ringspan.attention_varlen(packed, packed, packed, torch.tensor(HALF), torch.tensor(HALF), causal=True, group=group)
         ringspan.scaled_dot_product_attention(leaf, x, x, group=group, length=4).sum().backward()
 
-    def run(group: Any) -> tuple[int, int]:
-        every_form(group)
-        first = gathered.count(group.rank)
-        for _ in range(3):
-            every_form(group)
-        return first, gathered.count(group.rank)
-
-    for first, last in ringspan.run_in_process(2, run):
+    for first, later in meetings(2, count_meetings(monkeypatch), every_form):
         assert first > 4, "the first calls are agreed on"
-        assert last == first
+        assert later == 0
 
 
-def test_one_context_serves_all_calls_of_a_group(gathered: list[int]):
+def test_one_context_serves_all_calls_of_a_group():
     x = torch.randn(1, 4, 2, 8)
 
     def run(group: Any) -> int:

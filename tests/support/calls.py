@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ringspan
 from ringspan.errors import RingspanError
+from ringspan.transport import InProcessTransport
 from tests.support.dense import Outcome, Tensors
 from tests.support.split import Part, assemble
 
@@ -49,3 +50,29 @@ def every_rank_refuses(num_ranks: int, call: Callable[[Any], object], error: typ
     said = ringspan.run_in_process(num_ranks, run, timeout_seconds=20.0)
     for word in words:
         assert any(word in message for message in said), f"{word!r} is not in {said}"
+
+
+def count_meetings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets a rank's number whenever that rank asks all ranks something."""
+    seen: list[int] = []
+    right = InProcessTransport.gather_objects
+
+    def counted(self: InProcessTransport, mine: object) -> list:
+        seen.append(self.rank)
+        return right(self, mine)
+
+    monkeypatch.setattr(InProcessTransport, "gather_objects", counted)
+    return seen
+
+
+def meetings(num_ranks: int, seen: list[int], calls: Callable[[Any], object]) -> list[tuple[int, int]]:
+    """For each rank, how often it met the others in `calls(group)` at first, and in three more times."""
+
+    def run(group: Any) -> tuple[int, int]:
+        calls(group)
+        first = seen.count(group.rank)
+        for _ in range(3):
+            calls(group)
+        return first, seen.count(group.rank) - first
+
+    return ringspan.run_in_process(num_ranks, run)

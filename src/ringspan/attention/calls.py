@@ -30,9 +30,10 @@ class Request:
 
     Attributes:
         function: what the user called.
-        strategy: see `ContextParallel`, as `layout`, `kernel` and `options` (name and value, sorted).
+        strategy: see `ContextParallel`, as `layout` and `kernel`.
         length: tokens of the whole sequence, or None where they are to be inferred: as many ranks as there are times `shard_length`.
         shard_length: this rank's tokens, where `length` is None.
+        options: further keywords of `ContextParallel`, sorted by name.
         mask: what the mask is made of.
         make: the layout and the mask, from the number of ranks and the length; says the same for equal requests.
     """
@@ -73,7 +74,7 @@ def find_sequence(group: Group, function: str, prepare: Callable[[], Request]) -
         return found
     _agree(transport, function, str(request or function), problem)
     assert request is not None
-    sequence = kept.sequences[request] = _make(transport, kept, request)
+    sequence = kept.sequences[request] = _make(group, transport, kept, request)
     if len(kept.sequences) > MAX_SEQUENCES:
         kept.sequences.popitem(last=False)
     return sequence
@@ -112,7 +113,7 @@ def _agree(transport: Transport, function: str, asked: str, problem: RingspanErr
         raise problem from failure
 
 
-def _make(transport: Transport, kept: _Kept, request: Request) -> Sequence:
+def _make(group: Group, transport: Transport, kept: _Kept, request: Request) -> Sequence:
     length = request.length
     if length is None:
         length = _inferred(transport, request)
@@ -123,7 +124,7 @@ def _make(transport: Transport, kept: _Kept, request: Request) -> Sequence:
     if key not in kept.contexts:
         options: dict[str, Any] = dict(request.options)
         names = {"strategy": request.strategy, "layout": request.layout, "kernel": request.kernel}
-        kept.contexts[key] = ContextParallel(transport, **names, **options)  # type: ignore[arg-type]
+        kept.contexts[key] = ContextParallel(group, **names, **options)
     return Sequence(kept.contexts[key], layout, mask)
 
 
@@ -143,7 +144,7 @@ def _uneven(request: Request, lengths: list[int], found: str) -> RingspanError:
         f"{request.function} without a length",
         f"{found} {', '.join(map(str, lengths[:8]))}{', …' if len(lengths) > 8 else ''} tokens",
         "A length is inferred only from shards that are equally long on all ranks",
-        f"length={sum(lengths)}, and shards as ContextParallel(…).sequence({sum(lengths)}).shard(x) cuts them",
+        f"ringspan.attention(…, length={sum(lengths)}), and shards as ContextParallel(…).sequence({sum(lengths)}).shard(x) cuts them",
     )
 
 

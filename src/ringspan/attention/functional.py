@@ -237,6 +237,7 @@ def request_of(
     *,
     length: int | None,
     shard_length: int | None = None,
+    options: tuple[tuple[str, int | str], ...] = (),
 ) -> Request:
     """The request of a call whose layout is one of `ringspan.layouts`; `borders` are those of the documents."""
     band = read_window(function, causal, window_size)
@@ -247,7 +248,7 @@ def request_of(
 
     return Request(
         function=function, strategy=strategy, layout=layout, kernel=kernel, length=length, shard_length=shard_length,
-        mask=(("causal", causal), ("window", band), *((("cu_seqlens", borders),) if borders else ())), make=make,
+        options=options, mask=(("causal", causal), ("window", band), *((("cu_seqlens", borders),) if borders else ())), make=make,
     )  # fmt: skip
 
 
