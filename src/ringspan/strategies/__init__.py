@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from threading import RLock
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
@@ -92,7 +93,12 @@ def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int | s
             found = f"it is of type {type(value).__name__}"
             raise RingspanError(f"strategy {strategy!r} with {name}={value!r}", found, f"{name} is of type {known[name].__name__}")
     mask.check_length(layout.length)
-    return _made(strategy, layout, mask, tuple(sorted(options.items())))
+    # In-process ranks ask for the same schedules at the same time: the first makes them, and the others find them made.
+    with _MAKING:
+        return _made(strategy, layout, mask, tuple(sorted(options.items())))
+
+
+_MAKING = RLock()
 
 
 @lru_cache(maxsize=128)
