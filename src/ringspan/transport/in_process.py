@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,9 @@ class _World:
 
     def __init__(self, size: int, timeout_seconds: float) -> None:
         self.size, self.timeout_seconds = size, timeout_seconds
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        # A condition a rank: news for one rank does not wake the other 63.
+        self.news = [threading.Condition(self.lock) for _ in range(size)]
         # (source, target, lane, how many went before on that way): a receive is for one certain send, whatever it is waited for after.
         self.mail: dict[tuple[int, int, int, int], Tensor] = {}
         self.tables: dict[int, dict[int, object]] = defaultdict(dict)
@@ -29,18 +31,23 @@ class _World:
         self.ended: set[int] = set()
 
     def fail(self, rank: int, error: BaseException) -> None:
-        with self.changed:
+        with self.lock:
             if self.failed is None or (isinstance(self.failed[1], RankFailure) and not isinstance(error, RankFailure)):
                 self.failed = (rank, error)
-            self.changed.notify_all()
+            self.wake(range(self.size))
+
+    def wake(self, ranks: Iterable[int]) -> None:
+        """Lets `ranks` look again at what they wait for. The caller holds `lock`."""
+        for rank in ranks:
+            self.news[rank].notify_all()
 
     def wait_for(self, rank: int, ready: Callable[[], bool], waited_for: str, peers: Sequence[int]) -> None:
-        """Waits under `changed`, which the caller holds."""
+        """Waits under `lock`, which the caller holds."""
 
         def over() -> bool:
             return ready() or self.failed is not None or any(peer in self.ended for peer in peers)
 
-        in_time = self.changed.wait_for(over, self.timeout_seconds)
+        in_time = self.news[rank].wait_for(over, self.timeout_seconds)
         if ready():
             return
         if self.failed is not None:
@@ -57,7 +64,7 @@ class _Arrivals:
     def wait(self) -> None:
         world, rank = self._transport.world, self._transport.rank
         for (tensor, peer), ticket in self._receives:
-            with world.changed:
+            with world.lock:
                 world.wait_for(
                     rank, lambda ticket=ticket: ticket in world.mail, f"a tensor of {tuple(tensor.shape)} from rank {peer}", [peer]
                 )
@@ -95,12 +102,12 @@ class InProcessTransport:
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Arrivals:
         """See `Transport.exchange`."""
         parcels = [(tensor.detach().clone(), peer) for tensor, peer in sends]
-        with self.world.changed:
+        with self.world.lock:
             for tensor, peer in parcels:
                 self.world.mail[(self.rank, peer, lane, self._sent[(peer, lane)])] = tensor
                 self._sent[(peer, lane)] += 1
                 self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
-            self.world.changed.notify_all()
+            self.world.wake({peer for _, peer in sends})
         tickets = []
         for parcel in receives:
             tickets.append((parcel, (parcel.peer, self.rank, lane, self._received[(parcel.peer, lane)])))
@@ -111,10 +118,11 @@ class InProcessTransport:
         """See `Transport.gather_objects`."""
         self._meetings += 1
         world, meeting = self.world, self._meetings
-        with world.changed:
+        with world.lock:
             table = world.tables[meeting]
             table[self.rank] = mine
-            world.changed.notify_all()
+            if len(table) == self.size:
+                world.wake(range(self.size))
             others = [rank for rank in range(self.size) if rank not in table]
             world.wait_for(self.rank, lambda: len(table) == self.size, "all ranks to agree", others)
             world.tables.pop(meeting - 2, None)
@@ -162,9 +170,9 @@ def run_in_process(num_ranks: int, function: Callable[[InProcessTransport], Resu
         except BaseException as error:
             world.fail(rank, error)
         finally:
-            with world.changed:
+            with world.lock:
                 world.ended.add(rank)
-                world.changed.notify_all()
+                world.wake(range(num_ranks))
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(num_ranks)]
     for thread in threads:
