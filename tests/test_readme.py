@@ -7,6 +7,7 @@ Python blocks of one page run one after the other, as a reader would type them; 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
 import re
@@ -17,6 +18,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import typer
 from typer.testing import CliRunner
 
@@ -136,7 +139,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("block", "command", "shown"), [case for case in commands() if case[1].startswith("ringspan show")], ids=lambda value: str(value)[:80]
+    ("block", "command", "shown"),
+    [pytest.param(*case, id=f"{case[0].page.stem}: {case[1]}") for case in commands() if case[1].startswith("ringspan show")],
 )
 def test_a_schedule_on_a_page_is_the_one_that_show_prints(
     block: Block, command: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -175,6 +179,53 @@ def test_every_command_on_a_page_has_options_that_exist():
                 words = [program, *arguments]
                 name, *rest = words[words.index(start) + 1 :]
                 group.commands[name].make_context(name, rest)  # type: ignore[attr-defined]
+
+
+# ---- the models that the README names ---------------------------------------------------------------------------------------------
+
+_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8}
+_EXPERTS = {**_GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}
+MODELS = {
+    "Llama": ("LlamaConfig", _GROUPED),
+    "Qwen 2": ("Qwen2Config", _GROUPED),
+    "Qwen 3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
+    "Mistral": ("MistralConfig", {**_GROUPED, "sliding_window": 7}),
+    "Mixtral": ("MixtralConfig", _EXPERTS),
+    "Gemma 2": ("Gemma2Config", _GEMMA),
+    "Gemma 3": ("Gemma3TextConfig", _GEMMA),
+    "gpt-oss": ("GptOssConfig", {**_EXPERTS, "head_dim": 8, "sliding_window": 7}),
+    "Phi 3": ("Phi3Config", _GROUPED),
+    "OLMo 2": ("Olmo2Config", _GROUPED),
+    "SmolLM 3": ("SmolLM3Config", _GROUPED),
+    "Granite": ("GraniteConfig", _GROUPED),
+    "GPT-NeoX": ("GPTNeoXConfig", {**_SMALL, "bos_token_id": 1, "eos_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_the_readme_names_gives_the_same_logits_and_loss_on_three_ranks(name: str):
+    assert ", ".join(MODELS) in section(README, "Hugging Face").replace("\n", " ")
+    kind, sizes = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes), attn_implementation="eager").eval()
+    tokens = torch.randint(3, 64, (2, 41))
+    with torch.no_grad():
+        whole = model(input_ids=tokens, labels=tokens, use_cache=False)
+    ringspan.transformers.register()
+    model.set_attn_implementation("ringspan")
+
+    @torch.no_grad()
+    def run_rank(group):
+        seq = ringspan.ContextParallel(group).sequence(41)
+        mine = copy.deepcopy(model)(**seq.shard_batch({"input_ids": tokens, "labels": tokens}), use_cache=False)
+        return seq.unshard(mine.logits), mine.loss
+
+    split = ringspan.run_in_process(3, run_rank)
+    # float32: a few roundings of 1e-7 in two layers.
+    torch.testing.assert_close(split[0][0], whole.logits, rtol=0, atol=5e-6)
+    torch.testing.assert_close(sum(loss for _, loss in split), whole.loss, rtol=0, atol=5e-6)
 
 
 # ---- what the README lists -------------------------------------------------------------------------------------------------------
