@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -16,17 +17,23 @@ NUM_LANES = 2
 _POINT_TO_POINT = {("cpu", "gloo"), ("cpu", "mpi"), ("cuda", "nccl")}
 
 
+_REPORT_SECONDS = 2.0
+"""How long a rank whose transfer broke off listens to the others, to tell who is at the root of it."""
+
+
 class _Works:
-    def __init__(self, transport: ProcessGroupTransport, works: list[dist.Work], peers: list[int]) -> None:
+    """`peers[i]` are the ranks that `works[i]` exchanges with."""
+
+    def __init__(self, transport: ProcessGroupTransport, works: list[dist.Work], peers: list[list[int]]) -> None:
         self._transport, self._works, self._peers = transport, works, peers
 
     def wait(self) -> None:
-        for work in self._works:
+        for work, peers in zip(self._works, self._peers, strict=True):
             try:
                 work.wait()
             except RuntimeError as error:
-                raise self._transport.failure(self._peers, error) from error
-        self._works = []
+                raise self._transport.failure(peers, error) from error
+        self._works, self._peers = [], []
 
 
 class ProcessGroupTransport:
@@ -66,18 +73,20 @@ class ProcessGroupTransport:
             self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
         peers = [parcel.peer for parcel in (*receives, *sends)]
         if not peers:
-            return _Works(self, [], peers)
+            return _Works(self, [], [])
         try:
             if (*receives, *sends)[0].tensor.is_cuda:
                 # One group, so that sends and receives of a ring cannot wait for one another.
                 batch = [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
                 batch += [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
-                return _Works(self, dist.batch_isend_irecv(batch), peers)
+                works = dist.batch_isend_irecv(batch)
+                return _Works(self, works, [peers] * len(works))
             works = [dist.irecv(tensor, group=group, group_src=peer) for tensor, peer in receives]
             works += [dist.isend(tensor, group=group, group_dst=peer) for tensor, peer in sends]
         except RuntimeError as error:
             raise self.failure(peers, error) from error
-        return _Works(self, [work for work in works if work is not None], peers)
+        begun = [(work, [peer]) for work, peer in zip(works, peers, strict=True) if work is not None]
+        return _Works(self, [work for work, _ in begun], [peer for _, peer in begun])
 
     def gather_objects(self, mine: object) -> list:
         """See `Transport.gather_objects`."""
@@ -103,14 +112,43 @@ class ProcessGroupTransport:
             raise self.failure([source], error) from error
 
     def failure(self, peers: list[int], error: RuntimeError) -> RankFailure:
-        """What torch said, with the ranks that it can be about."""
+        """What torch said, and which ranks are at the root of it. A rank that fails takes with it those that wait for it."""
         others = sorted({peer for peer in peers if peer != self.rank})
+        silent = self._silent(others)
+        found = f"{_ranks(silent)} died or did not answer in time" if silent else "the transfer broke off or did not end in time"
         return RankFailure(
-            f"rank {self.rank} exchanged with rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
-            f"the transfer broke off or did not end in time ({str(error).splitlines()[0]})",
+            f"rank {self.rank} exchanged with {_ranks(others)}",
+            f"{found} ({str(error).splitlines()[0]})",
             "A rank that dies or waits elsewhere stops the others",
             "the first error among the ranks' logs, and a checkpoint to go on from",
         )
+
+    def _silent(self, suspects: list[int]) -> list[int]:
+        """Follows, from this rank, who waited for whom, to those who report nothing. Empty where all report, or no one can be asked."""
+        try:
+            store = dist.PrefixStore(f"ringspan broken {self._groups[0].group_name}", dist.distributed_c10d._get_default_store())
+            store.set(str(self.rank), " ".join(map(str, suspects)))
+            deadline = time.monotonic() + _REPORT_SECONDS
+            while True:
+                seen, ahead, silent = {self.rank}, list(suspects), []
+                while ahead:
+                    rank = ahead.pop()
+                    if rank not in seen:
+                        seen.add(rank)
+                        if store.check([str(rank)]):
+                            ahead.extend(map(int, store.get(str(rank)).split()))
+                        else:
+                            silent.append(rank)
+                if not silent or time.monotonic() > deadline:
+                    return sorted(silent)
+                time.sleep(0.05)
+        except RuntimeError:
+            # The store lived in a process that is gone.
+            return []
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
 
 
 _TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakKeyDictionary()
