@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Here and not where they are used: transformers imports its parts late, and threads that ask for one at once find it half done.
+from transformers import LlamaConfig, LlamaForCausalLM
+
 import ringspan
 
+ringspan.transformers.register()
 VOCABULARY = 53
 
 
 def tiny_llama(attention: str = "eager", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """Two layers, nine query heads and three key heads as in SmolLM2, each 4 wide. The same weights at every call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ringspan.transformers.register()
     sizes = {"hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, attn_implementation=attention, **{**sizes, **changes})
     return seeded(LlamaForCausalLM, config, dtype)

@@ -59,6 +59,7 @@ def run_rank(split: Split, tensors: Tensors, group: Any) -> Part:
     """Forward and backward on this rank; every rank is given the same whole tensors."""
     context = split.context(group)
     sequence = context.sequence(tensors.q.shape[1], split.mask)
+    before = dict(context.transport.bytes_sent)
     q, k, v = (sequence.shard(tensor).detach().requires_grad_() for tensor in (tensors.q, tensors.k, tensors.v))
     sinks = None if split.sinks is None else split.sinks.clone().requires_grad_()
     out, lse = sequence.attention(q, k, v, split.scale, softcap=split.softcap, sinks=sinks, return_lse=True)
@@ -68,7 +69,8 @@ def run_rank(split: Split, tensors: Tensors, group: Any) -> Part:
     loss.backward()
     dsinks = None if sinks is None else sinks.grad
     outcome = Outcome(out.detach(), lse.detach(), *(_gradient(leaf) for leaf in (q, k, v)), dsinks=dsinks)
-    sent = {(context.rank, peer): size for peer, size in context.transport.bytes_sent.items() if size}
+    sent = {(context.rank, peer): size - before.get(peer, 0) for peer, size in context.transport.bytes_sent.items()}
+    sent = {link: size for link, size in sent.items() if size}
     return Part(sequence.positions, outcome, sent, promised_bytes(sequence, tensors))
 
 

@@ -1,0 +1,114 @@
+"""Real ranks for tests: processes that meet over gloo, run one function, and hand back what it returns."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended.
+
+    Attributes:
+        status: its exit status.
+        result: what the function returned or, with status 1, the exception that it raised; None where the process left nothing.
+        errors: the end of what it wrote.
+        seconds: from the start of all processes to its own end.
+    """
+
+    status: int
+    result: Any
+    errors: str
+    seconds: float
+
+
+def run_processes(
+    num_ranks: int, function: str, folder: Path, *, group_timeout: float = 60.0, timeout: float = 150.0, awaited: Collection[int] = ()
+) -> list[Ended]:
+    """Runs `function` ("module:name", called with this rank's process group) on that many processes; no process outlives the call.
+
+    Args:
+        num_ranks: how many processes.
+        function: importable from the repository's root; its result can be pickled.
+        folder: an empty one, for their meeting and results.
+        group_timeout: how long a rank waits for another, in seconds.
+        timeout: how long all may take, in seconds.
+        awaited: when these ranks have ended the others are killed; if not given, all are waited for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "WORLD_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    command = [sys.executable, "-m", __spec__.name, function, str(folder), str(group_timeout)]
+    processes = []
+    for rank in range(num_ranks):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"log{rank}").open("w") as log:
+            processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    ended: dict[int, float] = {}
+    try:
+        while not ended.keys() >= set(awaited or range(num_ranks)) and time.monotonic() - began < timeout:
+            for rank, process in enumerate(processes):
+                if rank not in ended and process.poll() is not None:
+                    ended[rank] = time.monotonic() - began
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    outcomes = []
+    for rank, process in enumerate(processes):
+        left = folder / f"result{rank}"
+        result = pickle.loads(left.read_bytes()) if left.exists() else None
+        outcomes.append(Ended(process.returncode, result, (folder / f"log{rank}").read_text()[-4000:], ended.get(rank, timeout)))
+    return outcomes
+
+
+def results(outcomes: list[Ended]) -> list[Any]:
+    """What every rank returned; the test fails where one did not end well."""
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.status == 0, (
+            f"rank {rank} ended with {outcome.status} after {outcome.seconds:.0f} s: {outcome.result!r}\n{outcome.errors}"
+        )
+    return [outcome.result for outcome in outcomes]
+
+
+def _main(function: str, folder: Path, group_timeout: float) -> int:
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    # A file is a meeting place that no other test can take away.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=group_timeout),
+    )  # fmt: skip
+    module, name = function.split(":")
+    status = 0
+    try:
+        result = getattr(import_module(module), name)(dist.group.WORLD)
+    except Exception as error:
+        status, result = 1, error
+    partial = folder / f"result{rank}.partial"
+    partial.write_bytes(pickle.dumps(result))
+    partial.rename(folder / f"result{rank}")
+    if status == 0:
+        dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    # Left at once: where a rank has died, leaving a group in order would wait for it.
+    code = _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(code)
