@@ -358,6 +358,18 @@ def test_the_only_layout_that_a_strategy_refuses_is_the_one_that_the_readme_name
     assert "`two_dimensional` with layout `striped`" in section(README, "What is refused, and why")
 
 
+def test_the_only_strategy_that_refuses_softcap_and_sinks_is_the_one_that_the_readme_names():
+    refused = set()
+    q, k, v = torch.randn(3, 1, 5, 2, 8).unbind()
+    for strategy, more in itertools.product(STRATEGIES, ({"softcap": 2.0}, {"sinks": torch.zeros(2)})):
+        try:
+            ringspan.ContextParallel(strategy=strategy).sequence(5).attention(q, k, v, **more)
+        except RingspanError:
+            refused.add((strategy, *more))
+    assert refused == {("ring_self_attention", "softcap"), ("ring_self_attention", "sinks")}
+    assert "`ring_self_attention` with a softcap or sinks" in section(README, "What is refused, and why")
+
+
 def test_every_test_that_a_guide_names_is_there():
     for page in PAGES:
         for name in re.findall(r"`(tests/[\w/.]+)`", page.read_text(encoding="utf-8")):
