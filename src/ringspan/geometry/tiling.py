@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
 from functools import lru_cache
+from itertools import accumulate
 
 from ringspan.geometry.layout import Layout
-from ringspan.geometry.mask import Band, Mask
+from ringspan.geometry.mask import Band, Mask, Region
 from ringspan.geometry.span import Span
 from ringspan.geometry.tile import Tile, fused, trimmed
 
@@ -23,27 +24,37 @@ def tiles(layout: Layout, mask: Mask, q_rank: int, k_rank: int) -> tuple[Tile, .
         length = layout.shard_length(q_rank)
         whole = trimmed(0, length, 0, length, 0, None)
         return (whole,) if whole else ()
+    queries, keys = _Shard(layout.shards[q_rank]), _Shard(layout.shards[k_rank])
+    if not queries.spans or not keys.spans:
+        return ()
     found: list[Tile] = []
-    q_offset = 0
-    for q_span in layout.shards[q_rank]:
-        k_offset = 0
-        for k_span in layout.shards[k_rank]:
-            found.extend(tile.shifted(q_offset, k_offset) for tile in _span_tiles(mask, q_span, k_span))
-            k_offset += len(k_span)
-        q_offset += len(q_span)
+    for region in mask.regions(queries.starts[0], queries.lasts[-1] + 1, keys.starts[0], keys.lasts[-1] + 1):
+        for q_span, q_offset in queries.within(region.q_start, region.q_stop):
+            for k_span, k_offset in keys.within(region.k_start, region.k_stop):
+                if (tile := _region_tile(region, q_span, k_span)) is not None:
+                    found.append(tile.shifted(q_offset, k_offset))
     return fused(found)
 
 
-def _span_tiles(mask: Mask, q_span: Span, k_span: Span) -> Iterable[Tile]:
-    for region in mask.regions(q_span.start, q_span.last + 1, k_span.start, k_span.last + 1):
-        q_start, q_stop = q_span.clip(region.q_start, region.q_stop)
-        k_start, k_stop = k_span.clip(region.k_start, region.k_stop)
-        if q_start == q_stop or k_start == k_stop:
-            continue
-        # query − key = distance + (i − j)·step, so the global band becomes a band of local indices, rounded inwards.
-        distance = (q_span.start - k_span.start) + (q_start - k_start) * q_span.step
-        low = None if region.low is None else -((distance - region.low) // q_span.step)
-        high = None if region.high is None else (region.high - distance) // q_span.step
-        tile = trimmed(q_start, q_stop, k_start, k_stop, low, high)
-        if tile is not None:
-            yield tile
+class _Shard:
+    """A shard's spans, found by position: of many documents' many spans a region meets few."""
+
+    def __init__(self, spans: tuple[Span, ...]) -> None:
+        self.spans = spans
+        self.starts, self.lasts = [span.start for span in spans], [span.last for span in spans]
+        self.offsets = [0, *accumulate(len(span) for span in spans)]
+
+    def within(self, start: int, stop: int) -> list[tuple[Span, int]]:
+        """The spans that reach into `[start, stop)`, each with the local index of its first position."""
+        first, end = bisect_left(self.lasts, start), bisect_left(self.starts, stop)
+        return list(zip(self.spans[first:end], self.offsets[first:end], strict=True))
+
+
+def _region_tile(region: Region, q_span: Span, k_span: Span) -> Tile | None:
+    q_start, q_stop = q_span.clip(region.q_start, region.q_stop)
+    k_start, k_stop = k_span.clip(region.k_start, region.k_stop)
+    # query − key = distance + (i − j)·step, so the global band becomes a band of local indices, rounded inwards.
+    distance = (q_span.start - k_span.start) + (q_start - k_start) * q_span.step
+    low = None if region.low is None else -((distance - region.low) // q_span.step)
+    high = None if region.high is None else (region.high - distance) // q_span.step
+    return trimmed(q_start, q_stop, k_start, k_stop, low, high)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -54,7 +55,8 @@ class ProcessGroupTransport:
         backends = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(","))
         self._devices = frozenset(device for device, backend in backends.items() if (device, backend) in _POINT_TO_POINT)
         # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
-        self._groups = [group, *(dist.new_group(self._members, use_local_synchronization=True) for _ in range(NUM_LANES - 1))]
+        lanes = (_another(group, self._members) for _ in range(NUM_LANES - 1))
+        self._groups = [group, *lanes]
 
     @property
     def bytes_sent(self) -> Counter[int]:
@@ -149,6 +151,17 @@ class ProcessGroupTransport:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _another(group: dist.ProcessGroup, members: list[int]) -> dist.ProcessGroup:
+    """A group like `group`: the same members, backends and time-out."""
+    backends = str(dist.get_backend_config(group))
+    # Torch tells a group's time-out through its backends alone.
+    device = torch.device(backends.split(":")[0])
+    timeout = getattr(group._get_backend(device).options, "_timeout", None)
+    another = dist.new_group(members, timeout=timeout, backend=backends, use_local_synchronization=True)
+    assert isinstance(another, dist.ProcessGroup), "this process is a member"
+    return another
 
 
 _TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakKeyDictionary()
