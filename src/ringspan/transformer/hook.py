@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ringspan.attention import Sequence
 from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
@@ -25,6 +26,8 @@ _HARMLESS = {
     "position_embeddings",
 }
 _ABSENT = (None, False, 0, 0.0)
+# Their angles depend on the longest position of a call, and each rank's call has its own.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def attention_forward(
@@ -50,6 +53,7 @@ def attention_forward(
             "The batch carries the sequence that it was split by",
             "model(**seq.shard_batch(batch))",
         )
+    _check_rotation(getattr(module, "config", None), sequence)
     window, softcap, sinks = (keywords.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     refused = {name: given for name, given in keywords.items() if name not in _HARMLESS and not _is_absent(given)}
     if attention_mask is not None:
@@ -77,6 +81,20 @@ def attention_forward(
         sequence = sequence.context.sequence(sequence.length, sequence.mask & sliding_window(window - 1, 0 if is_causal else window - 1))
     out = sequence.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling, softcap=softcap, sinks=sinks)
     return out, None
+
+
+def _check_rotation(config: Any, sequence: Sequence) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+        kind = parameters.get("rope_type")
+        longest = parameters.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        if kind in _LENGTH_DEPENDENT_ROPE and sequence.num_ranks > 1 and sequence.length > longest:
+            raise UnsupportedError(
+                f"{sequence.length} tokens on {sequence.num_ranks} ranks for a model with rotary embeddings {kind!r}",
+                f"beyond {longest} tokens its angles depend on the longest position that a call sees, and each rank sees only its own",
+                "Nothing that a model asks for is ignored",
+                f"sequences of at most {longest} tokens, or rope_type 'yarn' or 'linear'",
+            )
 
 
 def _is_absent(given: Any) -> bool:
