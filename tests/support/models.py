@@ -21,7 +21,7 @@ VOCABULARY = 53
 def tiny_llama(attention: str = "eager", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """Two layers, nine query heads and three key heads as in SmolLM2, each 4 wide. The same weights at every call."""
     sizes = {"hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, attn_implementation=attention, **{**sizes, **changes})
+    config = LlamaConfig(**{**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "attn_implementation": attention, **changes})
     return seeded(LlamaForCausalLM, config, dtype)
 
 
