@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.attention.loss import IGNORE_INDEX, shift_labels
 from ringspan.errors import UnsupportedError
-from ringspan.geometry import looks_ahead
+from ringspan.geometry import document_borders, looks_ahead
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import Sequence
@@ -56,6 +56,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     part: dict[str, Any] = {key: sequence.shard(batch[key], 1) for key in ("input_ids", "inputs_embeds") if key in batch}
     tokens: Tensor = next(iter(part.values()))
     if "position_ids" in batch:
+        _check_positions(sequence, batch["position_ids"])
         part["position_ids"] = sequence.shard(batch["position_ids"], 1)
     else:
         part["position_ids"] = sequence.positions.to(tokens.device).expand(tokens.shape[0], -1)
@@ -75,6 +76,21 @@ def _check_everyone_owns_some(sequence: Sequence) -> None:
             f"rank {empty[0]} owns none",
             "A model computes at least one token on every rank",
             f"at least {sequence.num_ranks} tokens, fewer ranks, or weights above 0",
+        )
+
+
+def _check_positions(sequence: Sequence, position_ids: Tensor) -> None:
+    """Positions that begin again tell packed documents, as transformers reads them: the sequence's mask must have the same borders."""
+    steps = position_ids[..., 1:] - position_ids[..., :-1]
+    borders = (steps <= 0).reshape(-1, steps.shape[-1]).any(0).nonzero().flatten() + 1
+    allowed = document_borders(sequence.mask)
+    strange = [border for border in borders.tolist() if border not in allowed]
+    if strange:
+        raise UnsupportedError(
+            f"position_ids that begin again at {strange[:4]} under mask {sequence.mask}",
+            "the mask has no document border there",
+            "Tokens of packed documents do not see one another, and the sequence's mask is what says so",
+            "cp.sequence(length, ringspan.causal() & ringspan.documents(cu_seqlens))",
         )
 
 

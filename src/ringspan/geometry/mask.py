@@ -235,6 +235,13 @@ def looks_ahead(mask: Mask) -> bool:
     return not (isinstance(mask, Band) and mask.right == 0)
 
 
+def document_borders(mask: Mask) -> frozenset[int]:
+    """Where documents begin and end under `mask`; empty where it knows none."""
+    if isinstance(mask, Both):
+        return document_borders(mask.first) | document_borders(mask.second)
+    return frozenset(mask.borders) if isinstance(mask, Documents) else frozenset()
+
+
 def has_window(mask: Mask) -> bool:
     """Whether a kernel that knows triangles alone is not enough: some band is bounded on the left, or on the right beyond the query."""
     if isinstance(mask, Both):

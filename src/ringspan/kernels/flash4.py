@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from functools import cache
 from types import ModuleType
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from ringspan.geometry import Tile
 from ringspan.kernels.protocol import Problem, Scores
 from ringspan.kernels.torch_kernels import capability_refusal
+
+# Its compiler is not made for threads, and in-process ranks are threads that meet a new kind of tile together. A launch takes no time.
+_COMPILING = threading.Lock()
 
 
 @cache
@@ -46,10 +50,11 @@ class Flash4:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         causal, left, right = _window(scores.tile)
-        out, lse, *_ = _interface()._flash_attn_fwd(
-            q, k, v, softmax_scale=scores.scale, causal=causal, softcap=scores.softcap,
-            window_size_left=left, window_size_right=right, return_lse=True,
-        )  # fmt: skip
+        with _COMPILING:
+            out, lse, *_ = _interface()._flash_attn_fwd(
+                q, k, v, softmax_scale=scores.scale, causal=causal, softcap=scores.softcap,
+                window_size_left=left, window_size_right=right, return_lse=True,
+            )  # fmt: skip
         return out, lse
 
     def backward(
@@ -58,10 +63,11 @@ class Flash4:
         """See `Kernel.backward`."""
         causal, left, right = _window(scores.tile)
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv, *_ = _interface()._flash_attn_bwd(
-            q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, causal=causal, softcap=scores.softcap or 0.0,
-            window_size_left=left, window_size_right=right, dlse=dlse,
-        )  # fmt: skip
+        with _COMPILING:
+            dq, dk, dv, *_ = _interface()._flash_attn_bwd(
+                q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, causal=causal, softcap=scores.softcap or 0.0,
+                window_size_left=left, window_size_right=right, dlse=dlse,
+            )  # fmt: skip
         return dq, dk, dv
 
 
