@@ -26,6 +26,15 @@ _HARMLESS = {
     "position_embeddings",
 }
 _ABSENT = (None, False, 0, 0.0)
+# Windows come with each layer's keywords. Positions that jump look packed to transformers, and a shard's do; documents that really are
+# packed are told by positions that begin again, which shard_batch compares with the sequence's mask.
+_KNOWN_MASKS = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "packed_sequence_mask_function",
+}
 # Their angles depend on the longest position of a call, and each rank's call has its own.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -101,8 +110,13 @@ def _is_absent(given: Any) -> bool:
     return given is None or (isinstance(given, (bool, int, float)) and given in _ABSENT)
 
 
-def attention_mask(*arguments: Any, attention_mask: Tensor | None = None, **keywords: Any) -> None:
-    """Hugging Face's mask interface: no mask is built, since the sequence has its own; one that hides anything is refused."""
+def attention_mask(*arguments: Any, attention_mask: Tensor | None = None, mask_function: Any = None, **keywords: Any) -> None:
+    """Hugging Face's mask interface: no mask is built, since the sequence has its own.
+
+    Raises:
+        UnsupportedError: for a mask that hides tokens, and for a mask function of the model's that is none of those that the sequence's
+            mask and the layer's window stand for.
+    """
     if attention_mask is not None and not bool((attention_mask != 0).all()):
         raise UnsupportedError(
             f"a model's attention_mask {tuple(attention_mask.shape)}",
@@ -110,6 +124,25 @@ def attention_mask(*arguments: Any, attention_mask: Tensor | None = None, **keyw
             "Padding is given to shard_batch, which knows whether it is exact",
             "seq.shard_batch({'input_ids': …, 'attention_mask': …})",
         )
+    unknown = sorted(set(_mask_names(mask_function)) - _KNOWN_MASKS)
+    if unknown:
+        raise UnsupportedError(
+            f"a model that masks by {', '.join(unknown)}",
+            "ringspan knows causal and bidirectional masks, and windows",
+            "Nothing that a model asks for is ignored",
+            "attn_implementation='sdpa', or seq.attention with ringspan.mask_mod",
+        )
+
+
+def _mask_names(mask_function: Any) -> list[str]:
+    """The names of the functions that `mask_function` joins."""
+    if mask_function is None:
+        return []
+    name = getattr(mask_function, "__qualname__", str(mask_function))
+    if not name.startswith("and_masks."):
+        return [name.partition(".")[0]]
+    joined = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    return [name for functions in joined if isinstance(functions, tuple) for each in functions for name in _mask_names(each)]
 
 
 def register() -> None:
