@@ -107,4 +107,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, re
     else:
         # No head is this rank's: nor is one of its context group's, so nobody waits for it.
         out, lse = q * 1, q.sum(-1, dtype=accumulator_dtype(q.dtype)).transpose(1, 2)
+        # Sinks have a gradient on every rank, here of zeros: who adds them up need not ask whether there is one.
+        out = out if sinks is None else out + sinks[:0].sum()
     return HeadsToPositions.apply(out, lse if return_lse else None, exchange, heads)
