@@ -120,8 +120,8 @@ def _check_attention(config: TrainingConfig) -> None:
     from ringspan.geometry import LAYOUTS, looks_ahead, make_layout, parse_mask
     from ringspan.strategies import STRATEGIES, make_schedules
 
-    check_name("strategy", config.strategy, tuple(STRATEGIES))
-    check_name("layout", config.layout, tuple(LAYOUTS))
+    check_name("strategy", config.strategy, (*STRATEGIES, "auto"))
+    check_name("layout", config.layout, (*LAYOUTS, "auto"))
     mask = _said_as(f"--mask {config.mask}", "--mask causal", lambda: parse_mask(config.mask))
     if looks_ahead(mask):
         raise RingspanError(
@@ -131,7 +131,9 @@ def _check_attention(config: TrainingConfig) -> None:
             "--mask causal",
         )
     asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context} --ranks {config.ranks}"
-    _said_as(asked, None, lambda: make_schedules(config.strategy, make_layout(config.layout, config.context, config.ranks), mask))
+    # What auto chooses from holds the ring, which nothing refuses.
+    strategy = "ring" if config.strategy == "auto" else config.strategy
+    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, config.ranks, mask=mask), mask))
 
 
 def _check_kernel(config: TrainingConfig, model: str, device: str) -> None:
