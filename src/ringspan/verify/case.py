@@ -38,7 +38,12 @@ OPTIONS = {
 }
 """The fields of `Grid`, and what the command line calls them."""
 
-_NAMES = {"strategies": tuple(STRATEGIES), "layouts": tuple(LAYOUTS), "dtypes": tuple(DTYPES), "kernels": ("auto", *KERNELS)}
+_NAMES = {
+    "strategies": (*STRATEGIES, "auto"),
+    "layouts": (*LAYOUTS, "auto"),
+    "dtypes": tuple(DTYPES),
+    "kernels": ("auto", *KERNELS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class Grid:
 
     Args:
         num_ranks: numbers of ranks.
-        strategies: names out of `ringspan.strategies.STRATEGIES`.
+        strategies: names out of `ringspan.strategies.STRATEGIES`, or `auto`.
         layouts: names out of `ringspan.layouts`.
         masks: masks as `ringspan.geometry.parse_mask` reads them.
         lengths: tokens of a sequence.

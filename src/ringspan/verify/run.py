@@ -97,7 +97,7 @@ def verify_case(case: Case, world: World) -> CaseReport:
         if world.transport is not None:
             raise
         return _unfinished(case, "failed", f"{type(error).__name__}: {error}")
-    layout = make_layout(case.layout, case.length, case.num_ranks, case.weights)
+    layout = make_layout(case.layout, case.length, case.num_ranks, case.weights, parse_mask(case.mask))
     found = {name: assemble([getattr(part.results, name) for part in parts], layout, 2 if name == "lse" else 1) for name in TENSORS}
     report = CaseReport(
         case=case,
