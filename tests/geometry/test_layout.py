@@ -24,7 +24,7 @@ def test_every_position_has_exactly_one_owner_and_rises_with_its_local_index(nam
     assert list(layout.shard_lengths) == [len(positions) for positions in owned] == [layout.shard_length(rank) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUT_NAMES if name != "weighted"])
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
 @examples(40)
 @given(length=lengths, ranks=num_ranks)
 def test_shards_of_layouts_that_share_evenly_differ_by_few_positions(name: str, length: int, ranks: int):

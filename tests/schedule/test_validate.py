@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringspan.errors import ScheduleError
+from ringspan.geometry import LAYOUTS
 from ringspan.schedule import Action, Attend, Combine, Piece, Receive, Schedule, Send, parse_schedule, validate
 from ringspan.schedule.validate import _run_blocking
 from ringspan.strategies import STRATEGIES, Schedules, make_schedules
@@ -36,7 +37,7 @@ def without_collection() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_collection")
 @pytest.mark.parametrize("mask", ["causal", "full"])
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_ring_is_proved_for_1_to_64_ranks(layout: str, mask: str):
     for ranks in range(1, 65):
         # 257 is a prime above twice the largest ring; 41 leaves ranks of the larger rings with nothing.

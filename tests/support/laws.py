@@ -111,16 +111,22 @@ def check_pairs(strategy: str, layout: Layout, mask_name: str) -> None:
         if (mask_name == "mask_mod" and "mask_mod" not in kernel.features) or ("window" in mask_name and "window" not in kernel.features):
             continue
         for schedule in (schedules.forward, schedules.backward):
-            programs = [resolve(schedule, schedules.layout, mask, kernel, rank) for rank in range(schedule.num_ranks)]
-            launches = [
-                (launch.q_owner, launch.kv_owner, launch.tile) for program in programs for step in program.steps for launch in step.launches
-            ]
-            counts = count_pairs(schedules.layout, launches)
-            if mask.mod is None:
-                assert torch.equal(counts, allowed.long()), f"{kernel.name}, {schedule.direction}: {_first_wrong(counts, allowed)}"
-            else:
-                # The function itself is asked inside the kernel; the regions around it must be launched once.
-                assert counts.max() <= 1 and bool((counts[allowed] == 1).all()), f"{kernel.name}, {schedule.direction}"
+            programs = [resolve(schedule, schedules.layout, mask, kernel.shapes, rank) for rank in range(schedule.num_ranks)]
+            launches = [launch for program in programs for step in program.steps for launch in step.launches]
+            # Keys and values that travel apart are attended apart, each once.
+            for kind in {launch.kind for launch in launches} or {"kv"}:
+                counts = count_pairs(
+                    schedules.layout, [(launch.q_owner, launch.kv_owner, launch.tile) for launch in launches if launch.kind == kind]
+                )
+                _check_counts(counts, allowed, mask.mod is None, f"{kernel.name}, {schedule.direction}, {kind}")
+
+
+def _check_counts(counts: Tensor, allowed: Tensor, exactly: bool, what: str) -> None:
+    """A mask with a function of its own is asked inside the kernel; the regions around it must be launched once."""
+    if exactly:
+        assert torch.equal(counts, allowed.long()), f"{what}: {_first_wrong(counts, allowed)}"
+    else:
+        assert counts.max() <= 1 and bool((counts[allowed] == 1).all()), what
 
 
 def _first_wrong(counts: Tensor, allowed: Tensor) -> str:
