@@ -6,7 +6,8 @@ rank p − t + P, attends them to its own keys, and sends the partial result hom
 the queries' owner, the others by the keys' owner, under any layout and mask.
 
 Erratum: the printed guard t ≠ ⌊P/2⌋ drops blocks for every odd P; the two roles meet in the same block only where 2t = P. No rank is
-idle for odd P, and 1/(2P) of the time is for even P.
+idle for odd P. For even P half of them are in the last step: 1/(2P) of P² block slots, as the paper counts, and 1/(P + 1) of the time,
+since the first step's triangles are half blocks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Direct attention: each rank fetches exactly the keys that its queries read, straight from their owners.
 
-Where a mask is sparse this sends strictly less than any ring: no rank forwards what it does not read, and the gaps between the spans
-that it reads are not sent either. Under a sliding window only the neighbours' tails travel. It is the group-cast of MagiAttention,
-written as a schedule. Gradients of exactly these spans go straight home.
+No rank forwards what it does not read, and the gaps between the spans that it reads are not sent either: never more than the ring, and less
+wherever a ring would carry keys past ranks that read other parts of them, as under zigzag shards and sparse masks. Under a sliding window
+over contiguous shards only the neighbours' tails travel, as in a ring that stops where nobody reads on. It is the group-cast of
+MagiAttention, written as a schedule. Gradients of exactly these spans go straight home.
 """
 
 from __future__ import annotations
