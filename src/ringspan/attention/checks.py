@@ -15,11 +15,18 @@ from ringspan.strategies import make_schedules
 
 
 def problem_of(check: Callable[[], None]) -> RingspanError | None:
-    """The error that `check` raises, to be shared with the other ranks before it is raised."""
+    """The error that `check` raises, to be shared with the other ranks before it is raised.
+
+    One that no check foresaw, such as a TypeError, is shared too: a rank that raises alone leaves the others waiting.
+    """
     try:
         check()
     except RingspanError as error:
         return error
+    except Exception as error:
+        problem = RingspanError("these arguments", f"{type(error).__name__}: {error}", "Arguments are of the types that are documented")
+        problem.__cause__ = error
+        return problem
     return None
 
 
@@ -33,11 +40,15 @@ def check_names(
     options: Mapping[str, int | str],
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
+    if weights is not None and not (isinstance(weights, (tuple, list)) and all(isinstance(weight, (int, float)) for weight in weights)):
+        raise RingspanError(f"weights={weights!r}", "", "There is one finite weight ≥ 0 for each rank", f"weights={(1.0,) * num_ranks}")
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())
     if strategy != "auto" or options:
         make_schedules(strategy, whole, full(), **options)
-    if kv_heads_per_stage is not None and (isinstance(kv_heads_per_stage, bool) or not kv_heads_per_stage >= 1):
-        raise RingspanError(f"kv_heads_per_stage={kv_heads_per_stage}", "", "A stage has at least one key head", "kv_heads_per_stage=1")
+    if kv_heads_per_stage is not None and (type(kv_heads_per_stage) is not int or kv_heads_per_stage < 1):
+        raise RingspanError(
+            f"kv_heads_per_stage={kv_heads_per_stage!r}", "", "A stage is a whole number of at least one key head", "kv_heads_per_stage=1"
+        )
     if kernel not in ("auto", *KERNELS):
         raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
     make_layout(layout, num_ranks, num_ranks, weights)
@@ -138,6 +149,45 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         )
     queries = q[:, :1].expand(-1, k.shape[1], -1, -1) if q.ndim == k.ndim == 4 else q
     check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", frozenset())
+
+
+def type_problem(q: object, k: object, v: object, sinks: object, scale: object, softcap: object) -> RingspanError | None:
+    """The error where an argument of attention is of another type than documented; then there is nothing to look a plan up by."""
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+        if not isinstance(tensor, Tensor) and not (name == "sinks" and tensor is None):
+            return RingspanError(
+                f"attention with {name} of type {type(tensor).__name__}", "", "q, k, v and sinks are tensors", f"torch.as_tensor({name})"
+            )
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not isinstance(value, (int, float)):
+            rule = "A scale is a finite number, and a softcap one above 0"
+            return RingspanError(f"attention with {name}={value!r}", f"it is of type {type(value).__name__}", rule, f"{name}=None")
+    return None
+
+
+def check_mask_mod(mask: Mask, length: int, device: torch.device) -> None:
+    """That a user's function, where `mask` has one, says of index tensors which pairs are allowed: tried on the first two positions."""
+    if mask.mod is None:
+        return
+    rows = min(2, length)
+    first, positions = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device), torch.arange(rows, device=device)
+    try:
+        said = mask.mod(first, first, positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1))
+    except Exception as error:
+        raise _mask_mod_error(mask, f"it raises {type(error).__name__}: {error}") from error
+    if not isinstance(said, Tensor) or said.dtype != torch.bool:
+        raise _mask_mod_error(mask, f"it returns {said.dtype if isinstance(said, Tensor) else type(said).__name__}")
+    if said.ndim > 4 or any(size not in (1, most) for size, most in zip(said.shape[::-1], (rows, rows, 1, 1), strict=False)):
+        raise _mask_mod_error(mask, f"for {rows} queries and keys it returns {tuple(said.shape)}")
+
+
+def _mask_mod_error(mask: Mask, found: str) -> RingspanError:
+    return RingspanError(
+        f"mask {mask}",
+        found,
+        "A mask_mod takes (b, h, q_idx, kv_idx), index tensors that broadcast, and returns a boolean tensor that does",
+        "mask_mod(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)",
+    )
 
 
 def check_device(device: str, devices: frozenset[str], num_ranks: int) -> None:

@@ -25,7 +25,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import accumulator_dtype, select_kernel
+from ringspan.kernels import Kernel, accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
@@ -66,14 +66,15 @@ class ContextParallel:
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
-        self.weights = None if weights is None else tuple(weights)
         self.kv_heads_per_stage, self.options = kv_heads_per_stage, options
         self._sequences: Kept[Sequence] = Kept(KEPT)
+        self._decoders: Kept[Kernel] = Kept(KEPT)
         problem = checks.problem_of(
-            lambda: checks.check_names(strategy, layout, kernel, self.weights, self.num_ranks, kv_heads_per_stage, options)
+            lambda: checks.check_names(strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, options)
         )
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
         agree(self.transport, "ContextParallel", f"{asked} kv_heads_per_stage={kv_heads_per_stage}", problem)
+        self.weights = None if weights is None else tuple(weights)
 
     @property
     def rank(self) -> int:
@@ -94,6 +95,9 @@ class ContextParallel:
             RingspanError: on every rank, where the length is below 1 or the ranks disagree.
         """
         mask = causal() if mask is None else mask
+        if not isinstance(mask, Mask) or type(length) is not int:
+            # Nothing to look up by; it is refused on every rank.
+            return self._new_sequence(length, mask)
         return self._sequences.get((length, mask), lambda: self._new_sequence(length, mask))
 
     def _new_sequence(self, length: int, mask: Mask) -> Sequence:
@@ -116,8 +120,20 @@ class ContextParallel:
         Raises:
             RingspanError: where shapes or dtypes do not fit, or a gradient is asked for.
         """
-        checks.check_decode(q, k, v, scale)
-        kernel = select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
+        if (wrong := checks.type_problem(q, k, v, None, scale, None)) is not None:
+            agree(self.transport, "decode", "arguments of another type", wrong)
+        problem = checks.problem_of(lambda: checks.check_decode(q, k, v, scale))
+
+        def choose_kernel() -> Kernel:
+            about = checks.describe_attention(q, k, None, scale, None)
+            agree(self.transport, "decode", f"q {tuple(q.shape)} {about}", problem)
+            return select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
+
+        # Agreed on once, whatever number of keys a rank has by then: what is wrong later ends this rank alone.
+        key = (q.shape, k.shape[2:], v.shape[2:], q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale)
+        kernel = self._decoders.get(key, choose_kernel)
+        if problem is not None:
+            raise problem
         return decode(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kernel, self.transport)
 
     def sum_gradients(self, model: nn.Module | Iterable[nn.Parameter]) -> None:
@@ -276,6 +292,8 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
                 wrong, the kernel refuses it, or the ranks disagree.
         """
+        if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap)) is not None:
+            agree(self.context.transport, "attention", "arguments of another type", wrong)
         # A head without a width has no such power; that it is none is then said on every rank.
         scale = q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
@@ -294,6 +312,7 @@ class Sequence:
         def check() -> None:
             checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
             checks.check_device(q.device.type, self.context.transport.devices, self.num_ranks)
+            checks.check_mask_mod(self.mask, self.length, q.device)
             if materialised:
                 check_materialised(self.context.kernel, softcap, sinks)
 
