@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Mask:
         raise NotImplementedError
 
     def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            raise RingspanError(f"{self} & {other!r}", f"it is of type {type(other).__name__}", "Masks are joined with masks", "full()")
         return Both(self, other)
 
     def __str__(self) -> str:
@@ -324,10 +327,13 @@ def block_sparse(block: int, pattern: Sequence[Sequence[bool]]) -> Mask:
     Raises:
         RingspanError: for a block below 1, or a pattern that is empty or not square.
     """
-    rows = tuple(tuple(bool(bit) for bit in row) for row in pattern)
-    if block < 1 or not rows or any(len(row) != len(rows) for row in rows):
+    try:
+        rows = tuple(tuple(bool(bit) for bit in row) for row in pattern)
+    except TypeError:
+        rows = ()
+    if type(block) is not int or block < 1 or not rows or any(len(row) != len(rows) for row in rows):
         raise RingspanError(
-            f"block_sparse({block}, {len(rows)} rows of {sorted({len(row) for row in rows})})",
+            f"block_sparse({block!r}, {len(rows)} rows of {sorted({len(row) for row in rows})})",
             "",
             "Blocks have at least one position, and the pattern is square",
             "block_sparse(64, [[1, 0], [1, 1]])",
@@ -352,4 +358,9 @@ def mask_mod(function: MaskMod) -> Mask:
 
 
 def _integers(values: Any) -> list[int]:
-    return [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    try:
+        return [operator.index(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    except TypeError:
+        raise RingspanError(
+            f"documents of {str(values)[:60]}", "", "Borders and ids are whole numbers, in one row", "cu_seqlens=[0, 5, 9]"
+        ) from None
