@@ -24,6 +24,11 @@ def whole(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return output.logits, output.loss
 
 
+def off_by(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ without a float64 copy of two hundred million logits; NaN where one is found."""
+    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+
 def split(model: Any, ids: Tensor, ranks: int, **how: Any) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each rank its positions, its logits, the whole's loss as `seq.loss` has it, and its share of it as the model has it."""
 
@@ -51,7 +56,7 @@ def test_smollm2_over_2_and_3_ranks_gives_the_logits_and_the_loss_that_it_has_wh
         parts = split(model, ids, ranks)
         assert sum(len(positions) for positions, *_ in parts) == LENGTH
         for rank, (positions, ours, loss_of_all, _) in enumerate(parts):
-            error = relative(ours, logits[:, positions])
+            error = off_by(ours, logits[:, positions])
             assert error <= BUDGET, f"logits of rank {rank} of {ranks} are off by {error:.1e}"
             assert relative(loss_of_all, loss) <= BUDGET
         assert relative(torch.stack([share for *_, share in parts]).sum(), loss) <= BUDGET
