@@ -35,6 +35,8 @@ _KNOWN_MASKS = {
     "sliding_window_bidirectional_overlay",
     "packed_sequence_mask_function",
 }
+# What only joins or renumbers other functions. Transformers 5.23 renumbers where 5.17 did not.
+_WRAPPERS = {"and_masks", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function"}
 # Their angles depend on the longest position of a call, and each rank's call has its own.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -138,11 +140,12 @@ def _mask_names(mask_function: Any) -> list[str]:
     """The names of the functions that `mask_function` joins."""
     if mask_function is None:
         return []
-    name = getattr(mask_function, "__qualname__", str(mask_function))
-    if not name.startswith("and_masks."):
-        return [name.partition(".")[0]]
-    joined = [cell.cell_contents for cell in mask_function.__closure__ or ()]
-    return [name for functions in joined if isinstance(functions, tuple) for each in functions for name in _mask_names(each)]
+    name = getattr(mask_function, "__qualname__", str(mask_function)).partition(".")[0]
+    if name not in _WRAPPERS:
+        return [name]
+    held = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    functions = [each for content in held for each in (content if isinstance(content, tuple) else (content,)) if callable(each)]
+    return [inner for each in functions for inner in _mask_names(each)]
 
 
 def register() -> None:
