@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -103,3 +104,28 @@ def test_each_strategy_meets_each_mask_above():
     for variant in range(len(VARIANTS)):
         met = {mask for layout in range(len(LAYOUTS)) for mask in range(len(MASKS)) if mask % 3 == (variant + layout) % 3}
         assert met == set(range(len(MASKS)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", ["causal", "window", "documents"])
+def test_whatever_auto_picks_is_exact(mask: str, layout: str):
+    for heads, length in (((4, 2), 31), ((5, 1), 24)):
+        tensors, exact = expected(mask, length, heads, frozenset())
+        split = Split(num_ranks=4, mask=MASKS[mask].make(length), strategy="auto", layout=layout)
+        found, parts = split_attention(split, tensors)
+        assert_close(found, exact, BUDGETS[torch.float64], str(split))
+        assert {link: size for part in parts for link, size in part.sent.items()} == parts[0].promised
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (9, 3)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_some_key_heads_after_the_others_are_exact_and_send_as_much(variant: str, heads: tuple[int, int]):
+    index = list(VARIANTS).index(variant)
+    features = FEATURES[0 if variant == "ring_self_attention" else index % len(FEATURES)] - {"dlse"}
+    combination = Combination(variant, "zigzag", list(MASKS)[index % len(MASKS)], ranks=4, length=26)
+    tensors, exact = expected(combination.mask, 26, heads, features)
+    split = split_of(combination, heads, features)
+    staged = replace(split, options={**split.options, "kv_heads_per_stage": 1 + index % 2})
+    found, parts = split_attention(staged, tensors)
+    assert_close(found, exact, BUDGETS[torch.float64], f"{staged}")
+    assert {link: size for part in parts for link, size in part.sent.items()} == parts[0].promised

@@ -16,6 +16,7 @@ import ringspan
 from ringspan.geometry import Mask, block_sparse, causal, documents, full, make_layout, sliding_window
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import link_bytes, make_schedules
+from tests.strategies.combinations import LAYOUTS, MASKS, Combination
 from tests.strategies.volumes import HEAD_DIM, HEADS, LENGTH, RANKS, WIDTH, elements, half_precision, helped_blocks, make, sent, shards
 from tests.support.dense import make_tensors
 
@@ -232,6 +233,22 @@ def test_of_128k_tokens_on_8_ranks_with_a_window_of_4k_direct_sends_54_percent_o
     direct, ring = (sent(name, 8, sliding_window(4096), "forward", elements(), length=131_072) * 8 / kv for name in ("direct", "ring"))
     assert (direct, ring) == (57_344, 106_496)
     assert sent("ring", 8, causal(), "forward", elements(), length=131_072) * 8 / kv == 860_160, "and without the window, 15 times as much"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in MASKS if "mask_mod" not in name])
+def test_direct_sends_exactly_the_keys_that_are_read_and_none_between_them(name: str, layout: str):
+    combination = Combination("direct", layout, name, ranks=3, length=61)
+    allowed, whole = MASKS[name].allowed(61), combination.make_layout()
+    fetched = [set() for _ in range(3)]
+    for rank, send in combination.make_schedules().forward.sends():
+        positions = whole.positions(rank)[send.piece.start : send.piece.stop]
+        assert fetched[send.peer].isdisjoint(positions)
+        fetched[send.peer].update(positions)
+    for rank, found in enumerate(fetched):
+        own = whole.positions(rank)
+        read = allowed[own].any(0).nonzero().flatten().tolist()
+        assert found == set(read) - set(own)
 
 
 @pytest.mark.parametrize("mask", [causal() & documents([0, 7, 31, 60, 150, 159, LENGTH]), sliding_window(5), sliding_window(2, 2)], ids=str)
