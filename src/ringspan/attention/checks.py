@@ -141,6 +141,17 @@ def check_attention(
     select_kernel(kernel, kernel_problem(q, k, wanted))
 
 
+def check_loss(logits: Tensor, labels: Tensor, shard_length: int, rank: int) -> None:
+    """Shapes of `Sequence.loss`."""
+    if logits.ndim != 3 or logits.shape[:-1] != labels.shape or labels.shape[1] != shard_length:
+        raise RingspanError(
+            f"a loss of logits {tuple(logits.shape)} with labels {tuple(labels.shape)}",
+            f"rank {rank} owns {shard_length} positions",
+            "logits are [batch, shard, vocabulary] and labels [batch, shard]",
+            "the labels of seq.shard_batch(batch)",
+        )
+
+
 def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Shapes and dtypes of `ContextParallel.decode`, whose keys are as many as a rank has, and that no gradient is asked for."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

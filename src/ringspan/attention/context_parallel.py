@@ -151,6 +151,7 @@ class Sequence:
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: Kept[Plan] = Kept(KEPT)
+        self._losses: Kept[bool] = Kept(KEPT)
         self._schedules: Schedules | None = None
         self.choice: Choice | None = None
 
@@ -357,12 +358,19 @@ class Sequence:
         Returns:
             A scalar, the same on every rank. After `backward()` and `ContextParallel.sum_gradients(model)` every rank holds the gradients
             of the unsplit model.
+
+        Raises:
+            RingspanError: at the first call with new shapes, on every rank, where they are wrong on any rank or the ranks disagree.
         """
-        if logits.shape[:-1] != labels.shape or labels.shape[-1:] != (self.shard_length,):
-            raise RingspanError(
-                f"a loss of logits {tuple(logits.shape)} with labels {tuple(labels.shape)}",
-                f"rank {self.rank} owns {self.shard_length} positions",
-                "logits are [batch, shard, vocabulary] and labels [batch, shard]",
-                "the labels of seq.shard_batch(batch)",
-            )
+        self._losses.get(
+            (logits.shape, labels.shape, logits.dtype, logits.device, ignore_index),
+            lambda: self._agree_on_loss(logits, labels, ignore_index),
+        )
         return mean_cross_entropy(logits, labels, self.context.transport, ignore_index)
+
+    def _agree_on_loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
+        """All ranks go on, or all raise: a rank that raised alone would leave the others waiting for its share."""
+        problem = checks.problem_of(lambda: checks.check_loss(logits, labels, self.shard_length, self.rank))
+        asked = f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
+        agree(self.context.transport, "loss", f"{asked} ignore_index={ignore_index}", problem)
+        return True
