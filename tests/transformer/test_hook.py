@@ -22,6 +22,7 @@ from transformers import (
 
 import ringspan
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.training.sample import cache_keyword
 from ringspan.transformer.hook import attention_forward
 from tests.support.errors import relative
 from tests.support.models import VOCABULARY, gradients, make_batch, seeded, tiny_llama, whole_loss, with_attention
@@ -215,8 +216,9 @@ def test_a_cache_of_keys_from_an_earlier_call_is_refused():
 
     def twice(group: Any) -> None:
         with torch.no_grad():
-            cache = model(**part_of(group), use_cache=True).past_key_values
-            model(**part_of(group), past_key_values=cache, use_cache=True)
+            keyword = cache_keyword(model)
+            cache = model(**part_of(group), use_cache=True)[keyword]
+            model(**part_of(group), **{keyword: cache}, use_cache=True)
 
     assert all("do not belong together" in message for message in on_each_rank(twice))
 
