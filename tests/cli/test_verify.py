@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ringspan.attention import executor
-from ringspan.attention.shelf import Accumulator
+from ringspan.attention import accumulate, executor
+from ringspan.attention.accumulate import Accumulator
 from ringspan.cli import main as cli
 from ringspan.cli.verify import _as_many_as_there_are
 from ringspan.errors import RingspanError
@@ -85,8 +85,17 @@ def test_json_has_every_number(ringspan: Run, tmp_path: Path):
 # ---- broken code does not pass -----------------------------------------------------------------------------------------------------
 
 
-def _first_partial_alone(out, lse, other_out, other_lse):
-    lse.copy_(torch.logaddexp(lse, other_lse))
+def _first_partial_alone(out, lse, other_out, other_lse, *, start=0, into=None):
+    rows = slice(start, start + other_lse.shape[0])
+    lse[rows] = torch.logaddexp(lse[rows], other_lse)
+    if into is not None:
+        into[0].copy_(out)
+        into[1].copy_(lse)
+
+
+def _not_zeroed(self: Accumulator) -> list[torch.Tensor]:
+    rows = self._like.new_empty((len(self.piece), self._like.shape[0], *self._like.shape[2:]))
+    return [rows.clone() for _ in range(self._parts)]
 
 
 def _raise(*arguments: Any) -> Any:
@@ -94,8 +103,8 @@ def _raise(*arguments: Any) -> Any:
 
 
 BREAKAGES: dict[str, tuple[Any, str, Any, str]] = {
-    "a merge that forgets a partial": (executor, "merge_", _first_partial_alone, "out errs by"),
-    "memory that is read before it is written": (Accumulator, "_settle", lambda self: setattr(self, "_fresh", False), "dq errs by nan"),
+    "a merge that forgets a partial": (accumulate, "merge_", _first_partial_alone, "out errs by"),
+    "memory that is read before it is written": (Accumulator, "_zeros", _not_zeroed, "errs by nan"),
     "a gradient that is not added": (executor.BackwardPass, "combine", lambda self, piece, arrived: None, "dk errs by"),
     "bytes that nobody promised": (PieceBytes, "of", lambda self, kind: 1, "bytes sent"),
     "a kernel that raises": (type(KERNELS["torch_cpu"]), "forward", _raise, "failed"),

@@ -66,6 +66,21 @@ def test_a_row_without_keys_on_any_rank_is_the_identity_itself():
     assert not out.any() and torch.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_merging_some_rows_into_other_buffers_is_merging_them_in_place(dtype: torch.dtype, start: int):
+    (out, lse), (other_out, other_lse), _ = random_partials(torch.float64, seed=2)
+    other_out, other_lse = other_out[: 6 - start], other_lse[: 6 - start]
+    expected_out, expected_lse = out.clone(), lse.clone()
+    partial.merge_(expected_out[start:], expected_lse[start:], other_out, other_lse)
+    into = (torch.full_like(out, torch.nan, dtype=dtype), torch.full_like(lse, torch.nan))
+    before = out.clone(), lse.clone()
+    partial.merge_(out, lse, other_out, other_lse, start=start, into=into)
+    assert torch.equal(out, before[0]) and torch.equal(lse, before[1]), "what is merged into other buffers stays as it is"
+    assert torch.equal(into[0], expected_out.to(dtype)), "rounded once"
+    assert torch.equal(into[1], expected_lse)
+
+
 def _without_the_guard(out, lse, other_out, other_lse):
     total = torch.logaddexp(lse, other_lse)
     out.mul_(torch.exp(lse - total).unsqueeze(-1)).addcmul_(other_out, torch.exp(other_lse - total).unsqueeze(-1))
@@ -87,7 +102,7 @@ def test_law_1_fails_where_the_merge_is_broken(broken, monkeypatch: pytest.Monke
 
 
 def test_the_merge_that_the_executor_uses_is_the_one_that_is_tested_here():
-    from ringspan.attention import executor
+    from ringspan.attention import accumulate
     from tests.support import laws
 
-    assert executor.merge_ is partial.merge_ is laws.merge_
+    assert accumulate.merge_ is partial.merge_ is laws.merge_

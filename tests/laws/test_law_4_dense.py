@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringspan.attention import executor
-from ringspan.attention.shelf import Accumulator
+from ringspan.attention import accumulate, executor
+from ringspan.attention.accumulate import Accumulator
 from ringspan.geometry import LAYOUTS
 from ringspan.kernels.reference import Reference
 from ringspan.strategies import STRATEGIES
@@ -110,11 +110,15 @@ def test_half_precision_errs_at_most_half_as_much_again_as_one_kernel_that_compu
 # ---- the law fails where the code is broken ----------------------------------------------------------------------------------------
 
 
-def _forget_the_other_partial(out, lse, other_out, other_lse):
-    lse.copy_(torch.logaddexp(lse, other_lse))
+def _forget_the_other_partial(out, lse, other_out, other_lse, *, start=0, into=None):
+    rows = slice(start, start + other_lse.shape[0])
+    lse[rows] = torch.logaddexp(lse[rows], other_lse)
+    if into is not None:
+        into[0].copy_(out)
+        into[1].copy_(lse)
 
 
-right_backward = Reference.backward
+right_backward, right_zeros = Reference.backward, Accumulator._zeros
 
 
 def _backward_from_own_lse(self, dout, q, k, v, out, lse, dlse, scores):
@@ -124,9 +128,9 @@ def _backward_from_own_lse(self, dout, q, k, v, out, lse, dlse, scores):
 
 
 BREAKAGES = {
-    "a merge that forgets the other partial": (executor, "merge_", _forget_the_other_partial),
+    "a merge that forgets the other partial": (accumulate, "merge_", _forget_the_other_partial),
     "a backward from the tile's own lse": (Reference, "backward", _backward_from_own_lse),
-    "an accumulator that is not zeroed": (Accumulator, "_settle", lambda self: setattr(self, "_fresh", False)),
+    "an accumulator that is not zeroed": (Accumulator, "_zeros", lambda self: [x.fill_(0.5) for x in right_zeros(self)]),
     "a gradient that arrives and is not added": (executor.BackwardPass, "combine", lambda self, piece, arrived: None),
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import executor
+from ringspan.attention import accumulate
 from ringspan.geometry import Tile
 from ringspan.kernels import KERNELS, Scores, merge_
 from tests.support.dense import Outcome, Tensors, dense, make_tensors
@@ -102,12 +102,13 @@ def test_short_shards_make_gradients_no_worse_than_the_whole_sequence_does(rows:
         assert relative(gradient, expected.named()[name]) <= 2.0**-9, "what a single rounding of out and of dO·out leaves"
 
 
-def _merged_in_bfloat16(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    merge_(out, lse, other_out, other_lse)
-    out.copy_(out.bfloat16())
+def _merged_in_bfloat16(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, *, start: int = 0, into: Any = None) -> None:
+    merge_(out, lse, other_out, other_lse, start=start, into=into)
+    written = out if into is None else into[0]
+    written.copy_(written.bfloat16())
 
 
 def test_law_5_fails_where_partials_are_merged_in_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(executor, "merge_", _merged_in_bfloat16)
+    monkeypatch.setattr(accumulate, "merge_", _merged_in_bfloat16)
     with pytest.raises(AssertionError, match=r"out on 8 ranks errs .* times as much as torch_cpu alone"):
         check_growth("torch_cpu", "ring", "causal", (2, 8))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
+from ringspan.attention.mail import Courier, TransportCourier
 from ringspan.attention.materialised import RingSelfAttention
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
@@ -34,6 +35,10 @@ class Plan:
     materialised: bool = False
     kv_heads_per_stage: int | None = None
 
+    def courier(self, direction: str, q: Tensor) -> Courier:
+        """Who carries what travels in one pass."""
+        return TransportCourier(self.transport, accumulator_dtype(q.dtype))
+
 
 class DistributedAttention(torch.autograd.Function):
     """q, k, v of this rank to out and lse of this rank; the backward brings every gradient to the rank that owns it."""
@@ -41,7 +46,7 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
         """Runs the forward program and keeps q, k, v, out and lse."""
-        forward = ForwardPass(plan.forward, plan.kernel, plan.transport, plan.scores, q, k, v)
+        forward = ForwardPass(plan.forward, plan.courier("forward", q), plan.scores, plan.kernel, q, k, v)
         forward.run()
         out, lse = forward.result()
         if sinks is not None:
@@ -66,7 +71,8 @@ class DistributedAttention(torch.autograd.Function):
             )
         dout = torch.zeros_like(out) if dout is None else dout
         # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
-        backward = BackwardPass(plan.backward, plan.kernel, plan.transport, plan.scores, q, k, v, out, lse, dout, dlse)
+        courier = plan.courier("backward", q)
+        backward = BackwardPass(plan.backward, courier, plan.scores, plan.kernel, q, k, v, out, lse, dout, dlse)
         backward.run()
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, dlse, sinks)
         return *backward.result(), dsinks, None

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ringspan.attention.accumulate import Accumulator, Partial
+from ringspan.attention.mail import Component, Courier
 from ringspan.attention.program import LANES, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
-from ringspan.attention.shelf import Accumulator, Shelf
-from ringspan.kernels import Kernel, accumulator_dtype, batch_first, merge_, rows_first
+from ringspan.attention.shelf import Shelf
+from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
 from ringspan.schedule import Piece, Receive, Send
-from ringspan.transport import Parcel, Transport
 
 
 class Pass:
@@ -24,38 +25,38 @@ class Pass:
 
     Args:
         program: this rank's resolved program.
-        transport: moves the pieces.
+        courier: carries the pieces.
         scores: makes the scores of each tile.
     """
 
-    def __init__(self, program: RankProgram, transport: Transport, scores: TileScores) -> None:
-        self.program, self.transport, self.scores = program, transport, scores
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores) -> None:
+        self.program, self.courier, self.scores = program, courier, scores
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
     def run(self) -> None:
         """All steps of the program."""
-        # Parcels stay in the list until they are over, so that nothing under way is freed.
-        waiting: list[tuple[int, Callable[[], None], list[Parcel]]] = []
+        waiting: list[tuple[int, Callable[[], None]]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
                 self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
-                sends = [Parcel(tensor, send.peer) for send in batch.sends for tensor in self._outgoing(send)]
-                receives = [Parcel(tensor, receive.peer) for receive in batch.receives for tensor in self._incoming(receive)]
-                waiting.append((batch.due, self.transport.exchange(sends, receives, batch.lane).wait, sends + receives))
+                outgoing = [self._outgoing(send) for send in batch.sends]
+                incoming = [self._incoming(receive) for receive in batch.receives]
+                waiting.append((batch.due, self.courier.post(batch, outgoing, incoming)))
             for launch in step.launches:
                 self.attend(launch)
-            for due, wait, _ in waiting:
+            for due, wait in waiting:
                 if due <= index + 1:
                     wait()
             waiting = [entry for entry in waiting if entry[0] > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
+        self.courier.finish()
 
-    def _outgoing(self, send: Send) -> list[Tensor]:
+    def _outgoing(self, send: Send) -> list[Component]:
         if LANES[send.piece.kind] == 0:
-            return [tensor.contiguous() for tensor in self.shelf.view(send.piece)]
+            return self.held(send.piece)
         return self.partial(send.piece)
 
     def _incoming(self, receive: Receive) -> list[Tensor]:
@@ -66,6 +67,10 @@ class Pass:
             self._arrived[(receive.piece, receive.peer)] = tensors
         return tensors
 
+    def held(self, piece: Piece) -> list[Component]:
+        """What of `piece` is on the shelf, as it travels."""
+        return list(self.shelf.view(piece))
+
     def attend(self, launch: Launch) -> None:
         """Computes one tile into this rank's accumulators."""
         raise NotImplementedError
@@ -74,7 +79,7 @@ class Pass:
         """Takes in a partial that came from elsewhere."""
         raise NotImplementedError
 
-    def partial(self, piece: Piece) -> list[Tensor]:
+    def partial(self, piece: Piece) -> list[Component]:
         """What this rank has accumulated of `piece`, to be sent."""
         raise NotImplementedError
 
@@ -83,144 +88,137 @@ class Pass:
         raise NotImplementedError
 
 
-class ForwardPass(Pass):
-    """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. See `Pass` for the other arguments."""
+class _FlashPass(Pass):
+    """What forward and backward share: q on the shelf, and keys with their values."""
 
-    def __init__(
-        self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor
-    ) -> None:
-        super().__init__(program, transport, scores)
-        self.kernel = kernel
-        self.wide = accumulator_dtype(q.dtype)
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().__init__(program, courier, scores)
+        self.kernel, self.wide = kernel, accumulator_dtype(q.dtype)
+        # Kernels take any strides but of the heads' own width.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         self._q, self._k = q, k
         rank = program.rank
         self.shelf.put(Piece("q", rank, 0, q.shape[1]), [rows_first(q)])
-        self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [pack(k, v, program)])
-        self._partials: dict[int, tuple[Piece, Tensor, Tensor]] = {}
-        self._fresh: set[int] = set()
-        spans = {**program.accumulators, ("o", rank): (0, q.shape[1])}
-        for (_, owner), (start, stop) in spans.items():
-            out, lse = self.empty(Piece("o", owner, start, stop))
-            self._fresh.add(owner)
-            self._partials[owner] = (Piece("o", owner, start, stop), out, lse)
+        # Own keys and values stay where they are; visiting ones lie in one buffer.
+        self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [rows_first(k), rows_first(v)])
+        self._packed: Tensor | None = None
+
+    def held(self, piece: Piece) -> list[Component]:
+        """As it lies on the shelf; own keys and values side by side, those that are sent at all packed once."""
+        if piece.kind != "kv" or piece.owner != self.program.rank:
+            return super().held(piece)
+        start, stop = self.program.sent["kv"]
+        if self._packed is None:
+            k, v = self.shelf.view(Piece("kv", piece.owner, start, stop))
+            self._packed = torch.stack((k, v), 1)
+        return [self._packed[piece.start - start : piece.stop - start]]
+
+    def keys(self, owner: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """k and v `[batch, keys, kv_heads, head_dim]` of the rows of `owner`."""
+        tensors = self.shelf.view(Piece("kv", owner, start, stop))
+        k, v = tensors if len(tensors) == 2 else (tensors[0][:, 0], tensors[0][:, 1])
+        return batch_first(k), batch_first(v)
+
+    def empty(self, piece: Piece) -> list[Tensor]:
+        """Buffers for what visits."""
+        batch, heads, head_dim = self._q.shape[0], *self._q.shape[2:]
+        query, key = (len(piece), batch, heads, head_dim), (len(piece), 2, batch, *self._k.shape[2:])
+        match piece.kind:
+            case "kv":
+                return [self._k.new_empty(key)]
+            case "dkv":
+                return [self._k.new_empty(key, dtype=self.wide)]
+            case "q":
+                return [self._q.new_empty(query)]
+            case "dq":
+                return [self._q.new_empty(query, dtype=self.wide)]
+            case "o":
+                return [self._q.new_empty(query, dtype=self.wide), self._q.new_empty(query[:3], dtype=self.wide)]
+        own = self.shelf.view(Piece("do", self.program.rank, 0, 0))
+        return [self._q.new_empty(query[: tensor.ndim], dtype=tensor.dtype) for tensor in own]
+
+
+class ForwardPass(_FlashPass):
+    """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. See `Pass` for the other arguments."""
+
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().__init__(program, courier, scores, kernel, q, k, v)
+        spans = {**program.accumulators, ("o", program.rank): (0, q.shape[1])}
+        self._partials = {
+            owner: Partial(Piece(kind, owner, start, stop), q, program.additions[(kind, owner)], owner != program.rank)
+            for (kind, owner), (start, stop) in spans.items()
+        }
 
     def attend(self, launch: Launch) -> None:
         """Merges the tile's partial attention into the partial of its queries' owner."""
-        q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
-        (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
-        (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
-        out, lse = self.kernel.forward(batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), self.scores(q_owner, kv_owner, tile))
-        self._merge(q_owner, tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1))
+        tile = launch.tile
+        (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
+        k, v = self.keys(launch.kv_owner, tile.k_start, tile.k_stop)
+        out, lse = self.kernel.forward(batch_first(q), k, v, self.scores(launch.q_owner, launch.kv_owner, tile))
+        self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1).to(self.wide))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Merges a partial that another rank computed."""
-        self._merge(piece.owner, piece.start, piece.stop, *arrived)
+        self._partials[piece.owner].add(piece.start, piece.stop, *arrived)
 
-    def partial(self, piece: Piece) -> list[Tensor]:
+    def partial(self, piece: Piece) -> list[Component]:
         """`out` and `lse` of the rows of `piece`."""
-        whole, out, lse = self._partials[piece.owner]
-        if piece.owner in self._fresh:
-            self._fresh.remove(piece.owner)
-            out.zero_()
-            lse.fill_(float("-inf"))
-        rows = slice(piece.start - whole.start, piece.stop - whole.start)
-        return [out[rows], lse[rows]]
-
-    def empty(self, piece: Piece) -> list[Tensor]:
-        """Buffers for visiting q, kv or o."""
-        batch, heads = self._q.shape[0], self._q.shape[2:]
-        if piece.kind == "kv":
-            return [self._k.new_empty((len(piece), 2, batch, *self._k.shape[2:]))]
-        if piece.kind == "q":
-            return [self._q.new_empty((len(piece), batch, *heads))]
-        return [self._q.new_empty((len(piece), batch, *heads[:width]), dtype=self.wide) for width in (2, 1)]
+        return list(self._partials[piece.owner].rows(piece.start, piece.stop))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]` in the dtype of q, `lse [batch, heads, shard]`."""
-        out, lse = self.partial(Piece("o", self.program.rank, 0, self._q.shape[1]))
-        return batch_first(out).to(self._q.dtype).contiguous(), lse.permute(1, 2, 0).contiguous()
-
-    def _merge(self, owner: int, start: int, stop: int, out: Tensor, lse: Tensor) -> None:
-        whole, whole_out, whole_lse = self._partials[owner]
-        if owner in self._fresh and (start, stop) == (whole.start, whole.stop):
-            self._fresh.remove(owner)
-            whole_out.copy_(out)
-            whole_lse.copy_(lse)
-            return
-        into_out, into_lse = self.partial(Piece("o", owner, start, stop))
-        merge_(into_out, into_lse, out, lse.to(self.wide))
+        return self._partials[self.program.rank].result()
 
 
-class BackwardPass(Pass):
+class BackwardPass(_FlashPass):
     """dO and what the forward saved to dq, dk, dv. `dlse` is None where nothing depends on lse."""
 
     def __init__(
-        self, program: RankProgram, kernel: Kernel, transport: Transport, scores: TileScores,
+        self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(program, transport, scores)
-        self.kernel = kernel
-        self.wide = accumulator_dtype(q.dtype)
-        self._q, self._k = q, k
+        super().__init__(program, courier, scores, kernel, q, k, v)
         rank, rows = program.rank, q.shape[1]
         stats = [lse.permute(2, 0, 1)] + ([] if dlse is None else [dlse.permute(2, 0, 1)])
-        self.shelf.put(Piece("q", rank, 0, rows), [rows_first(q)])
-        self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [pack(k, v, program)])
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         self.shelf.put(Piece("do", rank, 0, rows), [rows_first(dout), rows_first(out), *stats])
-        self._accumulators: dict[tuple[str, int], Accumulator] = {}
         spans = {**program.accumulators, ("dq", rank): (0, rows), ("dkv", rank): (0, k.shape[1])}
-        for (kind, owner), (start, stop) in spans.items():
-            piece = Piece(kind, owner, start, stop)
-            self._accumulators[(kind, owner)] = Accumulator(piece, self.empty(piece)[0])
+        self._accumulators = {
+            (kind, owner): Accumulator(
+                Piece(kind, owner, start, stop),
+                q if kind == "dq" else k,
+                program.additions[(kind, owner)],
+                travels=owner != rank,
+                parts=1 if kind == "dq" else 2,
+            )
+            for (kind, owner), (start, stop) in spans.items()
+        }
 
     def attend(self, launch: Launch) -> None:
         """Adds the tile's share of dq, dk and dv."""
         q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
-        (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
+        k, v = self.keys(kv_owner, tile.k_start, tile.k_stop)
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
         dq, dk, dv = self.kernel.backward(
-            batch_first(dout), batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), batch_first(out),
-            lse.permute(1, 2, 0), dlse, self.scores(q_owner, kv_owner, tile),
-        )  # fmt: skip
+            batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse, self.scores(q_owner, kv_owner, tile)
+        )
         self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))
         self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
-        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, arrived[0])
+        parts = arrived if piece.kind == "dq" else [arrived[0][:, 0], arrived[0][:, 1]]
+        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *parts)
 
-    def partial(self, piece: Piece) -> list[Tensor]:
+    def partial(self, piece: Piece) -> list[Component]:
         """The accumulated rows of `piece`."""
-        return [self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)]
-
-    def empty(self, piece: Piece) -> list[Tensor]:
-        """Buffers for visiting q, kv, do, and for dq and dkv."""
-        batch, heads = self._q.shape[0], self._q.shape[2:]
-        kv = (len(piece), 2, batch, *self._k.shape[2:])
-        match piece.kind:
-            case "kv":
-                return [self._k.new_empty(kv)]
-            case "dkv":
-                return [self._k.new_empty(kv, dtype=self.wide)]
-            case "dq":
-                return [self._q.new_empty((len(piece), batch, *heads), dtype=self.wide)]
-            case "q":
-                return [self._q.new_empty((len(piece), batch, *heads))]
-        rows = [self._q.new_empty((len(piece), batch, *heads)) for _ in range(2)]
-        own = self.shelf.view(Piece("do", self.program.rank, 0, 0))
-        return rows + [self._q.new_empty((len(piece), batch, heads[0]), dtype=self.wide) for _ in own[2:]]
+        first, *second = self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
+        return [(first, second[0])] if second else [first]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv `[batch, shard, heads, head_dim]` in the dtypes of q, k and v."""
         rank = self.program.rank
-        dq = self._accumulators[("dq", rank)].rows(0, self._q.shape[1])
-        dkv = self._accumulators[("dkv", rank)].rows(0, self._k.shape[1])
-        dk, dv = (batch_first(dkv[:, index]).to(self._k.dtype).contiguous() for index in (0, 1))
-        return batch_first(dq).to(self._q.dtype).contiguous(), dk, dv
-
-
-def pack(k: Tensor, v: Tensor, program: RankProgram) -> Tensor:
-    """k and v as one `[rows, 2, batch, kv_heads, head_dim]` buffer, so that any span of both is one contiguous transfer."""
-    return torch.stack((rows_first(k), rows_first(v)), 1)
+        (dq,), (dk, dv) = self._accumulators[("dq", rank)].result(), self._accumulators[("dkv", rank)].result()
+        return dq, dk, dv

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringspan.attention.accumulate import Accumulator
 from ringspan.attention.executor import Pass
+from ringspan.attention.mail import Component, Courier, TransportCourier
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
-from ringspan.attention.shelf import Accumulator
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import accumulator_dtype, batch_first, rows_first
 from ringspan.schedule import Piece
@@ -24,8 +25,8 @@ Blocks = dict[int, Tensor]
 class _MaterialisedPass(Pass):
     """What both directions share: k and v apart, rows first, and grouped heads."""
 
-    def __init__(self, program: RankProgram, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(program, transport, scores)
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().__init__(program, courier, scores)
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank = program.rank
@@ -67,12 +68,13 @@ def _masked(block: Tensor, allowed: Tensor | None, value: float) -> Tensor:
 class MaterialisedForward(_MaterialisedPass):
     """q, k, v to out, lse and the attention weights, which the backward reads."""
 
-    def __init__(self, program: RankProgram, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(program, transport, scores, q, k, v)
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().__init__(program, courier, scores, q, k, v)
         self._scores = self.blocks(float("-inf"))
         self.weights: Blocks | None = None
         self.lse = q.new_empty(0)
-        self._out = Accumulator(Piece("o", program.rank, 0, q.shape[1]), self.empty(Piece("o", program.rank, 0, q.shape[1]))[0])
+        rank = program.rank
+        self._out = Accumulator(Piece("o", rank, 0, q.shape[1]), q, program.additions[("o", rank)])
 
     def attend(self, launch: Launch) -> None:
         """With k: scores. With v: the weights, which the first of these completes, times v."""
@@ -99,17 +101,17 @@ class MaterialisedForward(_MaterialisedPass):
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`."""
         self.softmax()
-        return batch_first(self._out.rows(0, self._q.shape[1])).to(self._q.dtype).contiguous(), self.lse
+        return self._out.result()[0], self.lse
 
 
 class MaterialisedBackward(_MaterialisedPass):
     """dO and the kept weights to dq, dk, dv: first the ring of values, for dV and dP, then that of keys, for dQ and dK."""
 
     def __init__(
-        self, program: RankProgram, transport: Transport, scores: TileScores, q: Tensor, k: Tensor, v: Tensor,
+        self, program: RankProgram, courier: Courier, scores: TileScores, q: Tensor, k: Tensor, v: Tensor,
         out: Tensor, weights: Blocks, dout: Tensor, dlse: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(program, transport, scores, q, k, v)
+        super().__init__(program, courier, scores, q, k, v)
         rank = program.rank
         self._dout, self._weights = dout.to(self.wide), weights
         delta = (self._dout * out.to(self.wide)).sum(-1).transpose(1, 2)
@@ -118,8 +120,9 @@ class MaterialisedBackward(_MaterialisedPass):
         self._accumulators: dict[tuple[str, int], Accumulator] = {}
         own = {("dq", rank): (0, q.shape[1]), ("dk", rank): (0, k.shape[1]), ("dv", rank): (0, k.shape[1])}
         for (kind, owner), (start, stop) in {**program.accumulators, **own}.items():
-            piece = Piece(kind, owner, start, stop)
-            self._accumulators[(kind, owner)] = Accumulator(piece, self.empty(piece)[0])
+            self._accumulators[(kind, owner)] = Accumulator(
+                Piece(kind, owner, start, stop), q if kind == "dq" else k, program.additions[(kind, owner)], owner != rank
+            )
 
     def attend(self, launch: Launch) -> None:
         """With v: dP of the block, and dV. With k: dS from it, and dQ and dK."""
@@ -143,18 +146,16 @@ class MaterialisedBackward(_MaterialisedPass):
         """Adds a gradient that came from elsewhere."""
         self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, arrived[0])
 
-    def partial(self, piece: Piece) -> list[Tensor]:
+    def partial(self, piece: Piece) -> list[Component]:
         """The accumulated rows of `piece`."""
-        return [self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)]
+        return list(self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop))
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of this rank's shard."""
         rank = self.program.rank
 
-        def home(kind: str, like: Tensor) -> Tensor:
-            return batch_first(self._accumulators[(kind, rank)].rows(0, like.shape[1])).to(like.dtype).contiguous()
-
-        return home("dq", self._q), home("dk", self._k), home("dv", self._k)
+        dq, dk, dv = (self._accumulators[(kind, rank)].result()[0] for kind in ("dq", "dk", "dv"))
+        return dq, dk, dv
 
 
 class RingSelfAttention(torch.autograd.Function):
@@ -165,7 +166,7 @@ class RingSelfAttention(torch.autograd.Function):
         ctx, q: Tensor, k: Tensor, v: Tensor, forward: RankProgram, backward: RankProgram, transport: Transport, scores: TileScores
     ):
         """out and lse; keeps the weights, as the paper does."""
-        run = MaterialisedForward(forward, transport, scores, q, k, v)
+        run = MaterialisedForward(forward, TransportCourier(transport, accumulator_dtype(q.dtype)), scores, q, k, v)
         run.run()
         out, lse = run.result()
         weights = run.softmax()
@@ -181,7 +182,8 @@ class RingSelfAttention(torch.autograd.Function):
         q, k, v, out, *weights = ctx.saved_tensors
         backward, transport, scores = ctx.about
         dout = torch.zeros_like(out) if dout is None else dout
-        run = MaterialisedBackward(backward, transport, scores, q, k, v, out, dict(enumerate(weights)), dout, dlse)
+        courier = TransportCourier(transport, accumulator_dtype(q.dtype))
+        run = MaterialisedBackward(backward, courier, scores, q, k, v, out, dict(enumerate(weights)), dout, dlse)
         run.run()
         return *run.result(), None, None, None, None
 

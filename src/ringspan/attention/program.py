@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
@@ -28,8 +28,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Transfers that are posted together, on one lane, and due together."""
+    """Transfers that are posted together, on one lane, and due together; the `index`-th of its rank."""
 
+    index: int
     lane: int
     due: int
     sends: tuple[Send, ...]
@@ -48,21 +49,33 @@ class Step:
 
 @dataclass(frozen=True)
 class RankProgram:
-    """All steps of one rank, and the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`."""
+    """All steps of one rank.
+
+    Attributes:
+        rank: whose.
+        steps: in order.
+        accumulators: the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`.
+        additions: how often each is added to: the last addition may round.
+        sent: of each of its own pieces the span that is sent at all: `sent[kind] = (start, stop)`.
+    """
 
     rank: int
     steps: tuple[Step, ...]
     accumulators: dict[tuple[str, int], tuple[int, int]]
+    additions: Counter[tuple[str, int]]
+    sent: dict[str, tuple[int, int]]
 
 
 def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int) -> RankProgram:
     """The program of `rank`, its tiles lowered to the `shapes` that a kernel computes."""
     actions = schedule.programs[rank]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
+    additions: Counter[tuple[str, int]] = Counter()
 
     def grow(kind: str, owner: int, start: int, stop: int) -> None:
         low, high = spans.get((kind, owner), (start, stop))
         spans[(kind, owner)] = (min(low, start), max(high, stop))
+        additions[(kind, owner)] += 1
 
     releases: dict[int, list[Piece]] = defaultdict(list)
     for received, last in lifetimes(actions):
@@ -71,7 +84,8 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
     cells: dict[int, list[Action]] = defaultdict(list)
     for action in actions:
         cells[action.step].append(action)
-    steps = []
+    steps: list[Step] = []
+    batches = rank_batches(actions)
     for step in range(schedule.num_steps):
         cell = cells[step]
         launches = []
@@ -88,9 +102,33 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         combines = tuple(action for action in cell if isinstance(action, Combine))
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
-        batches = _batches([action for action in cell if isinstance(action, (Send, Receive))])
-        steps.append(Step(combines, batches, tuple(launches), tuple(releases[step])))
-    return RankProgram(rank, tuple(steps), spans)
+        steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
+    return RankProgram(rank, tuple(steps), spans, additions, sent_spans(actions, rank))
+
+
+def sent_spans(actions: tuple[Action, ...], rank: int) -> dict[str, tuple[int, int]]:
+    """Of each input that `rank` owns the span that holds all that it sends of it."""
+    spans: dict[str, tuple[int, int]] = {}
+    for action in actions:
+        if isinstance(action, Send) and action.piece.owner == rank and LANES[action.piece.kind] == 0:
+            piece = action.piece
+            low, high = spans.get(piece.kind, (piece.start, piece.stop))
+            spans[piece.kind] = (min(low, piece.start), max(high, piece.stop))
+    return spans
+
+
+def rank_batches(actions: tuple[Action, ...]) -> dict[int, tuple[Batch, ...]]:
+    """By step what a rank posts, counted from its first batch to its last."""
+    posted: dict[int, list[Send | Receive]] = defaultdict(list)
+    for action in actions:
+        if isinstance(action, (Send, Receive)):
+            posted[action.step].append(action)
+    result: dict[int, tuple[Batch, ...]] = {}
+    count = 0
+    for step in sorted(posted):
+        result[step] = _batches(posted[step], count)
+        count += len(result[step])
+    return result
 
 
 def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: Piece) -> list[Launch]:
@@ -98,7 +136,7 @@ def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: 
     return [Launch(q.owner, kv.owner, part, kv.kind) for tile in clipped if tile is not None for part in lowered(tile, shapes)]
 
 
-def _batches(transfers: list[Send | Receive]) -> tuple[Batch, ...]:
+def _batches(transfers: list[Send | Receive], first: int) -> tuple[Batch, ...]:
     """Both ends sort alike, so that what two ranks exchange in one batch pairs up in order."""
     groups: dict[tuple[int, int], list[Send | Receive]] = defaultdict(list)
     for transfer in transfers:
@@ -108,5 +146,5 @@ def _batches(transfers: list[Send | Receive]) -> tuple[Batch, ...]:
         members.sort(key=lambda member: (member.peer, str(member.piece)))
         sends = tuple(member for member in members if isinstance(member, Send))
         receives = tuple(member for member in members if isinstance(member, Receive))
-        result.append(Batch(lane, due, sends, receives))
+        result.append(Batch(first + len(result), lane, due, sends, receives))
     return tuple(result)
