@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.mail import Courier, TransportCourier
 from ringspan.attention.materialised import RingSelfAttention
+from ringspan.attention.outbox import Outbox
+from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype
-from ringspan.transport import Transport
+from ringspan.transport import PeerMemory, Transport
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
-    `kv_heads_per_stage` where heads take turns.
+    `kv_heads_per_stage` where heads take turns; `peers` where pieces go through peer memory, with this rank's part in each direction.
     """
 
     forward: RankProgram
@@ -34,10 +37,15 @@ class Plan:
     exchange: Exchange | None = None
     materialised: bool = False
     kv_heads_per_stage: int | None = None
+    peers: tuple[PeerMemory, Mapping[str, Outbox]] | None = None
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
-        return TransportCourier(self.transport, accumulator_dtype(q.dtype))
+        wide = accumulator_dtype(q.dtype)
+        if self.peers is None:
+            return TransportCourier(self.transport, wide)
+        memory, outboxes = self.peers
+        return PeerCourier(outboxes[direction], memory, self.transport, wide)
 
 
 class DistributedAttention(torch.autograd.Function):

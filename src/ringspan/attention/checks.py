@@ -11,7 +11,21 @@ from torch import Tensor
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Problem, select_kernel
-from ringspan.strategies import make_schedules
+from ringspan.strategies import Schedules, make_schedules
+
+TRANSPORTS = ("auto", "process_group", "peer_memory")
+"""How pieces travel: see `ContextParallel`."""
+
+
+def peer_memory_reason(schedules: Schedules, materialised: bool, kv_heads_per_stage: int | None) -> str | None:
+    """Why such attention does not go through peer memory, or None."""
+    if schedules.grid is not None:
+        return "head groups exchange positions for heads by sends and receives"
+    if materialised:
+        return "ring_self_attention keeps scores and sends keys and values apart"
+    if kv_heads_per_stage is not None:
+        return "with kv_heads_per_stage what travels changes its size from stage to stage"
+    return None
 
 
 def problem_of(check: Callable[[], None]) -> RingspanError | None:
@@ -37,9 +51,12 @@ def check_names(
     weights: tuple[float, ...] | None,
     num_ranks: int,
     kv_heads_per_stage: int | None,
+    transport: str,
     options: Mapping[str, int | str],
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
+    if transport not in TRANSPORTS:
+        raise RingspanError(f"transport {transport!r}", f"there are {', '.join(TRANSPORTS)}", "A transport is asked for by name", "'auto'")
     if weights is not None and not (isinstance(weights, (tuple, list)) and all(isinstance(weight, (int, float)) for weight in weights)):
         raise RingspanError(f"weights={weights!r}", "", "There is one finite weight ≥ 0 for each rank", f"weights={(1.0,) * num_ranks}")
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())

@@ -19,16 +19,18 @@ from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
+from ringspan.attention.outbox import Outbox, outbox
+from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Layout, Mask, causal, make_layout
 from ringspan.kernels import Kernel, accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
-from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
+from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, make_transport, peer_memory
 
 KEPT = 64
 """Sequences that a `ContextParallel` keeps, and shapes that a `Sequence` keeps plans for: the last ones asked for."""
@@ -47,6 +49,8 @@ class ContextParallel:
         weights: for layout `weighted`, the share of each rank.
         kv_heads_per_stage: compute so many key heads (with their query heads) after one another, the whole schedule for each: head-strided
             gathering. What visits a rank shrinks by as much; launches and messages become more.
+        transport: `process_group` sends and receives; `peer_memory` has each rank read the others' memory, over NVLink by copy engines that
+            take nothing from attention, or as threads do; `auto` takes the latter on GPUs that reach each other, where the strategy allows.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
@@ -62,18 +66,20 @@ class ContextParallel:
         kernel: str = "auto",
         weights: tuple[float, ...] | None = None,
         kv_heads_per_stage: int | None = None,
+        transport: str = "auto",
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
+        self.carrier = transport
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.kv_heads_per_stage, self.options = kv_heads_per_stage, options
         self._sequences: Kept[Sequence] = Kept(KEPT)
         self._decoders: Kept[Kernel] = Kept(KEPT)
         problem = checks.problem_of(
-            lambda: checks.check_names(strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, options)
+            lambda: checks.check_names(strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, transport, options)
         )
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
-        agree(self.transport, "ContextParallel", f"{asked} kv_heads_per_stage={kv_heads_per_stage}", problem)
+        agree(self.transport, "ContextParallel", f"{asked} kv_heads_per_stage={kv_heads_per_stage} transport={transport!r}", problem)
         self.weights = None if weights is None else tuple(weights)
 
     @property
@@ -331,6 +337,7 @@ class Sequence:
         forward, backward = (
             resolve(schedule, schedules.layout, self.mask, shapes, transport.rank) for schedule in (schedules.forward, schedules.backward)
         )
+        peers = self._peers(q, k, schedules, transport.rank, materialised)
         scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head)
         return Plan(
             forward,
@@ -341,7 +348,32 @@ class Sequence:
             exchange,
             materialised,
             self.context.kv_heads_per_stage,
+            peers,
         )
+
+    def _peers(
+        self, q: Tensor, k: Tensor, schedules: Schedules, rank: int, materialised: bool
+    ) -> tuple[PeerMemory, dict[str, Outbox]] | None:
+        """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
+        context = self.context
+        wanted = context.carrier
+        threads = isinstance(context.transport, InProcessTransport)
+        if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
+            return None
+        reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
+        memory = peer_memory(context.transport, q.device) if reason is None else reason
+        if not isinstance(memory, str):
+            sizes = row_bytes(q, k)
+            outboxes = {each.direction: outbox(each, rank, sizes) for each in (schedules.forward, schedules.backward)}
+            if 2 * max(each.messages for each in outboxes.values()) <= memory.channels:
+                memory.reserve(max(each.nbytes for each in outboxes.values()))
+                return memory, outboxes
+            memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
+        if wanted == "peer_memory":
+            raise UnsupportedError(
+                "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
+            )
+        return None
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

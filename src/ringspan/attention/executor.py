@@ -110,7 +110,8 @@ class _FlashPass(Pass):
         start, stop = self.program.sent["kv"]
         if self._packed is None:
             k, v = self.shelf.view(Piece("kv", piece.owner, start, stop))
-            self._packed = torch.stack((k, v), 1)
+            buffer = self.courier.own_buffer("kv", (stop - start, 2, *k.shape[1:]), k.dtype)
+            self._packed = torch.stack((k, v), 1) if buffer is None else torch.stack((k, v), 1, out=buffer)
         return [self._packed[piece.start - start : piece.stop - start]]
 
     def keys(self, owner: int, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,10 @@ Component = Tensor | tuple[Tensor, Tensor]
 class Courier(Protocol):
     """Carries the batches of one pass."""
 
+    def own_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Where this rank's own inputs of `kind`, all that it sends of them, best lie; None where it makes no difference."""
+        ...
+
     def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
         """Starts a batch and returns at once; what it returns waits until it is over.
 
@@ -70,6 +74,10 @@ class TransportCourier:
 
     def __init__(self, transport: Transport, wide: torch.dtype) -> None:
         self._transport, self._wide = transport, wide
+
+    def own_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """See `Courier.own_buffer`."""
+        return None
 
     def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""

@@ -1,10 +1,11 @@
-"""Transports: how shards move. In one process, over a process group, and alone."""
+"""Transports: how shards move. In one process, over a process group, through peer memory, and alone."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
+from ringspan.transport.peer_memory import PeerMemory, peer_memory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree
 from ringspan.transport.subgroup import Subgroup
@@ -12,6 +13,7 @@ from ringspan.transport.subgroup import Subgroup
 __all__ = [
     "InProcessTransport",
     "Parcel",
+    "PeerMemory",
     "Pending",
     "ProcessGroupTransport",
     "SingleRank",
@@ -19,6 +21,7 @@ __all__ = [
     "Transport",
     "agree",
     "make_transport",
+    "peer_memory",
     "run_in_process",
 ]
 

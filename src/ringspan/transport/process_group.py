@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,6 +58,17 @@ class ProcessGroupTransport:
         # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
         lanes = (_another(group, self._members) for _ in range(NUM_LANES - 1))
         self._groups = [group, *lanes]
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group."""
+        return self._groups[0]
+
+    @property
+    def timeout_ms(self) -> int:
+        """How long the group waits for a rank; 0 where torch does not tell."""
+        timeout = _timeout(self.group)
+        return 0 if timeout is None else int(timeout.total_seconds() * 1000)
 
     @property
     def bytes_sent(self) -> Counter[int]:
@@ -153,13 +165,16 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
 
 
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Torch tells a group's time-out through its backends alone."""
+    device = torch.device(str(dist.get_backend_config(group)).split(":")[0])
+    return getattr(group._get_backend(device).options, "_timeout", None)
+
+
 def _another(group: dist.ProcessGroup, members: list[int]) -> dist.ProcessGroup:
     """A group like `group`: the same members, backends and time-out."""
     backends = str(dist.get_backend_config(group))
-    # Torch tells a group's time-out through its backends alone.
-    device = torch.device(backends.split(":")[0])
-    timeout = getattr(group._get_backend(device).options, "_timeout", None)
-    another = dist.new_group(members, timeout=timeout, backend=backends, use_local_synchronization=True)
+    another = dist.new_group(members, timeout=_timeout(group), backend=backends, use_local_synchronization=True)
     assert isinstance(another, dist.ProcessGroup), "this process is a member"
     return another
 

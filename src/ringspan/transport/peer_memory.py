@@ -1,0 +1,217 @@
+"""Memory that every rank of one host can read: PyTorch's symmetric memory over NVLink, and the memory that threads share anyway.
+
+Copies out of a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from attention. Signals are one
+word each. No multicast.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.errors import RankFailure
+from ringspan.transport.in_process import InProcessTransport
+from ringspan.transport.process_group import ProcessGroupTransport
+from ringspan.transport.protocol import Transport
+
+Read = Callable[[], None]
+
+
+class PeerMemory(Protocol):
+    """One rank's view of the outboxes of all ranks, and of the signals between them.
+
+    A signal is a word that one rank sets and another waits for and clears; setting one that is still set waits.
+
+    Attributes:
+        channels: how many signals there are from each rank to each other.
+    """
+
+    channels: int
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes every outbox at least so large. Collective, with the same number on every rank, and between passes."""
+        ...
+
+    def outbox(self, rank: int) -> Tensor:
+        """The outbox of `rank`, uint8. Only `rank` itself writes to it."""
+        ...
+
+    def signal(self, peer: int, channel: int) -> None:
+        """Sets a signal to `peer`, after what the current stream has done until here."""
+        ...
+
+    def wait(self, peer: int, channel: int) -> None:
+        """Holds up the current stream until the signal from `peer` is set, and clears it."""
+        ...
+
+    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+        """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
+        ...
+
+
+class SymmetricMemory:
+    """Peer memory between the GPUs of one host.
+
+    Args:
+        transport: the process group.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, transport: ProcessGroupTransport, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._module = symmetric_memory
+        self._group, self._device, self._size = transport.group, device, transport.size
+        self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
+        self._outboxes: list[Tensor] = []
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._timeout_ms = transport.timeout_ms
+        self.reserve(1 << 21)
+
+    def reserve(self, nbytes: int) -> None:
+        """See `PeerMemory.reserve`."""
+        if self._outboxes and self._outboxes[0].numel() >= nbytes:
+            return
+        # Nobody reads an old outbox any more: a pass ends when its readers are done, and all ranks are between passes.
+        torch.cuda.synchronize(self._device)
+        self._outboxes = []
+        nbytes = -(-nbytes >> 21) << 21
+        self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
+        self._handle = self._module.rendezvous(self._mine, self._group)
+        self._outboxes = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self._size)]
+
+    def outbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.outbox`."""
+        return self._outboxes[rank]
+
+    def signal(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.signal`."""
+        self._handle.put_signal(peer, channel, self._timeout_ms)
+
+    def wait(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
+        self._handle.wait_signal(peer, channel, self._timeout_ms)
+
+    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+        """See `PeerMemory.aside`."""
+        current = torch.cuda.current_stream(self._device)
+        if lane not in self._streams:
+            # Its few words of work must not queue behind the blocks of an attention kernel.
+            self._streams[lane] = torch.cuda.Stream(self._device, priority=-1)
+        stream = self._streams[lane]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            read()
+        done = stream.record_event()
+        return lambda: torch.cuda.current_stream(self._device).wait_event(done)
+
+
+class SharedMemory:
+    """Peer memory between in-process ranks, which are threads.
+
+    Args:
+        transport: this rank's.
+        device: of the tensors.
+    """
+
+    channels = 1 << 16
+
+    def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
+        self._transport, self._device = transport, device
+        self._outboxes: list[Tensor] = []
+        # The ranks share the first one's lock and signals.
+        self._changed, self._set = transport.gather_objects((threading.Condition(), set()))[0]
+
+    def reserve(self, nbytes: int) -> None:
+        """See `PeerMemory.reserve`."""
+        if not self._outboxes or self._outboxes[0].numel() < nbytes:
+            self._outboxes = self._transport.gather_objects(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
+
+    def outbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.outbox`."""
+        return self._outboxes[rank]
+
+    def signal(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
+        word = (self._transport.rank, peer, channel)
+        with self._changed:
+            assert word not in self._set, f"signal {word} was not cleared"
+            self._set.add(word)
+            self._changed.notify_all()
+
+    def wait(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.wait`."""
+        world, word = self._transport.world, (peer, self._transport.rank, channel)
+        with self._changed:
+            waited = 0.0
+            while word not in self._set:
+                if world.failed is not None or peer in world.ended or waited > world.timeout_seconds:
+                    found = f"rank {world.failed[0]} failed: {world.failed[1]}" if world.failed else f"rank {peer} did not signal"
+                    raise RankFailure(f"rank {word[1]} waited for a signal of rank {peer}", found)
+                self._changed.wait(0.05)
+                waited += 0.05
+            self._set.remove(word)
+
+    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+        """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
+        return read
+
+
+_MEMORIES: WeakKeyDictionary[Transport, PeerMemory | str] = WeakKeyDictionary()
+
+
+def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:
+    """The one peer memory of `transport`, or why there is none, the same answer on every rank. Collective at the first call."""
+    if transport not in _MEMORIES:
+        _MEMORIES[transport] = _make(transport, device)
+    return _MEMORIES[transport]
+
+
+def _make(transport: Transport, device: torch.device) -> PeerMemory | str:
+    if isinstance(transport, InProcessTransport):
+        return SharedMemory(transport, device)
+    reasons = transport.gather_objects(_refusal(transport, device))
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            return f"rank {rank}: {reason}"
+    assert isinstance(transport, ProcessGroupTransport)
+    places = transport.gather_objects(_place(device))
+    for rank, (host, index) in enumerate(places):
+        if host != places[0][0]:
+            return f"rank {rank} is on another host than rank 0"
+        if index != device.index and not torch.cuda.can_device_access_peer(device, index):
+            return f"GPU {device.index} does not reach the memory of GPU {index}"
+    try:
+        memory, problem = SymmetricMemory(transport, device), None
+    except RuntimeError as error:
+        memory, problem = None, str(error).splitlines()[0]
+    for rank, reason in enumerate(transport.gather_objects(problem)):
+        if reason is not None:
+            return f"rank {rank}: symmetric memory: {reason}"
+    assert memory is not None
+    return memory
+
+
+def _refusal(transport: Transport, device: torch.device) -> str | None:
+    if not isinstance(transport, ProcessGroupTransport):
+        return f"{type(transport).__name__} has no memory that its ranks share"
+    if device.type != "cuda":
+        return f"processes share no memory for tensors on {device.type}"
+    if not dist.is_nccl_available() or "cuda" not in transport.devices:
+        return "the group has no NCCL for tensors on cuda"
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
+        return "this PyTorch has no symmetric memory"
+    return None
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    """(host, GPU) of this rank; visible devices are assumed to be numbered alike on one host."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip(), device.index or 0

@@ -1,0 +1,192 @@
+"""Pieces through peer memory: where they lie, who signals whom, and that the results and the bytes are those of any other transport."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ringspan
+from ringspan.attention import outbox as outbox_module
+from ringspan.attention.outbox import Message, Outbox, outbox
+from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.geometry import make_layout
+from ringspan.schedule import Schedule
+from ringspan.strategies import make_schedules
+from ringspan.transport import peer_memory
+from tests.strategies.combinations import MASKS, VARIANTS
+from tests.support.dense import dense, make_tensors
+from tests.support.errors import BUDGETS, assert_close
+from tests.support.poison import poisoned
+from tests.support.split import Split, split_attention, weights_for
+
+__all__ = ["poisoned"]
+
+CARRIED = [name for name, (strategy, _) in VARIANTS.items() if strategy not in ("ulysses", "two_dimensional", "ring_self_attention")]
+ROW_BYTES = {"q": (24,), "kv": (40,), "o": (48, 4), "do": (24, 24, 4, 4), "dq": (48,), "dkv": (80,)}
+
+
+def schedules_of(variant: str, layout: str, mask: str, ranks: int, length: int) -> list[Schedule]:
+    """Both directions."""
+    strategy, options = VARIANTS[variant]
+    made = MASKS[mask].make(length)
+    whole = make_layout(layout, length, ranks, weights_for(layout, ranks), made)
+    both = make_schedules(strategy, whole, made, **options(ranks))
+    return [both.forward, both.backward]
+
+
+def check_outboxes(schedule: Schedule) -> None:
+    """Every receive reads what its send wrote, nothing is overwritten while somebody may read it, every signal is set and cleared once."""
+    boxes: list[Outbox] = [outbox(schedule, rank, ROW_BYTES) for rank in range(schedule.num_ranks)]
+    assert len({(box.nbytes, box.messages) for box in boxes}) == 1, "every rank reserves alike"
+    batches_of = [
+        [batch for _, batches in sorted(outbox_module.rank_batches(program).items()) for batch in batches] for program in schedule.programs
+    ]
+    written_at = {
+        (rank, send.piece, send.peer, send.step, send.due): places
+        for rank, box in enumerate(boxes)
+        for batch, posting in zip(batches_of[rank], box.postings, strict=True)
+        for send, places in zip(batch.sends, posting.written, strict=True)
+    }
+    ready: set[tuple[int, Message]] = set()
+    read: set[tuple[int, Message]] = set()
+    for rank, box in enumerate(boxes):
+        # What lies where, until it is known that its readers are done.
+        held: dict[Message, list[tuple[int, int, tuple]]] = defaultdict(list)
+        for batch, posting in zip(batches_of[rank], box.postings, strict=True):
+            for message in posting.awaited:
+                assert (rank, message) in ready, "waits for the readers of what was sent before"
+                del held[message]
+            messages = {message.peer: message for message in posting.ready}
+            assert set(messages) == {send.peer for send in batch.sends}
+            for send, places in zip(batch.sends, posting.written, strict=True):
+                assert [place.nbytes for place in places] == [len(send.piece) * size for size in ROW_BYTES[send.piece.kind]]
+                for component, place in enumerate(places):
+                    assert place.offset + place.nbytes <= box.nbytes
+                    # The same rows of the same own input may lie in one place for several readers.
+                    what = (send.piece.kind, send.piece.owner, component)
+                    for start, stop, other in (entry for others in held.values() for entry in others):
+                        apart = stop <= place.offset or place.offset + place.nbytes <= start
+                        assert apart or (other == what and send.piece.owner == rank), "overwritten while it may be read"
+                    held[messages[send.peer]].append((place.offset, place.offset + place.nbytes, what))
+            ready |= {(rank, message) for message in posting.ready}
+            for message, parts in posting.read:
+                read.add((message.peer, Message(rank, message.index)))
+                for position, places in parts:
+                    receive = batch.receives[position]
+                    there = written_at[(message.peer, receive.piece, rank, receive.step, receive.due)]
+                    assert there == places, "read where it was written"
+        assert set(held) == set(box.awaited), "the pass ends when all readers are done"
+    assert ready == read, "every signal is waited for, and every wait has its signal"
+
+
+@pytest.mark.parametrize("variant", CARRIED)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "weighted"])
+def test_nothing_is_read_elsewhere_or_overwritten_early(variant: str, layout: str):
+    for ranks in (1, 2, 3, 5, 8):
+        for mask in ("causal", "full", "window", "documents"):
+            for schedule in schedules_of(variant, layout, mask, ranks, 4 * ranks + 3):
+                check_outboxes(schedule)
+
+
+def test_a_ring_reuses_its_places_and_holds_no_more_than_a_few_visitors():
+    forward, backward = schedules_of("ring", "zigzag", "full", 16, 16 * 6)
+    rows = 6
+    assert outbox(forward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256), "its own keys, and those that it passes on"
+    assert outbox(backward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256) + 4 * (rows * 80 + 256)
+
+
+def test_places_that_are_given_away_early_are_found(monkeypatch: pytest.MonkeyPatch):
+    right = outbox_module._free_place
+    monkeypatch.setattr(outbox_module, "_free_place", lambda base, size, taken: right(base, size, []))
+    with pytest.raises(AssertionError, match="overwritten"):
+        for schedule in schedules_of("ring", "zigzag", "full", 5, 40):
+            check_outboxes(schedule)
+
+
+@pytest.mark.parametrize("variant", CARRIED)
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "zigzag"), (3, "striped"), (4, "contiguous"), (5, "weighted"), (8, "zigzag")])
+def test_results_and_bytes_are_exact_through_peer_memory(variant: str, ranks: int, layout: str):
+    length = 4 * ranks + 3
+    tensors = make_tensors(length, heads=4, kv_heads=2, head_dim=4, seed=ranks)
+    strategy, options = VARIANTS[variant]
+    for mask in ("causal", "documents", "window"):
+        split = Split(
+            num_ranks=ranks, mask=MASKS[mask].make(length), strategy=strategy, layout=layout,
+            options={**options(ranks), "transport": "peer_memory"},
+        )  # fmt: skip
+        found, parts = split_attention(split, tensors)
+        assert_close(found, dense(tensors, MASKS[mask].allowed(length)), BUDGETS[torch.float64], str(split))
+        assert {link: size for part in parts for link, size in part.sent.items()} == parts[0].promised
+
+
+def test_a_gradient_of_lse_travels_too():
+    tensors = make_tensors(23, heads=4, kv_heads=4, head_dim=4, seed=1, with_dlse=True)
+    split = Split(num_ranks=3, mask=ringspan.causal(), strategy="ring", options={"rotate": "queries", "transport": "peer_memory"})
+    found, _ = split_attention(split, tensors)
+    assert_close(found, dense(tensors, MASKS["causal"].allowed(23)), BUDGETS[torch.float64], str(split))
+
+
+def test_many_passes_of_changing_lengths_leave_no_signal_behind():
+    def run(group):
+        cp = ringspan.ContextParallel(group, transport="peer_memory", strategy="direct")
+        sums = []
+        for turn in range(12):
+            seq = cp.sequence(9 + 7 * (turn % 5))
+            x = torch.full((1, seq.shard_length, 2, 4), 1.0 + turn, dtype=torch.float64, requires_grad=True)
+            out = seq.attention(x, x, x)
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            sums.append((float(out.detach().sum()), float(gradient.sum())))
+        group.gather_objects("all ranks are done")
+        return sums, len(peer_memory(group, x.device)._set)
+
+    for sums, left in ringspan.run_in_process(3, run):
+        assert left == 0
+        assert all(total == total for pair in sums for total in pair)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"strategy": "ulysses"}, {"strategy": "ring_self_attention"}, {"strategy": "ring", "kv_heads_per_stage": 1}]
+)
+def test_what_does_not_go_through_peer_memory_is_refused_where_it_was_asked_for(arguments: dict):
+    def run(group, transport: str):
+        cp = ringspan.ContextParallel(group, transport=transport, **arguments)
+        seq = cp.sequence(8)
+        x = torch.randn(1, seq.shard_length, 2, 4)
+        return seq.attention(x, x, x).shape
+
+    with pytest.raises(UnsupportedError, match="transport='process_group'"):
+        ringspan.run_in_process(2, lambda group: run(group, "peer_memory"))
+    assert len(ringspan.run_in_process(2, lambda group: run(group, "auto"))) == 2
+
+
+def test_an_unknown_transport_is_refused_on_every_rank():
+    with pytest.raises(RingspanError, match="auto, process_group, peer_memory"):
+        ringspan.run_in_process(2, lambda group: ringspan.ContextParallel(group, transport="pigeon"))
+
+
+def test_a_broken_outbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
+    from ringspan.attention import context_parallel
+
+    def shifted(schedule, rank, sizes):
+        box = outbox(schedule, rank, sizes)
+        moved = tuple(
+            replace(
+                posting,
+                read=tuple(
+                    (message, tuple((at, tuple(replace(place, offset=0) for place in places)) for at, places in parts))
+                    for message, parts in posting.read
+                ),
+            )
+            for posting in box.postings
+        )
+        return replace(box, postings=moved)
+
+    monkeypatch.setattr(context_parallel, "outbox", shifted)
+    tensors = make_tensors(40, heads=2, kv_heads=2, head_dim=4, seed=0)
+    split = Split(num_ranks=4, mask=ringspan.causal(), strategy="balanced", layout="contiguous", options={"transport": "peer_memory"})
+    with pytest.raises(AssertionError):
+        found, _ = split_attention(split, tensors)
+        assert_close(found, dense(tensors, MASKS["causal"].allowed(40)), BUDGETS[torch.float64], str(split))
