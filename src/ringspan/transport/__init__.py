@@ -7,6 +7,7 @@ from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree
+from ringspan.transport.start import start_ranks
 from ringspan.transport.subgroup import Subgroup
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "agree",
     "make_transport",
     "run_in_process",
+    "start_ranks",
 ]
 
 
