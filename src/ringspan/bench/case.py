@@ -9,17 +9,24 @@ from itertools import accumulate, product
 
 import torch
 
+from ringspan.attention.checks import features
 from ringspan.bench.documents import parse_documents, realistic_lengths
 from ringspan.errors import RingspanError
 from ringspan.geometry import LAYOUTS, Mask, Workload, documents, make_layout, parse_mask
-from ringspan.kernels import KERNELS, accumulator_dtype
+from ringspan.kernels import KERNELS, Problem, accumulator_dtype
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import strategy_options
 from ringspan.verify import DTYPES
 
 TRANSPORTS = ("auto", "process_group", "peer_memory")
+"""What `ContextParallel` takes as its transport between processes."""
+
 LAUNCHES = ("eager", "graph")
+"""From Python at each call, or captured once as a CUDA graph and replayed."""
+
 FEWEST_SAMPLES = 10
+"""A median of fewer is not reported."""
+
 EVERYTHING_ON = "everything on"
 """The note of the setting that ablations take something away from: the first that was asked for."""
 
@@ -90,6 +97,13 @@ class Shape:
     def forward_flops(self) -> int:
         """Useful FLOPs of a forward over all devices: 4·head_dim for each pair that the mask allows and each query head."""
         return 4 * self.head_dim * self.heads * self.batch * allowed_pairs(self.made_mask, self.length)
+
+    def problem(self, device: torch.device) -> Problem:
+        """What a kernel on `device` is asked for."""
+        return Problem(
+            device=device.type, dtype=self.torch_dtype, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            features=features(self.made_mask, None),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return (

@@ -113,9 +113,10 @@ def limits(shape: Shape, yardstick: Yardstick, single: Mapping[str, Error], allo
 def wrong(found: Mapping[str, Error], allowed: Mapping[str, Budget]) -> str:
     """What is over its budget, as a sentence; empty where nothing is. NaN is over every budget."""
     over = [name for name, error in found.items() if not error.relative <= allowed[name].limit]
-    return "; ".join(
-        f"{name} errs by {found[name].relative:.1e}, budget {allowed[name].limit:.1e}: {allowed[name].reason}" for name in over
-    )
+    if not over:
+        return ""
+    said = ", ".join(f"{name} by {found[name].relative:.1e} of at most {allowed[name].limit:.1e}" for name in over)
+    return f"errs in {said} ({allowed[over[0]].reason})"
 
 
 def probe(shape: Shape, inputs: Inputs, out: Tensor) -> float:

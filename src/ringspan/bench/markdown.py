@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringspan.bench.case import Shape
+from ringspan.bench.case import EVERYTHING_ON, Shape
 from ringspan.bench.record import PASSES, BenchReport, Record
 
 _HEAD = (
@@ -41,10 +41,27 @@ def shape_table(report: BenchReport, shape: Shape) -> list[str]:
         lines += [_row(report, record) for record in timed]
     for launch in dict.fromkeys(record.launch for record in timed):
         lines += ["", *(f"- {line}" for line in summary(report, shape, launch))]
+    lines += _ablation(report, shape)
     others = [record for record in records if not record.is_timed]
     if others:
         lines += ["", "Not timed:", ""]
         lines += [f"- {record.label}, {record.launch}: {record.status}: {record.reason}" for record in others]
+    return lines
+
+
+def _ablation(report: BenchReport, shape: Shape) -> list[str]:
+    """What each thing that was taken away costs, beside one device that does it all alone."""
+    ours = [(record.setting.note, record) for record in report.of(shape, "ringspan") if record.is_timed and record.setting is not None]
+    whole = next((record for note, record in ours if note == EVERYTHING_ON), None)
+    if whole is None:
+        return []
+    rows = [(note, {which: record.median_ms(which) for which in PASSES}) for note, record in ours if note]
+    alone = {which: report.best_one_device(shape, whole.launch, which) for which in PASSES}
+    rows.append(("no ring: one device over the whole", {which: best.median_ms(which) for which, best in alone.items() if best}))
+    lines = ["", "| taken away | forward ms | × | fwd + bwd ms | × |", "|---|---|---|---|---|"]
+    for words, times in rows:
+        cells = [f"{times[which]:.3f} | {times[which] / whole.median_ms(which):.2f}" for which in PASSES if which in times]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
     return lines
 
 

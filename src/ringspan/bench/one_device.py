@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ringspan.attention import ContextParallel
-from ringspan.attention.checks import features
 from ringspan.bench.case import Shape
 from ringspan.bench.passes import Passes, passes_of
 from ringspan.geometry import Tile, make_layout, tiles
-from ringspan.kernels import KERNELS, Kernel, Problem, Scores, lowered, refusal
+from ringspan.kernels import KERNELS, Kernel, Scores, lowered, refusal
 from ringspan.transport import SingleRank
 from ringspan.verify import Inputs
 
@@ -31,7 +31,10 @@ TOO_SLOW = ("reference",)
 class Whole(Protocol):
     """Attention of a whole sequence on one device, and its backward."""
 
-    launches: str
+    @property
+    def launches(self) -> str:
+        """How the kernel is called, for the report."""
+        ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out `[batch, length, heads, head_dim]`, and lse as the backward takes it."""
@@ -169,10 +172,7 @@ class _Attend(torch.autograd.Function):
 
 def capable_kernels(shape: Shape, device: torch.device, asked: tuple[str, ...] = ()) -> dict[str, str]:
     """For each kernel an empty text where it is a baseline for `shape` here, else why it is not. `asked` are those named by settings."""
-    problem = Problem(
-        device=device.type, dtype=shape.torch_dtype, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-        features=features(shape.made_mask, None),
-    )  # fmt: skip
+    problem = shape.problem(device)
     reasons = {name: refusal(kernel, problem) or "" for name, kernel in KERNELS.items()}
     for name in TOO_SLOW:
         if not reasons.get(name) and name not in asked and any(not reasons[other] for other in reasons if other not in TOO_SLOW):
@@ -200,7 +200,7 @@ def make_whole(kernel: str, shape: Shape, device: torch.device) -> Whole | None:
     calls = [Scores(part, scale) for tile in found for part in lowered(tile, KERNELS[kernel].shapes)]
     rows = sorted((each.tile.q_start, each.tile.q_stop) for each in calls)
     columns = sorted((each.tile.k_start, each.tile.k_stop) for each in calls)
-    if any(first[1] > second[0] for spans in (rows, columns) for first, second in zip(spans, spans[1:], strict=False)):
+    if any(first[1] > second[0] for spans in (rows, columns) for first, second in pairwise(spans)):
         return None
     first = calls[0].tile if calls else None
     if len(calls) == 1 and first is not None and (first.num_queries, first.num_keys) == (shape.length, shape.length):

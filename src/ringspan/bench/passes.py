@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ringspan.attention import ContextParallel, Sequence
 from ringspan.bench.case import Setting, Shape, parse_strategy
 from ringspan.bench.overlap import Awaited
-from ringspan.transport import Transport, make_transport
+from ringspan.transport import Transport
 from ringspan.verify import Inputs
 
 GRADIENTS = ("dq", "dk", "dv")
@@ -61,7 +62,7 @@ def open_sequence(setting: Setting, shape: Shape) -> Sequence:
         more["transport"] = setting.transport
     context = ContextParallel(None, strategy=strategy, layout=setting.layout, kernel=setting.kernel, **more)
     if not setting.overlap:
-        context.transport = Awaited(context.transport)
+        context.transport = cast(Transport, Awaited(context.transport))
     return context.sequence(shape.length, shape.made_mask)
 
 
@@ -74,8 +75,3 @@ def whole_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
         return torch.randn(size, generator=generator, dtype=shape.torch_dtype, device=device)
 
     return Inputs(normal(shape.heads), normal(shape.kv_heads), normal(shape.kv_heads), normal(shape.heads))
-
-
-def all_ranks() -> Transport:
-    """The transport over all processes, or that of one alone."""
-    return make_transport(None)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ringspan.attention.checks import features
 from ringspan.bench.case import Grid, Setting, Shape
 from ringspan.bench.check import (
     LAW_5,
@@ -34,7 +33,7 @@ from ringspan.bench.passes import Passes, open_sequence, passes_of, whole_inputs
 from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, Record, worst
 from ringspan.errors import RankFailure, RingspanError
-from ringspan.kernels import Problem, select_kernel
+from ringspan.kernels import select_kernel
 from ringspan.strategies import link_bytes
 from ringspan.verify import Error, Inputs
 
@@ -134,7 +133,7 @@ class _Problem:
                 del self.single[kernel]
             return passes, replace(made, status="wrong", reason=problem) if problem else made
 
-        with release_after(self.device):
+        with _releasing(self.device):
             outcome = self._attempt(record, check)
             if outcome is None:
                 return
@@ -151,7 +150,7 @@ class _Problem:
         def check() -> tuple[Passes, Record]:
             sequence = open_sequence(setting, self.shape)
             passes = passes_of(lambda q, k, v: sequence.attention(q, k, v), inputs, sequence.shard)
-            kernel = select_kernel(setting.kernel, problem_of(self.shape, self.device)).name
+            kernel = select_kernel(setting.kernel, self.shape.problem(self.device)).name
             before = Counter(sequence.context.transport.bytes_sent)
             results = passes.both()
             sent = sum((Counter(sequence.context.transport.bytes_sent) - before).values())
@@ -186,19 +185,13 @@ class _Problem:
         if reason:
             self.keep(replace(record, status="refused", reason=reason))
             return
-        stack: list[AbstractContextManager[Passes]] = []
 
         def check() -> tuple[Passes, Record]:
-            context = peer.open(self.shape, inputs, self.bench.clock.transport)
-            passes = context.__enter__()
-            stack.append(context)
+            passes = stack.enter_context(peer.open(self.shape, inputs, self.bench.clock.transport))
             return passes, self._judged(replace(record, kernel=peer.kernel(self.device)), passes.both(), passes, PEERS_MAY)
 
-        try:
+        with ExitStack() as stack:
             self._check_and_time(record, check)
-        finally:
-            while stack:
-                stack.pop().__exit__(None, None, None)
 
     # ---- checking and timing -----------------------------------------------------------------------------------------------------
 
@@ -216,7 +209,7 @@ class _Problem:
         return replace(made, status="wrong", reason=problem) if problem else made
 
     def _check_and_time(self, record: Record, check: Callable[[], tuple[Passes, Record]]) -> None:
-        with release_after(self.device):
+        with _releasing(self.device):
             outcome = self._attempt(record, check)
             if outcome is None:
                 return
@@ -279,14 +272,6 @@ class _Problem:
         return replace(record, status="wrong", reason=f"replayed as a graph, {problem}") if problem else record
 
 
-def problem_of(shape: Shape, device: torch.device) -> Problem:
-    """What a kernel is asked for."""
-    return Problem(
-        device=device.type, dtype=shape.torch_dtype, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-        features=features(shape.made_mask, None),
-    )  # fmt: skip
-
-
 def release(device: torch.device) -> None:
     """Gives memory back that the allocator keeps, graphs' pools included."""
     gc.collect()
@@ -294,17 +279,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class release_after:
-    """`release` on the way out."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        release(self._device)
+@contextmanager
+def _releasing(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        release(device)
 
 
 def _first(reasons: list[str]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ringspan.errors import RankFailure, RingspanError
+from ringspan.cli.lists import names, numbers
+from ringspan.errors import RankFailure
 
 if TYPE_CHECKING:
     from ringspan.cli.bench_rank import Request
@@ -65,19 +65,19 @@ def command(
     wrong is not timed. Exit status 1 where something of ringspan is wrong or broken, 2 for what cannot be carried out.
     """
     given = {
-        "tokens": _numbers("--length", length),
-        "masks": _names("--mask", mask),
+        "tokens": numbers("--length", length),
+        "masks": names("--mask", mask),
         "documents": documents,
         "heads": _heads(heads),
-        "head_dims": _numbers("--head-dim", head_dim),
-        "batches": _numbers("--batch", batch),
-        "dtypes": _names("--dtype", dtype),
-        "strategies": _names("--strategy", strategy),
-        "layouts": _names("--layout", layout),
-        "kernels": _names("--kernel", kernel),
-        "transports": _names("--transport", transport),
+        "head_dims": numbers("--head-dim", head_dim),
+        "batches": numbers("--batch", batch),
+        "dtypes": names("--dtype", dtype),
+        "strategies": names("--strategy", strategy),
+        "layouts": names("--layout", layout),
+        "kernels": names("--kernel", kernel),
+        "transports": names("--transport", transport),
         "peers": _peers(peers),
-        "launches": _names("--launch", launch),
+        "launches": names("--launch", launch),
         "num_ranks": ranks,
         "ablate": ablate,
     }
@@ -125,27 +125,6 @@ def _start(request: Request) -> int:
     )  # fmt: skip
 
 
-def _names(option: str, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    # A comma inside a mask's numbers separates nothing: window:4,1,causal is two masks.
-    names = tuple(dict.fromkeys(part.strip() for part in re.split(r",(?!\s*\d)", text)))
-    if "" in names:
-        raise RingspanError(f"{option} {text!r}", "an entry is empty", "A list is names with commas between", f"{option} one,other")
-    return names
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise RingspanError(
-            f"{option} {text!r}", "an entry is no whole number", "A list is whole numbers with commas between", f"{option} 2,3"
-        ) from None
-
-
 def _heads(text: str | None) -> tuple[tuple[int, int], ...] | None:
     """`32/8,16` as ((32, 8), (16, 16))."""
     if text is None:
@@ -153,13 +132,13 @@ def _heads(text: str | None) -> tuple[tuple[int, int], ...] | None:
     pairs = []
     for part in text.split(","):
         query, slash, kv = part.strip().partition("/")
-        numbers = _numbers("--heads", f"{query},{kv}" if slash and kv != query else query)
-        assert numbers is not None
-        pairs.append((numbers[0], numbers[-1]))
+        counts = numbers("--heads", f"{query},{kv}" if slash else query)
+        assert counts is not None
+        pairs.append((counts[0], counts[-1]))
     return tuple(dict.fromkeys(pairs))
 
 
 def _peers(text: str | None) -> tuple[str, ...] | None:
     if text in (None, "all"):
         return None
-    return () if text == "none" else _names("--peers", text)
+    return () if text == "none" else names("--peers", text)

@@ -188,7 +188,7 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise RingspanError(
-            "--png", "matplotlib is not installed", "Pictures want the extra plot", "pip install 'ringspan[plot]'"
+            "--png", "matplotlib is not installed", "Pictures want the extra plot", "pip install 'ringspan[plot]', or no --png"
         ) from None
 
 

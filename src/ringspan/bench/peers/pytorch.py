@@ -38,7 +38,7 @@ class PyTorch:
             return "context_parallel has no rule for the SDPA kernel of CPUs"
         if not plain_mask(shape):
             return f"context_parallel around SDPA takes causal or no mask, not {shape.mask_text}"
-        if not shape.torch_dtype.itemsize == 2:
+        if shape.torch_dtype.itemsize != 2:
             return "SDPA's flash kernels compute float16 and bfloat16"
         return alone(shape) or divides(shape, shape.num_ranks)
 

@@ -45,8 +45,8 @@ class RingFlashAttention:
         """It wants equal shards; documents and windows are its Llama 3 function's alone."""
         if importlib.util.find_spec(PACKAGE) is None:
             return "ring-flash-attn is not installed: pip install --no-deps ring-flash-attn"
-        if device.type == "cuda" and shape.torch_dtype.itemsize != 2:
-            return "FlashAttention-2 computes float16 and bfloat16"
+        if shape.torch_dtype.itemsize != 2:
+            return "it is made for flash-attn, which computes float16 and bfloat16"
         if self.variant == "llama3":
             if shape.batch > 1:
                 return "its varlen functions take one packed sequence"

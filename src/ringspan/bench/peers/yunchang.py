@@ -32,8 +32,8 @@ class Ulysses:
         """It wants equal shards, and KV heads that divide over the ranks."""
         if importlib.util.find_spec(PACKAGE) is None:
             return "yunchang is not installed: pip install --no-deps yunchang"
-        if device.type == "cuda" and shape.torch_dtype.itemsize != 2:
-            return "FlashAttention-2 computes float16 and bfloat16"
+        if shape.torch_dtype.itemsize != 2:
+            return "it is made for flash-attn, which computes float16 and bfloat16"
         if not plain_mask(shape):
             return f"it is tried with causal and full masks, not with {shape.mask_text}"
         if shape.kv_heads % shape.num_ranks:
