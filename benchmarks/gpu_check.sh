@@ -24,8 +24,9 @@ case " $parts " in *" train "*)
   echo "train over NCCL: $?"
 esac
 case " $parts " in *" speed "*)
-  for kernel in ${KERNELS:-auto}; do
-    echo "kernel $kernel"
-    over_nccl benchmarks/attention_speed.py --kernel "$kernel" --strategies "${STRATEGIES:-ring,all_gather,direct,ulysses}" --json "$out/speed_$kernel.json"
-  done
+  # KERNELS, STRATEGIES and LENGTHS are lists with commas; BENCH holds more options, as in BENCH="--launch eager,graph --ablate".
+  # shellcheck disable=SC2086
+  ringspan bench --device cuda --kernel "${KERNELS:-auto}" --strategy "${STRATEGIES:-ring,all_gather,direct,ulysses,auto}" \
+    --length "${LENGTHS:-2048,8192,32768,131072}" ${BENCH:-} --json "$out/speed.json" --markdown "$out/speed.md" --png "$out/speed.png"
+  echo "bench: $?"
 esac

@@ -27,6 +27,7 @@ ROOMS = (
     "attention",
     "compat",
     "verify",
+    "bench",
     "transformer",
     "training",
     "inference",
@@ -57,6 +58,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "attention": CORE,
     "compat": CORE,
     "verify": CORE,
+    # Beside the core: NVML's counter of joules and the peers, each where it is installed.
+    "bench": CORE | {"pynvml", "flash_attn", "ring_flash_attn", "yunchang"},
     "transformer": MODELS,
     "training": MODELS,
     "inference": MODELS,

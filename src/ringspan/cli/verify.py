@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ringspan.cli.lists import names, numbers
 from ringspan.errors import RingspanError
 
 if TYPE_CHECKING:
@@ -47,18 +47,18 @@ def command(
     budget or a byte was not promised by the schedule, 2 for what cannot be carried out.
     """
     lists = {
-        "num_ranks": _numbers("--ranks", ranks),
-        "strategies": _names("--strategy", strategy),
-        "layouts": _names("--layout", layout),
-        "masks": _names("--mask", mask),
-        "lengths": _numbers("--length", length),
-        "heads": _numbers("--heads", heads),
-        "kv_heads": _numbers("--kv-heads", kv_heads),
-        "head_dims": _numbers("--head-dim", head_dim),
-        "batches": _numbers("--batch", batch),
-        "dtypes": _names("--dtype", dtype),
-        "kernels": _names("--kernel", kernel),
-        "seeds": _numbers("--seed", seed),
+        "num_ranks": numbers("--ranks", ranks),
+        "strategies": names("--strategy", strategy),
+        "layouts": names("--layout", layout),
+        "masks": names("--mask", mask),
+        "lengths": numbers("--length", length),
+        "heads": numbers("--heads", heads),
+        "kv_heads": numbers("--kv-heads", kv_heads),
+        "head_dims": numbers("--head-dim", head_dim),
+        "batches": numbers("--batch", batch),
+        "dtypes": names("--dtype", dtype),
+        "kernels": names("--kernel", kernel),
+        "seeds": numbers("--seed", seed),
     }
     report = run(lists, most=most, device=device, json_file=json_file, timeout_seconds=timeout_seconds)
     raise typer.Exit(0 if report.passed else 1)
@@ -156,24 +156,3 @@ def _unwritable(json_file: Path | None) -> RingspanError | None:
     except OSError as error:
         return RingspanError(f"--json {json_file}", error.strerror or str(error), "The file can be written", "--json verify.json")
     return None
-
-
-def _names(option: str, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    # A comma inside a mask's numbers separates nothing: window:4,1,causal is two masks.
-    names = tuple(dict.fromkeys(part.strip() for part in re.split(r",(?!\s*\d)", text)))
-    if "" in names:
-        raise RingspanError(f"{option} {text!r}", "an entry is empty", "A list is names with commas between", f"{option} one,other")
-    return names
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise RingspanError(
-            f"{option} {text!r}", "an entry is no whole number", "A list is whole numbers with commas between", f"{option} 2,3"
-        ) from None

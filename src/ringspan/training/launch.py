@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.loop import Outcome
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import is_peer_loss
+from ringspan.transport import start_ranks
 
 PLAN, STOP = "plan.json", "stop"
 # After one rank failed: time for the others to notice and to say what they know.
@@ -195,46 +193,16 @@ class _Agent(threading.Thread):
 
     def __init__(self, num_ranks: int, module: str, folder: str) -> None:
         super().__init__(name="ringspan-agent", daemon=True)
-        self._arguments = (num_ranks, module, folder)
+        self._arguments = (num_ranks, module, (folder,), folder)
         self.exits: dict[int, int] = {}
         self.error: Exception | None = None
 
     def run(self) -> None:
         """Starts the ranks and waits for them."""
         try:
-            self.exits = _run_agent(*self._arguments)
+            self.exits = start_ranks(*self._arguments)
         except Exception as error:
             self.error = error
-
-
-def _run_agent(num_ranks: int, module: str, folder: str) -> dict[int, int]:
-    """Exit codes other than 0 by rank, in the order of the ends."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        # The agent tells in its own words, at length, what `diagnose` says in one sentence.
-        logging.getLogger(name).addHandler(logging.NullHandler())
-        logging.getLogger(name).propagate = False
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "agent")),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", module, folder)
-    except ChildFailedError as error:
-        # The first to end comes first: the agent ends the others because of it.
-        return {rank: failure.exitcode for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)}
-    return {}
 
 
 @contextlib.contextmanager

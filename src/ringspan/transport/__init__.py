@@ -8,6 +8,7 @@ from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in
 from ringspan.transport.peer_memory import PeerMemory, peer_memory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree
+from ringspan.transport.start import start_ranks
 from ringspan.transport.subgroup import Subgroup
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "make_transport",
     "peer_memory",
     "run_in_process",
+    "start_ranks",
 ]
 
 

@@ -1,6 +1,6 @@
 """Is it exact here, now? Every configuration beside float64 dense attention, with a budget for its error and the reason for it."""
 
-from ringspan.verify.budget import Budget
+from ringspan.verify.budget import FIXED, Budget, budgets
 from ringspan.verify.case import DTYPES, Case, Grid
 from ringspan.verify.compare import TENSORS, Error, measure
 from ringspan.verify.dense import Inputs, Results, allowed_pairs, dense_attention, make_inputs
@@ -11,6 +11,7 @@ from ringspan.verify.world import World, open_world
 
 __all__ = [
     "DTYPES",
+    "FIXED",
     "TENSORS",
     "Budget",
     "Case",
@@ -22,6 +23,7 @@ __all__ = [
     "VerifyReport",
     "World",
     "allowed_pairs",
+    "budgets",
     "dense_attention",
     "make_inputs",
     "measure",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,23 +30,31 @@ class Budget:
     reason: str
 
 
-def budgets(dtype: str, torch_dtype: torch.dtype, single: Callable[[], Mapping[str, Error]]) -> dict[str, Budget]:
-    """The budget of each of `TENSORS`.
+def budgets(
+    dtype: str,
+    torch_dtype: torch.dtype,
+    single: Callable[[], Mapping[str, Error]],
+    tensors: Sequence[str] = TENSORS,
+    allowance: float = ALLOWANCE,
+) -> dict[str, Budget]:
+    """The budget of each of `tensors`.
 
     Args:
         dtype: of q, k and v.
         torch_dtype: the same, as torch has it.
         single: the errors of the same kernel on one rank over the same tensors; asked for half precision alone.
+        tensors: some of `TENSORS`.
+        allowance: in half precision, so many times the error of `single`.
     """
     if dtype in FIXED:
-        return {name: Budget(*FIXED[dtype]) for name in TENSORS}
+        return {name: Budget(*FIXED[dtype]) for name in tensors}
     errors = single()
     rounding = torch.finfo(torch_dtype).eps / 2
-    return {name: _half_precision(name, dtype, rounding, errors[name]) for name in TENSORS}
+    return {name: _half_precision(name, dtype, rounding, errors[name], allowance) for name in tensors}
 
 
-def _half_precision(name: str, dtype: str, rounding: float, single: Error) -> Budget:
-    limit = ALLOWANCE * single.relative
+def _half_precision(name: str, dtype: str, rounding: float, single: Error, allowance: float) -> Budget:
+    limit = allowance * single.relative
     if name == "lse":
         floor, reason = FIXED["float32"][0], "lse is float32 whatever the inputs"
     else:
@@ -56,4 +64,4 @@ def _half_precision(name: str, dtype: str, rounding: float, single: Error) -> Bu
     # A kernel that is itself wrong must not buy its ring a budget.
     if not limit < 8 * rounding:
         return Budget(8 * rounding, f"eight roundings to {dtype}, since one kernel on one rank errs more, which is too much in itself")
-    return Budget(limit, f"{ALLOWANCE:g}× the error that one kernel in {dtype} makes over the same tensors on one rank")
+    return Budget(limit, f"{allowance:g}× the error that one kernel in {dtype} makes over the same tensors on one rank")

@@ -1,0 +1,84 @@
+"""Time: device events on CUDA, the process's clock elsewhere; the slowest rank counts, sample by sample."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ringspan.transport import Transport
+
+SHORTEST_SAMPLE_MS = 5.0
+"""Shorter work is repeated within a sample, back to back, so that neither the clock nor the ranks' common start is what is timed."""
+
+MOST_REPEATS = 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was timed.
+
+    Attributes:
+        samples_ms: milliseconds of one call, each the mean over `repeats` calls in a row on the slowest rank.
+        repeats: calls a sample.
+    """
+
+    samples_ms: tuple[float, ...]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times work that all ranks do together.
+
+    Args:
+        device: where it is done.
+        transport: of all ranks.
+        warmup: calls before the first sample.
+        samples: how many.
+    """
+
+    device: torch.device
+    transport: Transport
+    warmup: int
+    samples: int
+
+    def time(self, work: Callable[[], object]) -> Timing:
+        """Warms up, finds out how often to repeat, and takes the samples. Collective."""
+        for _ in range(self.warmup):
+            work()
+        once = max(self.transport.gather_objects(self._sample(work, 1)))
+        repeats = min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
+        mine = [self._sample(work, repeats) for _ in range(self.samples)]
+        return Timing(slowest(self.transport.gather_objects(mine)), repeats)
+
+    def _sample(self, work: Callable[[], object], repeats: int) -> float:
+        """Milliseconds of a call. The ranks start together; what each does after that is its own."""
+        self.synchronize()
+        self.transport.all_reduce(torch.zeros(1, device=self.device))
+        self.synchronize()
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                work()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / repeats
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - began) * 1e3 / repeats
+
+    def synchronize(self) -> None:
+        """Waits for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def slowest(by_rank: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """For each sample the slowest rank's time."""
+    return tuple(max(times) for times in zip(*by_rank, strict=True))

@@ -1,0 +1,213 @@
+"""One rank of `ringspan bench`: joins the others, times, and on rank 0 prints and writes what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ringspan.bench import PEERS, Bench, BenchReport, Clock, Grid, Record, about, markdown, open_meter
+from ringspan.bench.case import FEWEST_SAMPLES
+from ringspan.cli.bench_table import row, show
+from ringspan.errors import RingspanError
+from ringspan.transport import SingleRank, agree
+from ringspan.verify import open_world
+
+_COLUMNS = 130
+"""Width of what is printed where there is no terminal to ask."""
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "tokens": (2048, 8192, 32768, 131072),
+        "heads": ((32, 8),),
+        "head_dims": (128,),
+        "dtypes": ("bfloat16",),
+        "strategies": ("ring", "all_gather", "direct", "ulysses", "auto"),
+    },
+    "cpu": {"tokens": (512, 1024), "heads": ((8, 2),), "head_dims": (64,), "dtypes": ("float32",), "strategies": ("ring", "auto")},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that was asked for, settled. Files are paths as text, or None."""
+
+    grid: Grid
+    device: str
+    samples: int
+    warmup: int
+    timeout_seconds: float
+    json_file: str | None
+    png: str | None
+    markdown: str | None
+
+    def save(self, path: Path) -> None:
+        """Writes it for the ranks."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Request:
+        """What `save` wrote."""
+        fields = json.loads(path.read_text())
+        lists = {name: _tuples(value) for name, value in fields["grid"].items()}
+        return cls(**{**fields, "grid": Grid(**lists)})
+
+    @staticmethod
+    def done(path: Path) -> bool:
+        """Whether rank 0 came to the end of the run that `path` asks for."""
+        return path.with_suffix(".done").exists()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def prepare(
+    given: dict[str, Any], *, device: str, samples: int, warmup: int, timeout_seconds: float, files: dict[str, Path | None]
+) -> Request:
+    """The request, with defaults for the device at hand, checked.
+
+    Raises:
+        RingspanError: for what does not exist here or cannot be written.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise RingspanError(f"device {device!r}", "there are auto, cpu and cuda", "A device is asked for by name", "--device auto")
+    spread = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind = device if device != "auto" else "cuda" if gpus else "cpu"
+    started = int(os.environ["WORLD_SIZE"]) if spread else None
+    asked = given.get("num_ranks")
+    if started is not None and asked not in (None, started):
+        raise RingspanError(f"--ranks {asked} under torchrun", f"it started {started}", "Its ranks are those that are timed", "no --ranks")
+    num_ranks = started or (asked if asked is not None else max(1, gpus) if kind == "cuda" else 2)
+    if kind == "cuda" and not spread and gpus < max(1, num_ranks):
+        raise RingspanError(
+            f"device 'cuda' for {num_ranks} rank{'s' if num_ranks > 1 else ''} on this machine",
+            f"torch {torch.__version__} sees {gpus} CUDA GPUs", "Every process has a GPU of its own", "--device cpu",
+        )  # fmt: skip
+    if samples < FEWEST_SAMPLES:
+        raise RingspanError(f"--samples {samples}", "", f"A median is of at least {FEWEST_SAMPLES} samples", f"--samples {FEWEST_SAMPLES}")
+    if warmup < 1 or not timeout_seconds > 0:
+        found = f"--warmup {warmup}" if warmup < 1 else f"--timeout-seconds {timeout_seconds:g}"
+        raise RingspanError(found, "", "There is a call before the first sample, and a rank waits for a while", "--warmup 5")
+    values = {name: value for name, value in given.items() if value is not None}
+    grid = Grid(**{"peers": tuple(PEERS), **_DEFAULTS[kind], **values, "num_ranks": num_ranks})
+    grid.check(kind)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for option, path in (("--json", files["json_file"]), ("--png", files["png"]), ("--markdown", files["markdown"])):
+            _require_writable(option, path)
+    paths = {name: None if path is None else str(path) for name, path in files.items()}
+    if paths["png"] is not None:
+        _require_matplotlib()
+    return Request(grid=grid, device=kind, samples=samples, warmup=warmup, timeout_seconds=timeout_seconds, **paths)
+
+
+def run_rank(request: Request) -> int:
+    """Joins the ranks of torchrun's environment, where there are any, and runs the whole grid. Returns the exit status of this rank.
+
+    Raises:
+        RingspanError: where the ranks cannot be joined, or one is lost.
+    """
+    if request.device == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # Ranks that share cores and also spread over all of them slow each other down.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    with open_world(request.device, request.timeout_seconds) as world:
+        transport = world.transport or SingleRank()
+        agree(transport, "bench", str(request.grid))
+        clock = Clock(world.device, transport, request.warmup, request.samples)
+        meter = open_meter(world.device)
+        known = about(world.device, transport.size, world.name)
+        known |= {"samples": request.samples, "warmup": request.warmup, "dtypes": list(request.grid.dtypes)}
+        known |= {"joules": meter.missing or "NVML's total energy counter, all ranks together, idle parts of the GPUs included"}
+        console = Console(highlight=False)
+        console = console if console.is_terminal else Console(highlight=False, width=_COLUMNS)
+        records: list[Record] = []
+        bench = Bench(clock, meter)
+        bench.run(request.grid, _watch(request, records, known, console) if world.is_first else lambda record: records.append(record))
+        report = BenchReport(known, tuple(records))
+        if world.is_first:
+            _publish(request, report, console)
+        # Rank 0 has spoken and written before any rank leaves: whoever started them ends the others when one has left.
+        transport.gather_objects(None)
+    return 0 if report.passed or not world.is_first else 1
+
+
+def _watch(request: Request, records: list[Record], known: dict[str, Any], console: Console) -> Callable[[Record], None]:
+    """Prints a line a record, and keeps the JSON file up to date: a run that is cut off leaves what it measured."""
+
+    def watch(record: Record) -> None:
+        records.append(record)
+        console.print(row(BenchReport(known, tuple(records)), record), soft_wrap=True)
+        if request.json_file is not None:
+            _write_json(Path(request.json_file), BenchReport(known, tuple(records)))
+
+    return watch
+
+
+def _publish(request: Request, report: BenchReport, console: Console) -> None:
+    show(report, console)
+    if request.json_file is not None:
+        _write_json(Path(request.json_file), report)
+    if request.markdown is not None:
+        Path(request.markdown).write_text(markdown(report), encoding="utf-8")
+    if request.png is not None and any(record.is_timed for record in report.records):
+        from ringspan.viz.speed_curve import draw_speed_curve
+
+        draw_speed_curve(report, Path(request.png))
+    for path in (request.json_file, request.markdown, request.png):
+        if path is not None:
+            console.print(f"  {path}", soft_wrap=True)
+    sys.stdout.flush()
+
+
+def _write_json(path: Path, report: BenchReport) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _require_writable(option: str, path: Path | None) -> None:
+    try:
+        if path is not None:
+            path.open("a").close()
+    except OSError as error:
+        raise RingspanError(f"{option} {path}", error.strerror or str(error), "The file can be written", f"{option} bench") from None
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise RingspanError(
+            "--png", "matplotlib is not installed", "Pictures want the extra plot", "pip install 'ringspan[plot]', or no --png"
+        ) from None
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m ringspan.cli.bench_rank REQUEST`, as `ringspan bench` starts it."""
+    path = Path(arguments[0])
+    first = int(os.environ["RANK"]) == 0
+    try:
+        status = run_rank(Request.load(path))
+    except RingspanError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not first:
+            # Rank 0 says the same, and would be ended before it does.
+            time.sleep(2.0)
+        return 2
+    if first:
+        path.with_suffix(".done").touch()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
