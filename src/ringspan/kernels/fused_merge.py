@@ -50,6 +50,8 @@ def _merge_kernel(
         part + (other * part_row + batch * part_batch + head * part_head)[:, None] + column[None, :], merged[:, None] & wide, other=0.0
     ).to(tl.float32)
     result = mine * (our_weight * scale)[:, None] + added * (their_weight * scale)[:, None]
+    # In place, a warp must not read what another has merged already: few lse are read by many warps.
+    tl.debug_barrier()
     tl.store(
         into + (row * into_row + batch * into_batch + head * into_head)[:, None] + column[None, :],
         result.to(into.dtype.element_ty), inside[:, None] & wide,
