@@ -136,9 +136,9 @@ class ForwardPass(Pass):
         return [self._q.new_empty((len(piece), batch, *heads[:width]), dtype=self.wide) for width in (2, 1)]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """`out [batch, shard, heads, head_dim]` in the dtype of q, `lse [batch, heads, shard]`."""
+        """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`, both in the accumulator's precision."""
         out, lse = self.partial(Piece("o", self.program.rank, 0, self._q.shape[1]))
-        return batch_first(out).to(self._q.dtype).contiguous(), lse.permute(1, 2, 0).contiguous()
+        return batch_first(out), lse.permute(1, 2, 0)
 
     def _merge(self, owner: int, start: int, stop: int, out: Tensor, lse: Tensor) -> None:
         whole, whole_out, whole_lse = self._partials[owner]
@@ -213,12 +213,11 @@ class BackwardPass(Pass):
         return rows + [self._q.new_empty((len(piece), batch, heads[0]), dtype=self.wide) for _ in own[2:]]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv `[batch, shard, heads, head_dim]` in the dtypes of q, k and v."""
+        """dq, dk, dv `[batch, shard, heads, head_dim]` in the accumulator's precision."""
         rank = self.program.rank
         dq = self._accumulators[("dq", rank)].rows(0, self._q.shape[1])
         dkv = self._accumulators[("dkv", rank)].rows(0, self._k.shape[1])
-        dk, dv = (batch_first(dkv[:, index]).to(self._k.dtype).contiguous() for index in (0, 1))
-        return batch_first(dq).to(self._q.dtype).contiguous(), dk, dv
+        return batch_first(dq), batch_first(dkv[:, 0]), batch_first(dkv[:, 1])
 
 
 def pack(k: Tensor, v: Tensor, program: RankProgram) -> Tensor:

@@ -97,9 +97,9 @@ class MaterialisedForward(_MaterialisedPass):
         return self.weights
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`."""
+        """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`, both in the accumulator's precision."""
         self.softmax()
-        return batch_first(self._out.rows(0, self._q.shape[1])).to(self._q.dtype).contiguous(), self.lse
+        return batch_first(self._out.rows(0, self._q.shape[1])), self.lse
 
 
 class MaterialisedBackward(_MaterialisedPass):
@@ -148,42 +148,10 @@ class MaterialisedBackward(_MaterialisedPass):
         return [self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's shard."""
-        rank = self.program.rank
-
-        def home(kind: str, like: Tensor) -> Tensor:
-            return batch_first(self._accumulators[(kind, rank)].rows(0, like.shape[1])).to(like.dtype).contiguous()
-
-        return home("dq", self._q), home("dk", self._k), home("dv", self._k)
-
-
-class RingSelfAttention(torch.autograd.Function):
-    """The autograd function around the two passes; takes a plan like that of every other strategy."""
-
-    @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, forward: RankProgram, backward: RankProgram, transport: Transport, scores: TileScores
-    ):
-        """out and lse; keeps the weights, as the paper does."""
-        run = MaterialisedForward(forward, transport, scores, q, k, v)
-        run.run()
-        out, lse = run.result()
-        weights = run.softmax()
-        ctx.save_for_backward(q, k, v, out, *(weights[owner] for owner in sorted(weights)))
-        ctx.about = backward, transport, scores
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None):
-        """dq, dk, dv of this rank."""
-        dout, dlse = gradients
-        q, k, v, out, *weights = ctx.saved_tensors
-        backward, transport, scores = ctx.about
-        dout = torch.zeros_like(out) if dout is None else dout
-        run = MaterialisedBackward(backward, transport, scores, q, k, v, out, dict(enumerate(weights)), dout, dlse)
-        run.run()
-        return *run.result(), None, None, None, None
+        """dq, dk, dv of this rank's shard, in the accumulator's precision."""
+        rank, rows = self.program.rank, self._k.shape[1]
+        dq, dk, dv = (self._accumulators[(kind, rank)].rows(0, rows) for kind in ("dq", "dk", "dv"))
+        return batch_first(dq), batch_first(dk), batch_first(dv)
 
 
 def check_materialised(kernel: str, softcap: float | None, sinks: Tensor | None) -> None:
