@@ -15,6 +15,7 @@ from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
 from ringspan.attention.decode import decode
+from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
@@ -101,8 +102,14 @@ class ContextParallel:
         return self._sequences.get((length, mask), lambda: self._new_sequence(length, mask))
 
     def _new_sequence(self, length: int, mask: Mask) -> Sequence:
-        problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
-        agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
+        said = [f"length={length}"]
+
+        def check() -> None:
+            checks.check_sequence(length, mask)
+            said.append(f"mask={describe_mask(mask)}")
+
+        problem = checks.problem_of(check)
+        agree(self.transport, "sequence", " ".join(said), problem)
         return Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights, mask), mask)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
