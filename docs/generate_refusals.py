@@ -229,6 +229,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "`decode` of tensors that require a gradient": lambda: _sequence().context.decode(*_leaves()),
     "`shard_batch` with padding on the left": lambda: _sequence().shard_batch(_padded(torch.arange(LENGTH) >= 3)),
     "`shard_batch` with padding under mask full": lambda: _sequence(ringspan.full()).shard_batch(_padded(torch.arange(LENGTH) < 12)),
+    "`shard_batch` with labels at padding": lambda: _sequence().shard_batch(
+        {**_padded(torch.arange(LENGTH) < 12), "labels": torch.zeros(1, LENGTH, dtype=torch.int64)}
+    ),
     "`shard_batch` of fewer tokens than ranks": lambda: _sequence(length=3).shard_batch(
         {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     ),
