@@ -25,7 +25,7 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
-    `kv_heads_per_stage` where heads take turns.
+    `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason.
     """
 
     forward: RankProgram
@@ -36,6 +36,7 @@ class Plan:
     exchange: Exchange | None = None
     materialised: bool = False
     kv_heads_per_stage: int | None = None
+    lse_gradient_refusal: str | None = None
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -65,12 +66,12 @@ class DistributedAttention(torch.autograd.Function):
         dout, dlse = gradients
         q, k, v, out, lse, sinks, *weights = ctx.saved_tensors
         plan, exchange = ctx.plan, ctx.plan.exchange
-        if dlse is not None and not (plan.materialised or plan.kernel.lse_gradient):
+        if dlse is not None and plan.lse_gradient_refusal is not None:
             raise UnsupportedError(
                 f"a gradient through lse with kernel {plan.kernel.name!r}",
-                "this kernel's backward takes none",
+                plan.lse_gradient_refusal,
                 "A gradient that is asked for is computed or refused",
-                "kernel='reference', or lse.detach()",
+                "kernel='flash4' or kernel='reference', or lse.detach()",
             )
         if dout is None:
             # The other ranks wait for it.

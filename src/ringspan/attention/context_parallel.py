@@ -26,7 +26,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import Kernel, accumulator_dtype, select_kernel
+from ringspan.kernels import Kernel, accumulator_dtype, lse_gradient_refusal, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, Subgroup, agree, make_transport
@@ -326,7 +326,7 @@ class Sequence:
 
         problem = checks.problem_of(check)
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
-        kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
+        kernel = select_kernel(self.context.kernel, wanted := checks.kernel_problem(q, k, features))
         schedules = self._schedules = self._choose(q, k)
         transport = self.context.transport
         exchange, first_head = None, 0
@@ -348,6 +348,7 @@ class Sequence:
             exchange,
             materialised,
             self.context.kv_heads_per_stage,
+            None if materialised else lse_gradient_refusal(kernel, wanted),
         )
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

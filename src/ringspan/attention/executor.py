@@ -15,6 +15,7 @@ from ringspan.attention.program import LANES, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Accumulator, Shelf
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, merge_, rows_first
+from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Receive, Send
 from ringspan.transport import Parcel, Transport
 
@@ -180,8 +181,8 @@ class BackwardPass(Pass):
         (kv,) = self.shelf.view(Piece("kv", kv_owner, tile.k_start, tile.k_stop))
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
-        dq, dk, dv = self.kernel.backward(
-            batch_first(dout), batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), batch_first(out),
+        dq, dk, dv = kernel_backward(
+            self.kernel, batch_first(dout), batch_first(q), batch_first(kv[:, 0]), batch_first(kv[:, 1]), batch_first(out),
             lse.permute(1, 2, 0), dlse, self.scores(q_owner, kv_owner, tile),
         )  # fmt: skip
         self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))

@@ -21,8 +21,10 @@ def link_bytes(schedules: Schedules, layout: Layout, sizes: PieceBytes, directio
         layout: of all ranks (in two-dimensional attention, before head groups are merged).
         sizes: of attention's tensors.
         direction: `forward` or `backward`.
-        return_lse: whether lse is brought back too, where positions are exchanged for heads.
+        return_lse: forward: whether lse is asked for, which is brought back where positions are exchanged for heads. Backward: whether a
+            gradient goes through it, which travels with dO.
     """
+    sizes = replace(sizes, lse_gradient=return_lse and direction == "backward")
     schedule = schedules.forward if direction == "forward" else schedules.backward
     grid = schedules.grid
     if grid is None:
