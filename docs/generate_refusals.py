@@ -229,6 +229,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "`decode` of tensors that require a gradient": lambda: _sequence().context.decode(*_leaves()),
     "`shard_batch` with padding on the left": lambda: _sequence().shard_batch(_padded(torch.arange(LENGTH) >= 3)),
     "`shard_batch` with padding under mask full": lambda: _sequence(ringspan.full()).shard_batch(_padded(torch.arange(LENGTH) < 12)),
+    "`shard_batch` with labels at padding": lambda: _sequence().shard_batch(
+        {**_padded(torch.arange(LENGTH) < 12), "labels": torch.zeros(1, LENGTH, dtype=torch.int64)}
+    ),
     "`shard_batch` of fewer tokens than ranks": lambda: _sequence(length=3).shard_batch(
         {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     ),
@@ -286,7 +289,8 @@ def page(refused: Mapping[Combination, Reason]) -> str:
         "# What is refused, and why",
         "",
         "Written by `python docs/generate_refusals.py` by trying; do not edit. A refusal is raised on every rank and before anything is",
-        "sent; that of a gradient through lse only where one is asked for, in the backward.",
+        "sent. One comes only in the backward, where it is asked for: a gradient through lse with heads of more than 120 under `cudnn`,",
+        "or 248 under `flash2`, which have no room for the 8 columns that carry it.",
         "",
         "## Combinations",
         "",

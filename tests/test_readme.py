@@ -28,7 +28,7 @@ from ringspan import strategies, transport
 from ringspan.cli.main import app
 from ringspan.errors import RingspanError
 from ringspan.geometry import MASK_FORMS, make_layout, parse_mask
-from ringspan.kernels import KERNELS
+from ringspan.kernels import KERNELS, Kernel, lse_gradient
 from ringspan.strategies import STRATEGIES, link_bytes, make_schedules
 from ringspan.verify import allowed_pairs
 from ringspan.viz.study import piece_sizes, study
@@ -243,8 +243,13 @@ def test_the_tables_name_every_strategy_layout_mask_kernel_and_transport():
 def test_the_kernels_of_the_table_compute_what_it_says():
     said = {row[0].strip("`"): row[2:] for row in rows(section(README, "Kernels"))}
     features = ("window", "mask_mod", "softcap")
+
+    def through_lse(kernel: Kernel) -> str:
+        widest = re.search(r"heads of at most (\d+)", kernel.refusal.__doc__ or "")
+        return "yes" if kernel.lse_gradient or not widest else f"heads up to {int(widest[1]) - lse_gradient.COLUMNS}"
+
     computed = {
-        name: ["yes" if wanted in kernel.features else "" for wanted in features] + ["yes" if kernel.lse_gradient else ""]
+        name: ["yes" if wanted in kernel.features else "" for wanted in features] + [through_lse(kernel)]
         for name, kernel in KERNELS.items()
     }
     assert said == computed

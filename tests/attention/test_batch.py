@@ -9,7 +9,7 @@ import torch
 
 import ringspan
 from ringspan.errors import RingspanError, UnsupportedError
-from tests.support.models import make_batch
+from tests.support.models import make_batch, tiny_llama, whole_loss
 
 
 def parts(batch: dict[str, Any], ranks: int = 3, mask: ringspan.Mask | None = None, **how: Any) -> list[dict[str, Any]]:
@@ -45,6 +45,12 @@ def test_the_batch_that_was_given_is_left_as_it_was():
     assert all(torch.equal(batch[key], before[key]) for key in before)
 
 
+def labelled_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with one label, 7, at the first padded position of its last sequence."""
+    batch["labels"][-1, int(batch["attention_mask"][-1].sum())] = 7
+    return batch
+
+
 REFUSED = {
     "padding on the left": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])}, None, "right"),
     "a hole in the middle": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}, None, "right"),
@@ -55,6 +61,16 @@ REFUSED = {
         lambda: {"input_ids": make_batch(1, 8)["input_ids"], "attention_mask": torch.ones(1, 9)},
         None,
         "attention_mask",
+    ),
+    "a label at padding": (
+        lambda: labelled_padding(make_batch(2, 8, padded=(0, 2))),
+        None,
+        "label 7 at position 6, where its attention_mask",
+    ),
+    "labels of fewer sequences than the mask": (
+        lambda: {**make_batch(2, 8, padded=(0, 2)), "labels": make_batch(1, 8)["labels"]},
+        None,
+        "different shapes",
     ),
     "labels of another length": (lambda: {**make_batch(1, 8), "labels": torch.zeros(1, 9, dtype=torch.int64)}, None, "8 positions"),
     "a keyword that nobody knows": (lambda: {**make_batch(1, 8), "token_type_ids": torch.zeros(1, 8)}, None, "token_type_ids"),
@@ -86,3 +102,21 @@ def test_a_rank_without_a_token_is_refused_on_every_rank_since_models_compute_at
 
     messages = ringspan.run_in_process(3, run)
     assert len(set(messages)) == 1 and "owns none" in messages[0]
+
+
+def test_labels_at_padding_are_refused_on_every_rank_where_the_whole_model_would_count_them():
+    batch = labelled_padding(make_batch(2, 12, padded=(0, 5)))
+
+    def run(group: Any) -> str:
+        sequence = ringspan.ContextParallel(group).sequence(12)
+        with pytest.raises(UnsupportedError) as caught:
+            sequence.shard_batch(batch)
+        # What it tells to do is done, and passes.
+        sequence.shard_batch({**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)})
+        return str(caught.value)
+
+    messages = ringspan.run_in_process(3, run)
+    assert len(set(messages)) == 1 and "DataCollatorForLanguageModeling" in messages[0]
+    counted, _ = whole_loss(tiny_llama(), batch)
+    masked, _ = whole_loss(tiny_llama(), make_batch(2, 12, padded=(0, 5)))
+    assert counted != masked, "transformers counts a label at padding: to drop it would be another loss"

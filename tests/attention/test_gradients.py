@@ -86,3 +86,16 @@ def test_another_index_to_ignore_is_ignored():
     sequence = ringspan.ContextParallel().sequence(4)
     logits, labels = torch.randn(1, 4, 5), torch.tensor([[0, 3, 3, 1]])
     torch.testing.assert_close(sequence.loss(logits, labels, ignore_index=3), F.cross_entropy(logits[0, [0, 3]], torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "ring_self_attention"])
+def test_a_gradient_of_a_gradient_is_refused_and_not_made_up(strategy: str):
+    def run(group: Any) -> None:
+        sequence = ringspan.ContextParallel(group, strategy=strategy).sequence(12)
+        q, k, v = (torch.randn(1, sequence.shard_length, 2, 8, requires_grad=True) for _ in range(3))
+        out = sequence.attention(q, k, v)
+        (dq,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dq.sum().backward()
+
+    ringspan.run_in_process(2, run)

@@ -11,6 +11,7 @@ import torch
 import ringspan
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import sliding_window
+from ringspan.kernels.torch_kernels import TorchCpu
 
 RANKS = 3
 LENGTH = 12
@@ -170,14 +171,21 @@ def test_all_ranks_are_refused_the(name: str):
     assert all(sent == 0 for _, sent in said)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "pass_query"])
-def test_a_gradient_through_lse_is_refused_by_kernels_that_do_not_compute_it_and_never_dropped(strategy: str):
+@pytest.mark.parametrize("strategy", ["ring", "pass_query", "ulysses"])
+def test_a_gradient_through_lse_is_refused_by_kernels_that_do_not_compute_it_and_never_dropped(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+):
+    # As cuDNN does with heads of 128: the columns that carry the gradient do not fit.
+    monkeypatch.setattr(TorchCpu, "refusal", lambda self, problem: f"heads of {problem.head_dim}" if problem.head_dim > 8 else None)
+
     def run(group: Any) -> str:
         sequence = ringspan.ContextParallel(group, strategy=strategy, kernel="torch_cpu").sequence(LENGTH)
         q, k, v = (tensor.requires_grad_() for tensor in shapes())
         out, lse = sequence.attention(q, k, v, return_lse=True)
-        with pytest.raises(UnsupportedError, match="a gradient through lse with kernel 'torch_cpu'"):
+        before = sequence.context.transport.bytes_sent.total()
+        with pytest.raises(UnsupportedError, match=r"a gradient through lse with kernel 'torch_cpu': .* heads of 16"):
             (out.sum() + lse.sum()).backward()
+        assert sequence.context.transport.bytes_sent.total() == before, "refused before anything is sent"
         return "refused"
 
     assert ringspan.run_in_process(RANKS, run, timeout_seconds=WAIT) == ["refused"] * RANKS

@@ -60,8 +60,6 @@ def test_what_processes_compute_is_dense_attention(both: tuple[int, list[Any], l
 def test_processes_send_the_bytes_that_the_schedule_promised(both: tuple[int, list[Any], list[Any]]):
     count, real, _ = both
     for index, (split, tensors) in enumerate(ranks.cases(count)):
-        if tensors.get("with_dlse"):
-            continue
         parts = [real[rank]["attend"][index] for rank in range(count)]
         sent = {link: size for part in parts for link, size in part.sent.items()}
         assert sent == parts[0].promised, f"{split}, {tensors}"

@@ -8,8 +8,9 @@ import torch
 import ringspan
 from ringspan.geometry import Tile
 from ringspan.geometry.tile import trimmed
-from ringspan.kernels import KERNELS, Problem, Scores, lowered
+from ringspan.kernels import KERNELS, Problem, Scores, lowered, lse_gradient_refusal
 from ringspan.kernels import refusal as refusal_of
+from ringspan.kernels.lse_gradient import backward
 from ringspan.kernels.partial import merge_
 
 pytestmark = [
@@ -46,12 +47,13 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", CUDA_KERNELS)
 @pytest.mark.parametrize("shape", TILES)
 @pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128)])
-def test_a_kernel_computes_each_tile_as_the_reference_does(name: str, shape: str, heads: tuple[int, int, int]):
+@pytest.mark.parametrize("through_lse", [False, True], ids=["", "gradient through lse"])
+def test_a_kernel_computes_each_tile_as_the_reference_does(name: str, shape: str, heads: tuple[int, int, int], through_lse: bool):
     kernel, tile = KERNELS[name], TILES[shape]
     query_heads, kv_heads, head_dim = heads
     features = frozenset({"window"} if tile.high is not None else ())
     problem = Problem(device="cuda", dtype=torch.bfloat16, heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, features=features)
-    if (reason := refusal_of(kernel, problem)) is not None:
+    if (reason := refusal_of(kernel, problem) or (lse_gradient_refusal(kernel, problem) if through_lse else None)) is not None:
         pytest.skip(f"{name}: {reason}")
     torch.manual_seed(0)
     # The strides of the executor: k and v in one buffer, rows first.
@@ -61,7 +63,8 @@ def test_a_kernel_computes_each_tile_as_the_reference_does(name: str, shape: str
     exact = KERNELS["reference"]
     wide = [x.double() for x in (q, k, v)]
     out, lse = exact.forward(*wide, Scores(tile, 0.1))
-    gradients = exact.backward(dout.double(), *wide, out, lse, None, Scores(tile, 0.1))
+    dlse = torch.randn(lse.shape, device="cuda") * 4 if through_lse else None
+    gradients = exact.backward(dout.double(), *wide, out, lse, None if dlse is None else dlse.double(), Scores(tile, 0.1))
 
     merged = (
         torch.zeros(tile.num_queries, 2, query_heads, head_dim, device="cuda"),
@@ -82,9 +85,10 @@ def test_a_kernel_computes_each_tile_as_the_reference_does(name: str, shape: str
         rows = slice(part.q_start - tile.q_start, part.q_stop - tile.q_start)
         keys = slice(part.k_start - tile.k_start, part.k_stop - tile.k_start)
         merged_out = found_out[:, rows].to(torch.bfloat16)
-        dq, dk, dv = kernel.backward(
-            dout[:, rows], q[:, rows], k[:, keys], v[:, keys], merged_out, found_lse[:, :, rows].contiguous(), None, Scores(part, 0.1)
-        )
+        dq, dk, dv = backward(
+            kernel, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], merged_out, found_lse[:, :, rows].contiguous(),
+            None if dlse is None else dlse[:, :, rows], Scores(part, 0.1),
+        )  # fmt: skip
         for total, share, where in zip(sums, (dq, dk, dv), (rows, keys, keys), strict=True):
             total[:, where] += share
     for total, gradient in zip(sums, gradients, strict=True):

@@ -12,7 +12,7 @@ import torch
 import ringspan
 from ringspan.geometry import Mask, causal, full
 from ringspan.strategies import STRATEGIES
-from tests.strategies.volumes import HEAD_DIM, HEADS, WIDTH, helped_blocks
+from tests.strategies.volumes import HEAD_DIM, HEADS, WIDTH, exchanged_bytes, helped_blocks, keys_on_the_wire
 from tests.support.dense import make_tensors
 
 
@@ -50,14 +50,14 @@ def _query_bytes(p: int, r: Fraction) -> tuple[int, int]:
     return N * (p - 1) * (2 * H + 4 * (H + HEADS)), N * (p - 1) * (6 * H + 4 * HEADS + 4 * H)
 
 
-def _exchange_bytes(degree: int, r: Fraction) -> tuple[Fraction, Fraction]:
-    one_way = 2 * (2 + 2 * r) * N * H * (degree - 1) / degree
-    return one_way, one_way
+def _ulysses_bytes(p: int, r: Fraction) -> tuple[Fraction, Fraction]:
+    return exchanged_bytes(int(r * HEADS), p, N)
 
 
 def _two_dimensional_bytes(p: int, r: Fraction) -> tuple[Fraction, Fraction]:
-    exchanged, (forward, backward) = _exchange_bytes(2, r)[0], _ring_bytes(p // 2, r)
-    return exchanged + forward, exchanged + backward
+    there, back = exchanged_bytes(int(r * HEADS), 2, N)
+    forward, backward = _ring_bytes(p // 2, Fraction(keys_on_the_wire(int(r * HEADS), 2), HEADS))
+    return there + forward, back + backward
 
 
 def _balanced_bytes(p: int, r: Fraction) -> tuple[Fraction, Fraction]:
@@ -76,14 +76,14 @@ COUNTED = {
     "balanced": (causal(), "contiguous", {}, _balanced_bytes),
     "pass_query": (full(), "zigzag", {}, _query_bytes),
     "tree": (full(), "striped", {}, _query_bytes),
-    "ulysses": (causal(), "zigzag", {}, _exchange_bytes),
+    "ulysses": (causal(), "zigzag", {}, _ulysses_bytes),
     "two_dimensional": (full(), "zigzag", {"ulysses": 2}, _two_dimensional_bytes),
 }
 """Mask, layout, options, and the bytes of all P ranks for inputs of two bytes, partials and gradients of four."""
 
 
 @pytest.mark.parametrize("strategy", COUNTED)
-@pytest.mark.parametrize("kv_heads", [8, 4])
+@pytest.mark.parametrize("kv_heads", [8, 4, 1])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_transport_counts_what_the_formulas_say(strategy: str, ranks: int, kv_heads: int):
     mask, layout, options, formula = COUNTED[strategy]

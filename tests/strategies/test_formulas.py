@@ -13,11 +13,34 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.geometry import Mask, block_sparse, causal, documents, full, make_layout, sliding_window
+from ringspan.geometry import (
+    Mask,
+    block_sparse,
+    causal,
+    documents,
+    full,
+    head_shares,
+    make_layout,
+    shared_keys,
+    sliding_window,
+)
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import link_bytes, make_schedules
 from tests.strategies.combinations import LAYOUTS, MASKS, Combination
-from tests.strategies.volumes import HEAD_DIM, HEADS, LENGTH, RANKS, WIDTH, elements, half_precision, helped_blocks, make, sent, shards
+from tests.strategies.volumes import (
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    RANKS,
+    WIDTH,
+    elements,
+    exchanged_bytes,
+    half_precision,
+    helped_blocks,
+    make,
+    sent,
+    shards,
+)
 from tests.support.dense import make_tensors
 
 # ---- the ring --------------------------------------------------------------------------------------------------------------------------
@@ -113,6 +136,33 @@ def test_ulysses_sends_each_rank_the_one_key_head_that_it_needs_where_key_heads_
     on_the_wire = max(kv_heads, ranks) * HEAD_DIM
     expected = Fraction(LENGTH * (2 * WIDTH + 2 * on_the_wire) * (ranks - 1), ranks * ranks)
     assert sent("ulysses", ranks, causal(), "forward", elements(kv_heads)) == expected
+    assert sent("ulysses", ranks, causal(), "backward", elements(kv_heads)) == expected
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_parts_of_the_gradient_of_a_shared_key_head_travel_as_they_were_accumulated_and_all_else_as_wide_as_inputs(
+    ranks: int, kv_heads: int
+):
+    forward, backward = (sent("ulysses", ranks, causal(), direction, half_precision(kv_heads)) for direction in ("forward", "backward"))
+    assert (forward * ranks, backward * ranks) == exchanged_bytes(kv_heads, ranks, LENGTH)
+    # Two bytes more for each element of dk and dv, where ranks are more than key heads and not otherwise.
+    more = 2 * 2 * ranks * HEAD_DIM * LENGTH * Fraction(ranks - 1, ranks * ranks)
+    assert backward - forward == (more if kv_heads < ranks else 0)
+
+
+def test_a_key_head_that_one_rank_alone_has_is_not_sent_in_parts_though_others_are_shared():
+    # Three key heads on four ranks: the first is that of two ranks, the others of one each.
+    assert shared_keys(head_shares(6, 3, 4)) == (True, True, False, False)
+    sizes = PieceBytes(heads=6, kv_heads=3, head_dim=HEAD_DIM, element_bytes=2, accumulator_bytes=4)
+    layout = make_layout("zigzag", LENGTH, 4)
+    schedules = make_schedules("ulysses", layout, causal())
+    forward, backward = (link_bytes(schedules, layout, sizes, direction) for direction in ("forward", "backward"))
+    part = LENGTH // 4 * HEAD_DIM
+    for source, target in forward:
+        mine, theirs = ((1, 1, 2, 2)[rank] for rank in (source, target))
+        assert forward[(source, target)] == part * 2 * (theirs + 2 + mine)
+        assert backward[(source, target)] == part * (2 * (theirs + mine) + 2 * (4 if source < 2 else 2))
 
 
 @pytest.mark.parametrize("placement", ["head_first", "context_first"])

@@ -8,6 +8,7 @@ import pytest
 
 from ringspan.geometry import Workload, causal, make_layout, tiles
 from ringspan.schedule import Attend, Schedule
+from ringspan.schedule.draw import timeline
 from tests.strategies.volumes import LENGTH, RANKS, make
 
 
@@ -32,9 +33,22 @@ def test_contiguous_causal_rings_idle_half_of_the_time_and_balanced_ones_hardly(
     assert Fraction(idle_blocks(ring), ranks * ranks) == Fraction(ranks * ranks - ranks, 2 * ranks * ranks)
     balanced = make("balanced", ranks, causal(), "contiguous").forward
     assert len(busy(balanced)) == ranks // 2 + 1
-    # The paper counts idle blocks out of the P² of the unbalanced table; out of the steps that there are it is 1/(P + 2).
-    assert Fraction(idle_blocks(balanced), ranks * ranks) == (0 if ranks % 2 else Fraction(1, 2 * ranks))
-    assert Fraction(idle_blocks(balanced), ranks * len(busy(balanced))) == (0 if ranks % 2 else Fraction(1, ranks + 2))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_same_idle_blocks_of_balanced_are_1_of_2p_p_plus_2_and_p_plus_1(ranks: int):
+    layout, c = make_layout("contiguous", LENGTH, ranks), LENGTH // ranks
+    schedule = make("balanced", ranks, causal(), "contiguous").forward
+    shown = timeline(schedule, layout, causal())
+    idle, time = sum(gap.stop - gap.start for gap in shown.gaps), shown.duration * ranks
+    blocks = 0 if ranks % 2 else ranks // 2
+    assert idle == blocks * c * c and idle_blocks(schedule) == blocks
+    # All slots of the unbalanced ring; the slots of this schedule; its time, in which the triangles of step 0 are c (c + 1)/2 pairs.
+    assert Fraction(idle_blocks(schedule), ranks * ranks) == (0 if ranks % 2 else Fraction(1, 2 * ranks))
+    assert Fraction(idle_blocks(schedule), ranks * len(busy(schedule))) == (0 if ranks % 2 else Fraction(1, ranks + 2))
+    assert Fraction(idle, time) == (0 if ranks % 2 else 1 / (ranks + 1 + Fraction(1, c)))
+    assert time == ranks * (c * (c + 1) // 2 + ranks // 2 * c * c), "P (P + 1)/2 blocks, and half a diagonal a rank"
+    assert shown.idle_fraction == pytest.approx(idle / time)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -48,3 +48,18 @@ def helped_blocks(ranks: int) -> int:
     """Blocks at a distance above P/2, which the keys' owner computes: 1 + 2 + … + (⌈P/2⌉ − 1)."""
     most = (ranks + 1) // 2 - 1
     return most * (most + 1) // 2
+
+
+def keys_on_the_wire(kv_heads: int, degree: int) -> int:
+    """Key heads that head groups of `degree` ranks exchange: where there are fewer than ranks, each rank gets the one that it needs."""
+    return max(kv_heads, degree)
+
+
+def exchanged_bytes(kv_heads: int, degree: int, tokens: int) -> tuple[Fraction, Fraction]:
+    """Forward and backward, of all ranks, the exchange of positions for heads: inputs of two bytes, accumulators of four.
+
+    The gradient of a key head that several ranks share is sent in parts, which are accumulators; all else is as wide as the inputs.
+    """
+    keys = 2 * keys_on_the_wire(kv_heads, degree) * HEAD_DIM
+    away = tokens * Fraction(degree - 1, degree)
+    return 2 * (2 * WIDTH + keys) * away, (2 * 2 * WIDTH + (4 if kv_heads < degree else 2) * keys) * away

@@ -21,11 +21,11 @@ class Partial:
         piece: the rows.
         like: q, `[batch, shard, heads, head_dim]`: batch, heads, dtype and device.
         additions: how many additions there will be.
-        travels: whether it goes to another rank, and is not to be rounded before.
+        rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
     """
 
-    def __init__(self, piece: Piece, like: Tensor, additions: int, travels: bool = False) -> None:
-        self.piece, self._like, self._ahead, self._travels = piece, like, additions, travels
+    def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True) -> None:
+        self.piece, self._like, self._ahead, self._rounds = piece, like, additions, rounds
         self._held: tuple[Tensor, Tensor] | None = None
         self._settled = False
 
@@ -38,7 +38,7 @@ class Partial:
         if self._held is None:
             self._settle()
         assert self._held is not None
-        into, goes_on = None, bool(self._ahead) or self._travels
+        into, goes_on = None, bool(self._ahead) or not self._rounds
         if goes_on and not self._settled:
             into, self._settled = self._empty(accumulator_dtype(self._like.dtype)), True
         elif self._settled and not goes_on:
@@ -53,12 +53,13 @@ class Partial:
         return [tensor[start - self.piece.start : stop - self.piece.start] for tensor in self._held]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """`out [batch, rows, heads, head_dim]` in the dtype of q, `lse [batch, heads, rows]`, contiguous."""
+        """`out [batch, rows, heads, head_dim]`, in the dtype of q where it rounds, and `lse [batch, heads, rows]`."""
         if self._held is None:
             self._settle()
         assert self._held is not None
         out, lse = self._held
-        return out.movedim(0, 1).to(self._like.dtype).contiguous(), lse.permute(1, 2, 0).contiguous()
+        out = out.to(self._like.dtype) if self._rounds else out
+        return out.movedim(0, 1).contiguous(), lse.permute(1, 2, 0).contiguous()
 
     def _settle(self) -> None:
         """From nothing, or from what a kernel gave, to the accumulator's own dtype."""
@@ -87,12 +88,12 @@ class Accumulator:
         piece: the rows.
         like: q or k, `[batch, shard, heads, head_dim]`: batch, heads, dtype and device.
         additions: how many additions there will be.
-        travels: whether it goes to another rank, and is not to be rounded before.
+        rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
         parts: 1, or 2 for dk and dv.
     """
 
-    def __init__(self, piece: Piece, like: Tensor, additions: int, travels: bool = False, parts: int = 1) -> None:
-        self.piece, self._like, self._ahead, self._travels, self._parts = piece, like, additions, travels, parts
+    def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1) -> None:
+        self.piece, self._like, self._ahead, self._rounds, self._parts = piece, like, additions, rounds, parts
         self._held: list[Tensor] | None = None
         self._fresh = True
 
@@ -105,7 +106,7 @@ class Accumulator:
         self._settle()
         assert self._held is not None
         wide = accumulator_dtype(self._like.dtype)
-        if (self._ahead or self._travels) and self._held[0].dtype != wide:
+        if (self._ahead or not self._rounds) and self._held[0].dtype != wide:
             self._held = [held.to(wide) for held in self._held]
         for held, part in zip(self._held, parts, strict=True):
             # Added in float32 whatever the dtypes, and rounded to that of what is held.
@@ -118,8 +119,9 @@ class Accumulator:
         return [held[start - self.piece.start : stop - self.piece.start] for held in self._held]
 
     def result(self) -> list[Tensor]:
-        """The parts as `[batch, rows, heads, head_dim]`, in the dtype of `like`, contiguous."""
-        return [held.movedim(0, 1).to(self._like.dtype).contiguous() for held in self.rows(self.piece.start, self.piece.stop)]
+        """The parts as `[batch, rows, heads, head_dim]`, contiguous, in the dtype of `like` where it rounds."""
+        held = self.rows(self.piece.start, self.piece.stop)
+        return [(part.to(self._like.dtype) if self._rounds else part).movedim(0, 1).contiguous() for part in held]
 
     def _settle(self) -> None:
         if self._fresh:

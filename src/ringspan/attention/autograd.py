@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.mail import Courier, TransportCourier
-from ringspan.attention.materialised import RingSelfAttention
+from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.outbox import Outbox
 from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
-from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
+from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype
@@ -26,7 +28,8 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
-    `kv_heads_per_stage` where heads take turns; `peers` where pieces go through peer memory, with this rank's part in each direction.
+    `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
+    `peers` where pieces go through peer memory, with this rank's part in each direction.
     """
 
     forward: RankProgram
@@ -37,6 +40,7 @@ class Plan:
     exchange: Exchange | None = None
     materialised: bool = False
     kv_heads_per_stage: int | None = None
+    lse_gradient_refusal: str | None = None
     peers: tuple[PeerMemory, Mapping[str, Outbox]] | None = None
 
     def courier(self, direction: str, q: Tensor) -> Courier:
@@ -49,78 +53,139 @@ class Plan:
 
 
 class DistributedAttention(torch.autograd.Function):
-    """q, k, v of this rank to out and lse of this rank; the backward brings every gradient to the rank that owns it."""
+    """q, k, v of this rank to out and lse of this rank; the backward brings every gradient to the rank that owns it.
+
+    The exchange of positions for heads is inside: autograd would round a gradient to the dtype of the tensor that it is of, and the parts
+    that several ranks make of one key head's gradient must reach its owner as they are.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Runs the forward program and keeps q, k, v, out and lse."""
-        forward = ForwardPass(plan.forward, plan.courier("forward", q), plan.scores, plan.kernel, q, k, v)
-        forward.run()
-        out, lse = forward.result()
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.plan = plan
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Runs the forward program and keeps q, k, v, out and lse of this rank's heads; lse is None where it is not wanted."""
+        exchange = plan.exchange
+        ctx.plan, ctx.heads = plan, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
-        return out, lse
+        if exchange is not None:
+            q, k, v = exchange.inputs_to_heads(q, k, v)
+        out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
+        lse = lse if return_lse else None
+        return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor | None):
         """Runs the backward program: every rank must come here, as every rank came through the forward."""
         dout, dlse = gradients
-        q, k, v, out, lse, sinks = ctx.saved_tensors
-        plan = ctx.plan
-        if dlse is not None and not plan.kernel.lse_gradient:
+        q, k, v, out, lse, sinks, *weights = ctx.saved_tensors
+        plan, exchange = ctx.plan, ctx.plan.exchange
+        if dlse is not None and plan.lse_gradient_refusal is not None:
             raise UnsupportedError(
                 f"a gradient through lse with kernel {plan.kernel.name!r}",
-                "this kernel's backward takes none",
+                plan.lse_gradient_refusal,
                 "A gradient that is asked for is computed or refused",
-                "kernel='reference', or lse.detach()",
+                "kernel='flash4' or kernel='reference', or lse.detach()",
             )
-        dout = torch.zeros_like(out) if dout is None else dout
-        # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
+        if dout is None:
+            # The other ranks wait for it.
+            rows = out.shape[1] if exchange is None else exchange.part_lengths[exchange.place]
+            dout = out.new_zeros((out.shape[0], rows, ctx.heads[0], out.shape[3]))
+        if exchange is not None:
+            dout, dlse = exchange.output_gradients_to_heads(dout, dlse)
+        dq, dk, dv = _backward(q, k, v, out, lse, weights, dout, dlse, plan)
+        if exchange is not None:
+            dq, dk, dv = exchange.input_gradients_to_positions(dq, dk, dv, *ctx.heads)
+        dsinks = None
+        if sinks is not None:
+            # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
+            dsinks = torch.zeros_like(sinks)
+            own = sinks_gradient(dout, out, lse, dlse, sinks if exchange is None else sinks[exchange.q_heads[exchange.place]])
+            (dsinks if exchange is None else dsinks[exchange.q_heads[exchange.place]]).copy_(own)
+        return dq, dk, dv, dsinks, None, None
+
+
+class _Stage(NamedTuple):
+    """Heads that are computed together, and what makes their scores."""
+
+    heads: slice
+    kv_heads: slice
+    scores: TileScores
+
+
+def _stages(plan: Plan, heads: int, kv_heads: int) -> Iterator[_Stage]:
+    """Some key heads after the others where the plan says so, so that what visits and what is accumulated is for those alone.
+
+    None where this rank has no head: nor has its context group, so that nobody waits for it.
+    """
+    step = min(plan.kv_heads_per_stage or kv_heads, kv_heads)
+    for first in range(0, kv_heads, max(step, 1)):
+        kv = slice(first, min(first + step, kv_heads))
+        group = heads // kv_heads
+        yield _Stage(slice(kv.start * group, kv.stop * group), kv, plan.scores.from_head(kv.start * group))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """out and lse of these heads, and, of Ring Self-Attention, the weights of every stage."""
+    outs, lses, weights = [], [], []
+    for stage in _stages(plan, q.shape[2], k.shape[2]):
+        inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
+        courier = plan.courier("forward", q)
+        if plan.materialised:
+            run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
+        else:
+            # A sink still scales the result: it is rounded after that.
+            run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
+        run.run()
+        out, lse = run.result()
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks[stage.heads])
+        outs.append(out.to(q.dtype))
+        lses.append(lse)
+        if isinstance(run, MaterialisedForward):
+            weights += [block for _, block in sorted(run.softmax().items())]
+    if not outs:
+        # No head is this rank's.
+        return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator_dtype(q.dtype)), weights
+    return _joined(outs, 2), _joined(lses, 1), weights
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, weights: list[Tensor], dout: Tensor, dlse: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of these heads, rounded to the inputs' dtype but for dk and dv that are only parts (`Exchange.key_gradients_in`)."""
+    dtype = k.dtype if plan.exchange is None else plan.exchange.key_gradients_in(k.dtype)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    each = len(plan.scores.shard_lengths)
+    for index, stage in enumerate(_stages(plan, q.shape[2], k.shape[2])):
+        inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
+        mine, stage_dout = out[:, :, stage.heads], dout[:, :, stage.heads]
+        stage_dlse = None if dlse is None else dlse[:, stage.heads]
         courier = plan.courier("backward", q)
-        backward = BackwardPass(plan.backward, courier, plan.scores, plan.kernel, q, k, v, out, lse, dout, dlse)
-        backward.run()
-        dsinks = None if sinks is None else sinks_gradient(dout, out, lse, dlse, sinks)
-        return *backward.result(), dsinks, None
+        if plan.materialised:
+            kept = dict(enumerate(weights[index * each : (index + 1) * each]))
+            run = MaterialisedBackward(plan.backward, courier, stage.scores, *inputs, mine, kept, stage_dout, stage_dlse)
+        else:
+            # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
+            statistics = mine, lse[:, stage.heads], stage_dout, stage_dlse
+            run = BackwardPass(plan.backward, courier, stage.scores, plan.kernel, *inputs, *statistics, rounds_keys=dtype == k.dtype)
+        run.run()
+        dq, dk, dv = run.result()
+        parts.append((dq.to(q.dtype), dk.to(dtype), dv.to(dtype)))
+    if not parts:
+        return torch.empty_like(q), torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+    dqs, dks, dvs = zip(*parts, strict=True)
+    return _joined(dqs, 2), _joined(dks, 2), _joined(dvs, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Some key heads after the others where the plan says so, so that what visits and what is accumulated is for those alone."""
-    if plan.kv_heads_per_stage is None or plan.kv_heads_per_stage >= k.shape[2]:
-        return _attend_stage(q, k, v, sinks, plan)
-    group = q.shape[2] // k.shape[2]
-    parts = []
-    for first in range(0, k.shape[2], plan.kv_heads_per_stage):
-        kv = slice(first, min(first + plan.kv_heads_per_stage, k.shape[2]))
-        heads = slice(kv.start * group, kv.stop * group)
-        stage = replace(plan, scores=plan.scores.from_head(heads.start))
-        parts.append(_attend_stage(q[:, :, heads], k[:, :, kv], v[:, :, kv], None if sinks is None else sinks[heads], stage))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 2), torch.cat(lses, 1)
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The stages' heads side by side; of a single stage as they are."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _attend_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-    if plan.materialised:
-        return RingSelfAttention.apply(q, k, v, plan.forward, plan.backward, plan.transport, plan.scores)
-    return DistributedAttention.apply(q, k, v, sinks, plan)
+def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
+    return sinks if sinks is None or plan.exchange is None else sinks[plan.exchange.q_heads[plan.exchange.place]]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
-    exchange = plan.exchange
-    if exchange is None:
-        return _attend(q, k, v, sinks, plan)
-    heads = q.shape[2]
-    q, k, v = PositionsToHeads.apply(q, k, v, exchange)
-    share = exchange.share
-    if share.heads:
-        sinks = None if sinks is None else sinks[share.q_start : share.q_stop]
-        out, lse = _attend(q, k, v, sinks, plan)
-    else:
-        # No head is this rank's: nor is one of its context group's, so nobody waits for it.
-        out, lse = q * 1, q.sum(-1, dtype=accumulator_dtype(q.dtype)).transpose(1, 2)
-        # Sinks have a gradient on every rank, here of zeros: who adds them up need not ask whether there is one.
-        out = out if sinks is None else out + sinks[:0].sum()
-    return HeadsToPositions.apply(out, lse if return_lse else None, exchange, heads)
+    return DistributedAttention.apply(q, k, v, sinks, plan, return_lse)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.loss import IGNORE_INDEX, shift_labels
-from ringspan.errors import UnsupportedError
+from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import document_borders, looks_ahead
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         sequence: whose length is that of the batch.
-        batch: `input_ids [batch, length]` (or `inputs_embeds`); optional `labels [batch, length]`, not shifted, −100 where none;
-            optional `position_ids`; optional `attention_mask` of ones, or of ones followed by padding on the right (exact under a causal
-            mask, where no token sees what follows it).
+        batch: `input_ids [batch, length]` (or `inputs_embeds`); optional `labels [batch, length]`, not shifted, −100 where none and at
+            padding; optional `position_ids`; optional `attention_mask` of ones, or of ones followed by padding on the right (exact under a
+            causal mask, where no token sees what follows it).
 
     Returns:
         `input_ids`, `position_ids`, and, where there are labels, `labels` and `shift_labels` (both shifted: position t holds the token at
@@ -36,8 +36,8 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         this rank's share of the unsplit loss: the shares add up to it.
 
     Raises:
-        RingspanError: for tensors of another length, unknown keys, padding that this mask does not make harmless, and on every rank where
-            one of them would own no token.
+        RingspanError: for tensors of another length, unknown keys, padding that this mask does not make harmless or that has labels, and
+            where a rank would own no token. On every rank, since all are given the same batch; nothing is sent.
     """
     unknown = sorted(set(batch) - set(_KNOWN))
     if unknown or not ({"input_ids", "inputs_embeds"} & set(batch)):
@@ -52,7 +52,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     if (padding := batch.get("attention_mask")) is not None:
         _check_padding(sequence, padding)
         if labels is not None:
-            labels = labels.masked_fill(padding == 0, IGNORE_INDEX)
+            _check_labels(labels, padding)
     part: dict[str, Any] = {key: sequence.shard(batch[key], 1) for key in ("input_ids", "inputs_embeds") if key in batch}
     tokens: Tensor = next(iter(part.values()))
     if "position_ids" in batch:
@@ -104,4 +104,23 @@ def _check_padding(sequence: Sequence, padding: Tensor) -> None:
             "it hides tokens that others would see" if shaped else f"it is not [batch, {sequence.length}]",
             "Padding is exact on the right under a causal mask, where no token sees what follows it",
             "tokenizer.padding_side = 'right' with mask causal, or sequences of one length",
+        )
+
+
+def _check_labels(labels: Tensor, padding: Tensor) -> None:
+    # The unsplit model would count them, and a padded token of it sees fewer keys than here.
+    if labels.shape != padding.shape:
+        raise RingspanError(
+            f"labels {tuple(labels.shape)} with an attention_mask {tuple(padding.shape)}",
+            "they are of different shapes",
+            "Labels and attention_mask are [batch, length], of the same sequences",
+        )
+    labelled = (labels != IGNORE_INDEX) & (padding == 0)
+    if bool(labelled.any()):
+        row, position = labelled.nonzero()[0].tolist()
+        raise UnsupportedError(
+            f"a batch with labels at {int(labelled.sum())} padded positions",
+            f"sequence {row} has the label {int(labels[row, position])} at position {position}, where its attention_mask is 0",
+            "transformers' loss counts every label but -100 whatever the attention_mask, and what padding predicts is of no use",
+            "labels.masked_fill(attention_mask == 0, -100), as DataCollatorForLanguageModeling(tokenizer, mlm=False) gives them",
         )

@@ -15,6 +15,7 @@ from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
 from ringspan.attention.decode import decode
+from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
@@ -27,7 +28,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import Kernel, accumulator_dtype, select_kernel
+from ringspan.kernels import Kernel, accumulator_dtype, lse_gradient_refusal, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, make_transport, peer_memory
@@ -107,8 +108,14 @@ class ContextParallel:
         return self._sequences.get((length, mask), lambda: self._new_sequence(length, mask))
 
     def _new_sequence(self, length: int, mask: Mask) -> Sequence:
-        problem = checks.problem_of(lambda: checks.check_sequence(length, mask))
-        agree(self.transport, "sequence", f"length={length} mask={mask}", problem)
+        said = [f"length={length}"]
+
+        def check() -> None:
+            checks.check_sequence(length, mask)
+            said.append(f"mask={describe_mask(mask)}")
+
+        problem = checks.problem_of(check)
+        agree(self.transport, "sequence", " ".join(said), problem)
         return Sequence(self, make_layout(self.layout, length, self.num_ranks, self.weights, mask), mask)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -325,7 +332,7 @@ class Sequence:
 
         problem = checks.problem_of(check)
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
-        kernel = select_kernel(self.context.kernel, checks.kernel_problem(q, k, features))
+        kernel = select_kernel(self.context.kernel, wanted := checks.kernel_problem(q, k, features))
         schedules = self._schedules = self._choose(q, k)
         transport = self.context.transport
         exchange, first_head = None, 0
@@ -348,6 +355,7 @@ class Sequence:
             exchange,
             materialised,
             self.context.kv_heads_per_stage,
+            None if materialised else lse_gradient_refusal(kernel, wanted),
             peers,
         )
 

@@ -17,6 +17,7 @@ from ringspan.attention.program import LANES, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Shelf
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
+from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Receive, Send
 
 
@@ -140,13 +141,16 @@ class _FlashPass(Pass):
 
 
 class ForwardPass(_FlashPass):
-    """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. See `Pass` for the other arguments."""
+    """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. `rounds`: to the dtype of q, at the last merge. See `Pass`."""
 
-    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(
+        self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel,
+        q: Tensor, k: Tensor, v: Tensor, rounds: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(program, courier, scores, kernel, q, k, v)
         spans = {**program.accumulators, ("o", program.rank): (0, q.shape[1])}
         self._partials = {
-            owner: Partial(Piece(kind, owner, start, stop), q, program.additions[(kind, owner)], owner != program.rank)
+            owner: Partial(Piece(kind, owner, start, stop), q, program.additions[(kind, owner)], rounds and owner == program.rank)
             for (kind, owner), (start, stop) in spans.items()
         }
 
@@ -167,16 +171,17 @@ class ForwardPass(_FlashPass):
         return list(self._partials[piece.owner].rows(piece.start, piece.stop))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """`out [batch, shard, heads, head_dim]` in the dtype of q, `lse [batch, heads, shard]`."""
+        """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
         return self._partials[self.program.rank].result()
 
 
 class BackwardPass(_FlashPass):
-    """dO and what the forward saved to dq, dk, dv. `dlse` is None where nothing depends on lse."""
+    """dO and what the forward saved to dq, dk, dv. `dlse` is None where nothing depends on lse; `rounds_keys`: dk and dv are whole."""
 
     def __init__(
         self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+        rounds_keys: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(program, courier, scores, kernel, q, k, v)
         rank, rows = program.rank, q.shape[1]
@@ -189,7 +194,7 @@ class BackwardPass(_FlashPass):
                 Piece(kind, owner, start, stop),
                 q if kind == "dq" else k,
                 program.additions[(kind, owner)],
-                travels=owner != rank,
+                rounds=owner == rank and (kind == "dq" or rounds_keys),
                 parts=1 if kind == "dq" else 2,
             )
             for (kind, owner), (start, stop) in spans.items()
@@ -202,9 +207,10 @@ class BackwardPass(_FlashPass):
         k, v = self.keys(kv_owner, tile.k_start, tile.k_stop)
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
-        dq, dk, dv = self.kernel.backward(
-            batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse, self.scores(q_owner, kv_owner, tile)
-        )
+        dq, dk, dv = kernel_backward(
+            self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
+            self.scores(q_owner, kv_owner, tile),
+        )  # fmt: skip
         self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))
         self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))
 
@@ -219,7 +225,7 @@ class BackwardPass(_FlashPass):
         return [(first, second[0])] if second else [first]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv `[batch, shard, heads, head_dim]` in the dtypes of q, k and v."""
+        """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""
         rank = self.program.rank
         (dq,), (dk, dv) = self._accumulators[("dq", rank)].result(), self._accumulators[("dkv", rank)].result()
         return dq, dk, dv

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator
 from ringspan.attention.executor import Pass
-from ringspan.attention.mail import Component, Courier, TransportCourier
+from ringspan.attention.mail import Component, Courier
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import accumulator_dtype, batch_first, rows_first
 from ringspan.schedule import Piece
-from ringspan.transport import Transport
 
 Blocks = dict[int, Tensor]
 """By owner of the keys: `[batch, heads, own queries, owner's keys]`."""
@@ -74,7 +73,7 @@ class MaterialisedForward(_MaterialisedPass):
         self.weights: Blocks | None = None
         self.lse = q.new_empty(0)
         rank = program.rank
-        self._out = Accumulator(Piece("o", rank, 0, q.shape[1]), q, program.additions[("o", rank)])
+        self._out = Accumulator(Piece("o", rank, 0, q.shape[1]), q, program.additions[("o", rank)], rounds=False)
 
     def attend(self, launch: Launch) -> None:
         """With k: scores. With v: the weights, which the first of these completes, times v."""
@@ -99,7 +98,7 @@ class MaterialisedForward(_MaterialisedPass):
         return self.weights
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`."""
+        """`out [batch, shard, heads, head_dim]` and `lse [batch, heads, shard]`, both in the accumulator's precision."""
         self.softmax()
         return self._out.result()[0], self.lse
 
@@ -121,7 +120,7 @@ class MaterialisedBackward(_MaterialisedPass):
         own = {("dq", rank): (0, q.shape[1]), ("dk", rank): (0, k.shape[1]), ("dv", rank): (0, k.shape[1])}
         for (kind, owner), (start, stop) in {**program.accumulators, **own}.items():
             self._accumulators[(kind, owner)] = Accumulator(
-                Piece(kind, owner, start, stop), q if kind == "dq" else k, program.additions[(kind, owner)], owner != rank
+                Piece(kind, owner, start, stop), q if kind == "dq" else k, program.additions[(kind, owner)], rounds=False
             )
 
     def attend(self, launch: Launch) -> None:
@@ -151,41 +150,9 @@ class MaterialisedBackward(_MaterialisedPass):
         return list(self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop))
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's shard."""
-        rank = self.program.rank
-
-        dq, dk, dv = (self._accumulators[(kind, rank)].result()[0] for kind in ("dq", "dk", "dv"))
+        """dq, dk, dv of this rank's shard, in the accumulator's precision."""
+        dq, dk, dv = (self._accumulators[(kind, self.program.rank)].result()[0] for kind in ("dq", "dk", "dv"))
         return dq, dk, dv
-
-
-class RingSelfAttention(torch.autograd.Function):
-    """The autograd function around the two passes; takes a plan like that of every other strategy."""
-
-    @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, forward: RankProgram, backward: RankProgram, transport: Transport, scores: TileScores
-    ):
-        """out and lse; keeps the weights, as the paper does."""
-        run = MaterialisedForward(forward, TransportCourier(transport, accumulator_dtype(q.dtype)), scores, q, k, v)
-        run.run()
-        out, lse = run.result()
-        weights = run.softmax()
-        ctx.save_for_backward(q, k, v, out, *(weights[owner] for owner in sorted(weights)))
-        ctx.about = backward, transport, scores
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None):
-        """dq, dk, dv of this rank."""
-        dout, dlse = gradients
-        q, k, v, out, *weights = ctx.saved_tensors
-        backward, transport, scores = ctx.about
-        dout = torch.zeros_like(out) if dout is None else dout
-        courier = TransportCourier(transport, accumulator_dtype(q.dtype))
-        run = MaterialisedBackward(backward, courier, scores, q, k, v, out, dict(enumerate(weights)), dout, dlse)
-        run.run()
-        return *run.result(), None, None, None, None
 
 
 def check_materialised(kernel: str, softcap: float | None, sinks: Tensor | None) -> None:

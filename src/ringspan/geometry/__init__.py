@@ -2,7 +2,7 @@
 
 from ringspan.geometry.balance import balanced_layout, make_layout
 from ringspan.geometry.grid import PLACEMENTS, Grid, merge_groups, rows_within
-from ringspan.geometry.heads import HeadShare, head_shares
+from ringspan.geometry.heads import HeadShare, head_shares, shared_keys
 from ringspan.geometry.layout import LAYOUTS, Layout
 from ringspan.geometry.mask import (
     Mask,
@@ -55,6 +55,7 @@ __all__ = [
     "parse_mask",
     "prefix_lm",
     "rows_within",
+    "shared_keys",
     "sliding_window",
     "tiles",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ringspan.geometry.span import split_evenly
@@ -44,3 +45,12 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> tuple[HeadShare, ...]:
             start = kv_head * group
             shares.append(HeadShare(start + part.start, start + part.stop, kv_head, kv_head + bool(len(part))))
     return tuple(shares)
+
+
+def shared_keys(shares: tuple[HeadShare, ...]) -> tuple[bool, ...]:
+    """For each rank of `shares`, whether other ranks have its key heads too: then what each makes of their gradients is only a part.
+
+    Of eight query heads and two key heads on four ranks: all. Of eight and eight: none.
+    """
+    owners = Counter(share.kv_start for share in shares if share.kv_heads)
+    return tuple(bool(share.kv_heads) and owners[share.kv_start] > 1 for share in shares)

@@ -42,6 +42,11 @@ class Mask:
         """What must hold for a pair besides lying in a region, or None where the regions say everything."""
         return None
 
+    @property
+    def functions(self) -> tuple[MaskMod, ...]:
+        """The users' functions that `mod` asks, in order."""
+        return ()
+
     def check_length(self, length: int) -> None:
         """Passes where the mask says something about every pair of a sequence of `length`.
 
@@ -184,12 +189,17 @@ class Predicate(Mask):
     @property
     def name(self) -> str:
         """`mask_mod NAME`."""
-        return f"mask_mod {getattr(self.mask_mod, '__qualname__', self.mask_mod)}"
+        return f"mask_mod {getattr(self.mask_mod, '__qualname__', type(self.mask_mod).__qualname__)}"
 
     @property
     def mod(self) -> MaskMod | None:
         """The user's function."""
         return self.mask_mod
+
+    @property
+    def functions(self) -> tuple[MaskMod, ...]:
+        """The user's function."""
+        return (self.mask_mod,)
 
     def regions(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> Iterable[Region]:
         """The rectangle: only the function knows."""
@@ -215,6 +225,11 @@ class Both(Mask):
         if len(mods) < 2:
             return mods[0] if mods else None
         return lambda b, h, q_idx, kv_idx: mods[0](b, h, q_idx, kv_idx) & mods[1](b, h, q_idx, kv_idx)
+
+    @property
+    def functions(self) -> tuple[MaskMod, ...]:
+        """Those of both masks."""
+        return self.first.functions + self.second.functions
 
     def check_length(self, length: int) -> None:
         """See `Mask.check_length`: both masks fit."""
@@ -345,7 +360,8 @@ def mask_mod(function: MaskMod) -> Mask:
     """What `function(b, h, q_idx, kv_idx)` allows, on global positions, with FlexAttention's signature.
 
     Joined with regions (`causal() & mask_mod(f)`), blocks outside of them cost nothing. The function is its own identity: keep one object
-    and pass it again, or every call plans anew.
+    and pass it again, or every call plans anew. It says the same on every rank, and always: ranks compare its code and the values that it
+    reads when they first meet it, and not again.
 
     Raises:
         RingspanError: where `function` cannot be called.

@@ -2,12 +2,25 @@
 
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.flash4 import Flash4
+from ringspan.kernels.lse_gradient import lse_gradient_refusal
 from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
 from ringspan.kernels.protocol import Kernel, Problem, Scores, lowered
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
-__all__ = ["KERNELS", "Kernel", "Problem", "Scores", "accumulator_dtype", "batch_first", "lowered", "merge_", "rows_first", "select_kernel"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Problem",
+    "Scores",
+    "accumulator_dtype",
+    "batch_first",
+    "lowered",
+    "lse_gradient_refusal",
+    "merge_",
+    "rows_first",
+    "select_kernel",
+]
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Flash4(), CuDnn(), Flash2(), TorchCpu(), Reference())}
 """By name, the fastest first where speeds were compared (Hopper, PEERS table of 2026-11)."""

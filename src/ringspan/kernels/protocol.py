@@ -82,7 +82,7 @@ class Kernel(Protocol):
             `square` (low = 0 on squares only), `corner` (bands without rows below them that see all keys), `band` (anything). Other
             tiles are lowered to these, see `lowered`.
         features: which of `window`, `softcap` and `mask_mod` it computes.
-        lse_gradient: whether the backward takes a gradient of lse.
+        lse_gradient: whether the backward takes a gradient of lse; else it is given one as columns, see `lse_gradient`.
     """
 
     name: str

@@ -20,6 +20,7 @@ class PieceBytes:
         head_dim: width of a head.
         element_bytes: bytes of an element of q, k, v, out and dO. Partials, lse and gradients travel in `accumulator_bytes`. With dO travel
             out and lse, of which kernels compute what they need.
+        lse_gradient: whether a gradient through lse travels with dO.
         accumulator_bytes: 4 for float32, 8 where the inputs are float64.
     """
 
@@ -29,6 +30,7 @@ class PieceBytes:
     head_dim: int = 1
     element_bytes: int = 2
     accumulator_bytes: int = 4
+    lse_gradient: bool = False
 
     def of(self, kind: str) -> int:
         """Bytes of one position of `kind`."""
@@ -40,7 +42,7 @@ class PieceBytes:
             "k": kv * self.element_bytes // 2,
             "v": kv * self.element_bytes // 2,
             "o": q * (self.head_dim + 1) * self.accumulator_bytes,
-            "do": q * (2 * self.head_dim * self.element_bytes + self.accumulator_bytes),
+            "do": q * (2 * self.head_dim * self.element_bytes + (1 + self.lse_gradient) * self.accumulator_bytes),
             "dq": q * self.head_dim * self.accumulator_bytes,
             "dkv": kv * self.accumulator_bytes,
             "dk": kv * self.accumulator_bytes // 2,

@@ -6,8 +6,15 @@ rank p − t + P, attends them to its own keys, and sends the partial result hom
 the queries' owner, the others by the keys' owner, under any layout and mask.
 
 Erratum: the printed guard t ≠ ⌊P/2⌋ drops blocks for every odd P; the two roles meet in the same block only where 2t = P. No rank is
-idle for odd P. For even P half of them are in the last step: 1/(2P) of P² block slots, as the paper counts, and 1/(P + 1) of the time,
-since the first step's triangles are half blocks.
+idle for odd P. For even P half of the ranks are in the last step, for one block each: P/2 idle blocks. What share that is depends on what
+it is a share of:
+
+    1/(2P)     of P² blocks, the time of the unbalanced ring: P steps of P ranks. The paper's figure.
+    1/(P + 2)  of this schedule's own P (P/2 + 1) slots, every step counted alike.
+    1/(P + 1)  of its time, P (P + 1)/2 blocks: the first step's blocks are triangles, half as long. (With c tokens a rank 1/(P + 1 + 1/c),
+               since a triangle has its diagonal.)
+
+For 8 ranks 6%, 10% and 11%. `ringspan show` prints the last, in pairs.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ its own last one is done and what is due has come: ranks drift as they would.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, head_shares, tiles
 from ringspan.schedule import Attend, PieceBytes, Receive, Schedule, Send
 from ringspan.schedule.validate import live_positions
 from ringspan.strategies.common import Schedules
+from ringspan.strategies.links import Links, exchange_bytes, link_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +62,30 @@ class Cost:
 
 def cost(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> Cost:
     """The cost of `schedules` for `layout` (of all ranks) and `mask`, with tensors of `sizes`, on `machine`."""
-    inner, exchanged, seconds = sizes, 0, 0.0
-    if schedules.grid is not None:
-        shares = head_shares(sizes.heads, sizes.kv_heads, schedules.grid.degree)
-        widest = max(shares, key=lambda share: share.heads)
+    inner, seconds = sizes, 0.0
+    if (grid := schedules.grid) is not None:
+        widest = max(head_shares(sizes.heads, sizes.kv_heads, grid.degree), key=lambda share: share.heads)
         inner = replace(sizes, heads=widest.heads, kv_heads=widest.kv_heads)
-        rows = max(layout.shard_lengths)
-        elsewhere = sizes.heads - min(share.heads for share in shares), sum(share.kv_heads for share in shares) - widest.kv_heads
-        # q, k and v there, out back; dO there, dq, dk and dv back.
-        exchanged = 2 * rows * (2 * elsewhere[0] + 2 * elsewhere[1]) * sizes.batch * sizes.head_dim * sizes.element_bytes
-        seconds = 4 * (machine.latency_seconds + machine.launch_seconds) + exchanged / machine.link_bytes_per_second
-        seconds = seconds if schedules.grid.degree > 1 else 0.0
-    busy, sent, live = 0.0, exchanged, 0
+        if grid.degree > 1:
+            # q, k and v there, out back; dO there, dq, dk and dv back.
+            exchanged = (_busiest(exchange_bytes(grid, layout, sizes, direction)) for direction in ("forward", "backward"))
+            seconds = 4 * (machine.latency_seconds + machine.launch_seconds) + sum(exchanged) / machine.link_bytes_per_second
+    sent = _busiest(sum((link_bytes(schedules, layout, sizes, direction) for direction in ("forward", "backward")), Counter()))
+    busy, live = 0.0, 0
     for schedule, factor in ((schedules.forward, 1.0), (schedules.backward, 2.5)):
         ends, busiest = _run(schedule, schedules.layout, mask, inner, machine, factor)
         seconds, busy = seconds + ends, busy + busiest
-        by_rank: dict[int, int] = defaultdict(int)
-        for rank, send in schedule.sends():
-            by_rank[rank] += len(send.piece) * inner.of(send.piece.kind)
-        sent += max(by_rank.values(), default=0)
         held = (sum(most * inner.of(kind) for kind, most in rank.items()) for rank in live_positions(schedule))
         live = max(live, max(held, default=0))
     return Cost(seconds=seconds, sent_bytes=sent, live_bytes=live, computing=busy / seconds if seconds else 1.0)
+
+
+def _busiest(links: Links) -> int:
+    """The bytes of the rank that sends most."""
+    by_rank: Counter[int] = Counter()
+    for (source, _), size in links.items():
+        by_rank[source] += size
+    return max(by_rank.values(), default=0)
 
 
 def _run(schedule: Schedule, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, factor: float) -> tuple[float, float]:

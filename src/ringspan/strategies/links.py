@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from ringspan.geometry import Layout, head_shares
+from ringspan.geometry import Grid, Layout, head_shares, shared_keys
 from ringspan.schedule import PieceBytes, traffic
 from ringspan.strategies.common import Schedules
 
+Links = Counter[tuple[int, int]]
+"""Bytes by link (source, target)."""
 
-def link_bytes(
-    schedules: Schedules, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False
-) -> Counter[tuple[int, int]]:
+
+def link_bytes(schedules: Schedules, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False) -> Links:
     """Bytes over each link (source, target) in one direction of a strategy: what the transport's counters must show.
 
     Args:
@@ -20,29 +21,48 @@ def link_bytes(
         layout: of all ranks (in two-dimensional attention, before head groups are merged).
         sizes: of attention's tensors.
         direction: `forward` or `backward`.
-        return_lse: whether lse is brought back too, where positions are exchanged for heads.
+        return_lse: forward: whether lse is asked for, which is brought back where positions are exchanged for heads. Backward: whether a
+            gradient goes through it, which travels with dO.
     """
+    sizes = replace(sizes, lse_gradient=return_lse and direction == "backward")
     schedule = schedules.forward if direction == "forward" else schedules.backward
     grid = schedules.grid
     if grid is None:
         return Counter(traffic(schedule, sizes))
-    shares = head_shares(sizes.heads, sizes.kv_heads, grid.degree)
-    total: Counter[tuple[int, int]] = Counter()
-    for place, share in enumerate(shares):
+    total: Links = Counter()
+    for place, share in enumerate(head_shares(sizes.heads, sizes.kv_heads, grid.degree)):
         if share.heads:
             members = grid.context_group(place)
             inner = traffic(schedule, replace(sizes, heads=share.heads, kv_heads=share.kv_heads))
             total.update({(members[source], members[target]): size for (source, target), size in inner.items()})
+    total.update(exchange_bytes(grid, layout, sizes, direction, return_lse))
+    return +total
+
+
+def exchange_bytes(grid: Grid, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False) -> Links:
+    """The part of `link_bytes` that is the exchange of positions for heads and back.
+
+    Gradients travel in the inputs' dtype, but for those of key heads that several ranks of a head group share: these are parts, which
+    their owner adds up, and travel as they were accumulated.
+    """
+    shares = head_shares(sizes.heads, sizes.kv_heads, grid.degree)
+    shared = shared_keys(shares)
     width = sizes.batch * sizes.head_dim * sizes.element_bytes
+    wide = sizes.batch * sizes.head_dim * sizes.accumulator_bytes
     lse = sizes.batch * sizes.accumulator_bytes * return_lse
+    total: Links = Counter()
     for group in range(grid.num_groups):
         for source in grid.head_group(group):
             for target in grid.head_group(group):
+                if source == target:
+                    continue
                 theirs, mine = shares[grid.place(target)], shares[grid.place(source)]
                 # Inputs go to the rank that computes the head, results to the rank that owns the position.
-                out, back = layout.shard_length(source), layout.shard_length(target)
-                forward = out * (theirs.heads + 2 * theirs.kv_heads) * width + back * mine.heads * (width + lse)
-                backward = out * theirs.heads * (width + lse) + back * (mine.heads + 2 * mine.kv_heads) * width
-                if source != target:
-                    total[(source, target)] += forward if direction == "forward" else backward
+                there, back = layout.shard_length(source), layout.shard_length(target)
+                if direction == "forward":
+                    size = there * (theirs.heads + 2 * theirs.kv_heads) * width + back * mine.heads * (width + lse)
+                else:
+                    keys = 2 * mine.kv_heads * (wide if shared[grid.place(source)] else width)
+                    size = there * theirs.heads * (width + lse) + back * (mine.heads * width + keys)
+                total[(source, target)] += size
     return +total
