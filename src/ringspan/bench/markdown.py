@@ -82,8 +82,7 @@ def summary(report: BenchReport, shape: Shape, launch: str) -> list[str]:
     lines = []
     for which, words in zip(PASSES, ("forward", "forward + backward"), strict=True):
         best = report.best_one_device(shape, launch, which)
-        ours = [record for record in report.of(shape, "ringspan") if record.is_timed and record.launch == launch]
-        fastest = min(ours, key=lambda record: record.median_ms(which), default=None)
+        fastest = min(report.timed_settings(shape, launch), key=lambda record: record.median_ms(which), default=None)
         said = [f"{words}, {launch}: on one device {best.name} is the fastest" if best else f"{words}, {launch}"]
         if fastest is not None:
             said.append(f"over the ranks {fastest.label}")
