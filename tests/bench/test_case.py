@@ -61,7 +61,8 @@ def test_an_ablation_takes_one_thing_away_at_a_time():
     whole = made[0]
     assert whole.note == EVERYTHING_ON and whole.overlap and whole.strategy == "ring"
     notes = {setting.note: setting for setting in made[1:]}
-    assert [setting.strategy for setting in made if setting.strategy != "ring"] == [f"all_gather:stages={count}" for count in (1, 2, 3)]
+    stages = [setting.strategy for setting in made if setting.strategy != "ring"]
+    assert stages == ["ring:kv_heads_per_stage=1", *(f"all_gather:stages={count}" for count in (1, 2, 3))]
     assert not notes["no overlap"].overlap and notes["no overlap"].layout == whole.layout
     assert notes["contiguous, not zigzag"].layout == "contiguous" and notes["contiguous, not zigzag"].overlap
 
@@ -70,6 +71,7 @@ def test_a_strategy_is_read_with_its_options():
     assert parse_strategy("ring") == ("ring", {})
     assert parse_strategy("auto") == ("auto", {})
     assert parse_strategy("all_gather:stages=3") == ("all_gather", {"stages": 3})
+    assert parse_strategy("all_gather:stages=3&kv_heads_per_stage=2") == ("all_gather", {"stages": 3, "kv_heads_per_stage": 2})
 
 
 @pytest.mark.parametrize(
