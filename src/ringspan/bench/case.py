@@ -152,18 +152,19 @@ class Setting:
 
 
 def parse_strategy(text: str) -> tuple[str, dict[str, int | str]]:
-    """`all_gather:stages=2` as a name and its options; several options are joined by `&`.
+    """`all_gather:stages=2` as a name and its options; several options are joined by `&`. `kv_heads_per_stage` goes with every strategy.
 
     Raises:
         RingspanError: for a strategy or an option that there is not, or a value that does not read.
     """
     name, _, rest = text.partition(":")
-    known = {} if name == "auto" else strategy_options(name)
+    known: dict[str, type] = {} if name == "auto" else strategy_options(name)
+    known["kv_heads_per_stage"] = int  # of `ContextParallel`, with any strategy
     options: dict[str, int | str] = {}
     for part in rest.split("&") if rest else ():
         key, _, value = part.partition("=")
         if key not in known:
-            found = f"it takes {', '.join(known) or 'no options'}"
+            found = f"it takes {', '.join(known)}"
             raise RingspanError(f"--strategy {text!r}", found, "A strategy is given its own options alone", f"--strategy {name}")
         try:
             options[key] = known[key](value)
@@ -268,6 +269,8 @@ def ablations(whole: Setting, num_ranks: int) -> list[Setting]:
         replace(whole, overlap=False, note="no overlap"),
         replace(whole, layout="contiguous", note="contiguous, not zigzag"),
     ]
+    joint = "&" if ":" in whole.strategy else ":"
+    found.append(replace(whole, strategy=f"{whole.strategy}{joint}kv_heads_per_stage=1", note="one KV head at a time"))
     return found + [
         replace(whole, strategy=f"all_gather:stages={stages}", note=f"{stages} of {max(1, num_ranks - 1)} stages")
         for stages in range(1, max(2, num_ranks))

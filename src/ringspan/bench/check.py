@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.bench.case import Shape
 from ringspan.bench.passes import GRADIENTS, Results
-from ringspan.transport import Transport
+from ringspan.bench.together import Together
 from ringspan.verify import FIXED, Budget, Error, Inputs, budgets, dense_attention
 
 TENSORS = ("out", *GRADIENTS)
@@ -20,7 +20,7 @@ MOST_DENSE_TOKENS = 8192
 LAW_5 = 1.25
 """Of ringspan: so many times the error that the same kernel makes on one device (law 5, partials rounded to half precision)."""
 
-PEERS = 2.0
+PEER = 2.0
 """Of a peer, which may round more often; what is wrong errs a hundred times as much."""
 
 BETWEEN_KERNELS = 4
@@ -56,7 +56,7 @@ def dense_yardstick(shape: Shape, inputs: Inputs) -> Yardstick | None:
     return Yardstick("float64", {name: getattr(exact, name) for name in TENSORS})
 
 
-def errors(results: Results, yardstick: Yardstick, mine: Callable[[Tensor], Tensor], transport: Transport | None) -> dict[str, Error]:
+def errors(results: Results, yardstick: Yardstick, mine: Callable[[Tensor], Tensor], transport: Together | None) -> dict[str, Error]:
     """The error of each result over all ranks: ‖found − exact‖ / ‖exact‖, the norms over the whole tensor. Collective.
 
     Args:
@@ -98,7 +98,7 @@ def limits(shape: Shape, yardstick: Yardstick, single: Mapping[str, Error], allo
 
     Args:
         single: the errors of the same kernel on one device against the same yardstick; of any kernel where that is not known.
-        allowance: `LAW_5` or `PEERS`.
+        allowance: `LAW_5` or `PEER`.
     """
     if yardstick.is_exact:
         return budgets(shape.dtype, shape.torch_dtype, lambda: single, TENSORS, allowance)

@@ -40,7 +40,7 @@ def open_meter(device: torch.device) -> Meter:
         return Meter("pynvml is not installed: pip install nvidia-ml-py")
     try:
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
         meter = Meter("", nvml, handle)
         meter.millijoules()
     except Exception as error:

@@ -21,7 +21,8 @@ def markdown(report: BenchReport, title: str = "ringspan bench") -> str:
         f"{about.get('date', '')}, commit `{about.get('commit', '')}`: {about.get('num_ranks')} × {about.get('device')}, "
         f"{about.get('backend')}; {versions}. Median of {about.get('samples')} samples after {about.get('warmup')} calls of warm-up; "
         "the slowest rank counts. TFLOP/s a device count the pairs that the mask allows, the backward as 2.5 forwards. The ratio is to the "
-        "fastest kernel on one device over the same whole sequence, its time divided by the number of devices, launched in the same way.",
+        "fastest kernel on one device over the same whole sequence, its time divided by the number of devices, launched in the same way. "
+        "Peers are launched as they are, eagerly.",
     ]
     for shape in report.shapes:
         lines += ["", *shape_table(report, shape)]
@@ -82,8 +83,7 @@ def summary(report: BenchReport, shape: Shape, launch: str) -> list[str]:
     lines = []
     for which, words in zip(PASSES, ("forward", "forward + backward"), strict=True):
         best = report.best_one_device(shape, launch, which)
-        ours = [record for record in report.of(shape, "ringspan") if record.is_timed and record.launch == launch]
-        fastest = min(ours, key=lambda record: record.median_ms(which), default=None)
+        fastest = min(report.timed_settings(shape, launch), key=lambda record: record.median_ms(which), default=None)
         said = [f"{words}, {launch}: on one device {best.name} is the fastest" if best else f"{words}, {launch}"]
         if fastest is not None:
             said.append(f"over the ranks {fastest.label}")

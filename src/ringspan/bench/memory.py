@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -55,6 +57,14 @@ def promise(schedules: Schedules, layout: Layout, sizes: PieceBytes, rank: int, 
     return Promise(visitors, _accumulators(schedule, lane, sizes), _largest_call(schedule, lane, sizes), exchanged)
 
 
+def staged(sizes: PieceBytes, kv_heads: int | str | None) -> PieceBytes:
+    """What a position weighs with the heads that are computed at once, where `kv_heads` at a time take turns."""
+    if kv_heads is None:
+        return sizes
+    at_once = min(int(kv_heads), sizes.kv_heads)
+    return replace(sizes, heads=sizes.heads // sizes.kv_heads * at_once, kv_heads=at_once)
+
+
 def _attends(schedule: Schedule, rank: int) -> list[Attend]:
     return [action for action in schedule.programs[rank] if isinstance(action, Attend)]
 
@@ -94,3 +104,19 @@ def peak_bytes(work: Callable[[], tuple[Tensor, ...]], device: torch.device) -> 
     torch.cuda.synchronize(device)
     held = sum(result.numel() * result.element_size() for result in results)
     return torch.cuda.max_memory_allocated(device) - before - held
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back that the allocator keeps, graphs' pools included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def releasing(device: torch.device) -> Iterator[None]:
+    """`release` on the way out."""
+    try:
+        yield
+    finally:
+        release(device)

@@ -135,10 +135,14 @@ class BenchReport:
         peers = [other for other in self.of(record.shape, "peer") if other.is_timed]
         return {other.name: other.median_ms(which) / record.median_ms(which) for other in peers} if record.is_timed else {}
 
+    def timed_settings(self, shape: Shape, launch: str) -> list[Record]:
+        """Ringspan's records that were timed, ablations left out."""
+        timed = [record for record in self.of(shape, "ringspan") if record.is_timed and record.launch == launch]
+        return [record for record in timed if record.setting is not None and record.setting.note in ("", EVERYTHING_ON)]
+
     def auto_to_best(self, shape: Shape, launch: str, which: str) -> float | None:
         """The best setting's time over that of strategy `auto`: 1 where auto is the best. Ablations do not count."""
-        timed = [record for record in self.of(shape, "ringspan") if record.is_timed and record.launch == launch]
-        timed = [record for record in timed if record.setting is not None and record.setting.note in ("", EVERYTHING_ON)]
+        timed = self.timed_settings(shape, launch)
         auto = [record.median_ms(which) for record in timed if record.setting is not None and record.setting.strategy == "auto"]
         return min(record.median_ms(which) for record in timed) / min(auto) if auto else None
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 
-from ringspan.bench.case import Grid, Setting, Shape
+from ringspan.bench.case import Grid, Setting, Shape, parse_strategy
 from ringspan.bench.check import (
     LAW_5,
+    PEER,
+    TENSORS,
     Yardstick,
     dense_yardstick,
     errors,
@@ -21,23 +23,23 @@ from ringspan.bench.check import (
     probe,
     wrong,
 )
-from ringspan.bench.check import (
-    PEERS as PEERS_MAY,
-)
 from ringspan.bench.clock import Clock
 from ringspan.bench.energy import Meter, joules
 from ringspan.bench.graph import captured
-from ringspan.bench.memory import peak_bytes, promise
+from ringspan.bench.memory import peak_bytes, promise, release, releasing, staged
 from ringspan.bench.one_device import capable_kernels, one_device
 from ringspan.bench.passes import Passes, open_sequence, passes_of, whole_inputs
 from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, Record, worst
+from ringspan.bench.together import Broken, Together, first_of, one_line
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.kernels import select_kernel
 from ringspan.strategies import link_bytes
+from ringspan.transport import Transport
 from ringspan.verify import Error, Inputs
 
 Watch = Callable[[Record], None]
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Bench:
 
     clock: Clock
     meter: Meter
+
+    @cached_property
+    def together(self) -> Together:
+        """The clock's ranks."""
+        return Together(self.clock.transport)
 
     def run(self, grid: Grid, watch: Watch = lambda record: None) -> list[Record]:
         """The records of every shape of `grid`, the same on every rank. Collective.
@@ -88,13 +95,17 @@ class _Problem:
     def device(self) -> torch.device:
         return self.bench.clock.device
 
+    @property
+    def together(self) -> Together:
+        return self.bench.together
+
     def run(self) -> None:
         """Baselines, settings, peers."""
         try:
             inputs = whole_inputs(self.shape, self.device)
             self.yardstick = dense_yardstick(self.shape, inputs)
         except torch.OutOfMemoryError as error:
-            self.keep(Record(kind="ringspan", name="inputs", shape=self.shape, status="failed", reason=_words(error)))
+            self.keep(Record(kind="ringspan", name="inputs", shape=self.shape, status="failed", reason=one_line(error)))
             return
         settings = self.grid.settings()
         asked = tuple(dict.fromkeys(setting.kernel for setting in settings))
@@ -115,25 +126,25 @@ class _Problem:
         def check() -> tuple[Passes, Record]:
             passes, how = one_device(kernel, self.shape, inputs)
             results = passes.both()
-            off = probe(self.shape, inputs, results[0])
-            if self.yardstick is None:
-                # The fastest comes first; its rows have just been probed, and others are compared with all of it.
-                names = ("out", "dq", "dk", "dv")
-                self.yardstick = Yardstick(kernel, {name: result.detach() for name, result in zip(names, results, strict=True)})
-            found = errors(results, self.yardstick, passes.mine, None)
-            self.single[kernel] = found
-            allowed = limits(self.shape, self.yardstick, found, LAW_5)
+            yardstick, off = self.yardstick, 0.0
+            if yardstick is None:
+                yardstick = Yardstick(kernel, dict(zip(TENSORS, results, strict=True)))
+            if not yardstick.is_exact:
+                off = probe(self.shape, inputs, results[0])
+            # Every rank computes all of it, and what rank 0 finds counts: kernels that add in no fixed order differ in the last digits.
+            found, off = self.together.gather_objects((errors(results, yardstick, passes.mine, None), off))[0]
+            allowed = limits(self.shape, yardstick, found, LAW_5)
             problem = wrong(found, allowed)
-            if not off <= allowed["out"].limit:
-                problem = problem or f"some rows of out err by {off:.1e} against float64, budget {allowed['out'].limit:.1e}"
-                if self.yardstick.kind == kernel:
-                    self.yardstick = None
-            made = replace(record, yardstick=self.yardstick.kind if self.yardstick else "", errors=found, budgets=allowed, reason=how)
+            if not problem and not off <= allowed["out"].limit:
+                problem = f"some rows of out err by {off:.1e} against float64, of at most {allowed['out'].limit:.1e}"
+            made = replace(record, yardstick=yardstick.kind, errors=found, budgets=allowed, reason=how)
             if problem:
-                del self.single[kernel]
-            return passes, replace(made, status="wrong", reason=problem) if problem else made
+                return passes, replace(made, status="wrong", reason=problem)
+            # The fastest comes first: where no float64 is affordable, others are compared with it.
+            self.yardstick, self.single[kernel] = yardstick, found
+            return passes, made
 
-        with _releasing(self.device):
+        with releasing(self.device):
             outcome = self._attempt(record, check)
             if outcome is None:
                 return
@@ -156,11 +167,12 @@ class _Problem:
             sent = sum((Counter(sequence.context.transport.bytes_sent) - before).values())
             schedules, layout, sizes = sequence.schedules, sequence.layout, self.shape.sizes
             promised = sum(sum(link_bytes(schedules, layout, sizes, direction).values()) for direction in ("forward", "backward"))
-            forward, backward = (promise(schedules, layout, sizes, transport.rank, direction) for direction in ("forward", "backward"))
+            at_once = staged(sizes, parse_strategy(setting.strategy)[1].get("kv_heads_per_stage"))
+            forward, backward = (promise(schedules, layout, at_once, transport.rank, direction) for direction in ("forward", "backward"))
             # Out is a result; the lse that the backward needs is held beside it.
             lse = layout.shard_length(transport.rank) * sizes.batch * sizes.heads * sizes.accumulator_bytes
             both = max(forward, backward, key=lambda each: each.total)
-            gathered = transport.gather_objects(
+            gathered = self.together.gather_objects(
                 (sent, {**forward.as_json()}, {**both.as_json(), "lse": lse, "total": both.total + lse}, sequence.choice)
             )
             reason = f"{sequence.choice.strategy}: {sequence.choice.reason}" if sequence.choice is not None else ""
@@ -181,14 +193,14 @@ class _Problem:
 
     def _peer(self, name: str, peer: Peer, inputs: Inputs) -> None:
         record = Record(kind="peer", name=name, shape=self.shape)
-        reason = _first(self.bench.clock.transport.gather_objects(peer.refusal(self.shape, self.device)))
+        reason = first_of(self.together.gather_objects(peer.refusal(self.shape, self.device)))
         if reason:
             self.keep(replace(record, status="refused", reason=reason))
             return
 
         def check() -> tuple[Passes, Record]:
             passes = stack.enter_context(peer.open(self.shape, inputs, self.bench.clock.transport))
-            return passes, self._judged(replace(record, kernel=peer.kernel(self.device)), passes.both(), passes, PEERS_MAY)
+            return passes, self._judged(replace(record, kernel=peer.kernel(self.device)), passes.both(), passes, PEER)
 
         with ExitStack() as stack:
             self._check_and_time(record, check)
@@ -199,7 +211,7 @@ class _Problem:
         """`record` with its errors, `wrong` where one is over its budget or bytes are not those of the schedule. Collective."""
         if self.yardstick is None:
             return replace(record, status="wrong", reason="there is nothing to compare with: no kernel on one device is right")
-        found = errors(results, self.yardstick, passes.mine, self.bench.clock.transport)
+        found = errors(results, self.yardstick, passes.mine, self.together)
         single = self.single.get(record.kernel) or next(iter(self.single.values()), found)
         allowed = limits(self.shape, self.yardstick, single, allowance)
         problem = wrong(found, allowed)
@@ -209,7 +221,7 @@ class _Problem:
         return replace(made, status="wrong", reason=problem) if problem else made
 
     def _check_and_time(self, record: Record, check: Callable[[], tuple[Passes, Record]]) -> None:
-        with _releasing(self.device):
+        with releasing(self.device):
             outcome = self._attempt(record, check)
             if outcome is None:
                 return
@@ -219,45 +231,50 @@ class _Problem:
             else:
                 self.keep(checked)
 
-    def _attempt(self, record: Record, work: Callable[[], Any]) -> Any:
+    def _attempt(self, record: Record, work: Callable[[], Outcome]) -> Outcome | None:
         """The outcome of `work`, or None where any rank failed: a record that says so is then kept. Collective."""
-        outcome, status, reason = None, "", ""
         try:
             outcome = work()
+            self.together.gather_objects(None)
+            return outcome
         except RankFailure:
             raise
+        except Broken as broken:
+            ended = broken
         except RingspanError as error:
-            status, reason = "refused", str(error)
+            ended = self.together.fail("refused", str(error))
         except Exception as error:
-            status, reason = "failed", _words(error)
-        said = self.bench.clock.transport.gather_objects((status, reason))
-        broken = [(other, f"rank {rank}: {why}" if status != other else why) for rank, (other, why) in enumerate(said) if other]
-        if not broken:
-            return outcome
-        self.keep(replace(record, status=broken[0][0], reason=broken[0][1], timings={}))
+            ended = self.together.fail("failed", one_line(error))
+        self.keep(replace(record, status=ended.status, reason=ended.reason))
         return None
 
     def _timed(self, record: Record, passes: Passes) -> None:
         """Captures where that is asked for, times both passes, weighs memory and energy, and keeps the record. Collective."""
-        clock = self.bench.clock
+        clock = replace(self.bench.clock, transport=cast(Transport, self.together))
 
         def measure() -> Record:
-            extra = {which: peak_bytes(getattr(passes, which), clock.device) for which in PASSES}
-            works = {which: getattr(passes, which) for which in PASSES}
-            if record.launch == "graph":
-                works = {which: captured(work) for which, work in works.items()}
-                checked = self._replayed(record, works["both"], passes)
-                if not checked.is_timed:
-                    return checked
-            timings = {which: clock.time(work) for which, work in works.items()}
-            made = replace(record, timings=timings)
-            spent = {which: joules(self.bench.meter, clock, work, made.median_ms(which)) for which, work in works.items()}
-            by_rank = clock.transport.gather_objects({which: size for which, size in extra.items() if size is not None})
-            return replace(made, joules={which: value for which, value in spent.items() if value is not None}, extra_bytes=worst(by_rank))
+            made = record
+            # Both first: a graph that computes something else is found before anything is timed. One graph at a time holds memory.
+            for which in reversed(PASSES):
+                work = getattr(passes, which)
+                extra = {which: size} if (size := peak_bytes(work, clock.device)) is not None else {}
+                if record.launch == "graph":
+                    work = captured(work)
+                    if which == "both" and not (checked := self._replayed(record, work, passes)).is_timed:
+                        return checked
+                made = replace(made, timings={which: clock.time(work), **made.timings})
+                spent = joules(self.bench.meter, clock, work, made.median_ms(which))
+                made = replace(
+                    made,
+                    joules=made.joules if spent is None else {which: spent, **made.joules},
+                    extra_bytes={**worst(self.together.gather_objects(extra)), **made.extra_bytes},
+                )
+                del work
+                release(clock.device)
+            return made
 
-        outcome = self._attempt(record, measure)
-        if outcome is not None:
-            self.keep(outcome)
+        if (made := self._attempt(record, measure)) is not None:
+            self.keep(made)
 
     def _replayed(self, record: Record, replay: Callable[[], tuple[torch.Tensor, ...]], passes: Passes) -> Record:
         """What a graph computes is compared again: it reads other memory than the eager call did."""
@@ -270,28 +287,3 @@ class _Problem:
             return replace(record, status="wrong", reason="there is nothing to compare with: no kernel on one device is right")
         problem = wrong(errors(results, self.yardstick, passes.mine, None), record.budgets)
         return replace(record, status="wrong", reason=f"replayed as a graph, {problem}") if problem else record
-
-
-def release(device: torch.device) -> None:
-    """Gives memory back that the allocator keeps, graphs' pools included."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _releasing(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        release(device)
-
-
-def _first(reasons: list[str]) -> str:
-    return next((reason for reason in reasons if reason), "")
-
-
-def _words(error: BaseException) -> str:
-    """One line of an error."""
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else ''}"[:400]

@@ -105,6 +105,7 @@ def run(given: dict[str, Any], *, device: str, samples: int, warmup: int, timeou
 
 def _start(request: Request) -> int:
     """Starts the ranks, and says in one sentence what became of them where they did not end well."""
+    from ringspan.cli.bench_rank import outcome_file
     from ringspan.transport import start_ranks
 
     ranks = request.grid.num_ranks
@@ -112,10 +113,10 @@ def _start(request: Request) -> int:
         plan = Path(folder) / "request.json"
         request.save(plan)
         exits = start_ranks(ranks, "ringspan.cli.bench_rank", [str(plan)], folder, logged_ranks=range(1, ranks))
-        if not exits:
-            return 0
-        rank, status = next(iter(exits.items()))
-        if status in (1, 2) and (status == 2 or request.done(plan)):
+        if outcome_file(plan).exists():
+            return int(outcome_file(plan).read_text())
+        rank, status = next(iter(exits.items()), (0, 0))
+        if status == 2:
             return status
         said = sorted(Path(folder).glob(f"agent/**/{rank}/stderr.log"))
         last = said[-1].read_text(errors="replace").strip().splitlines()[-1:] if said else []

@@ -60,10 +60,10 @@ class Request:
         lists = {name: _tuples(value) for name, value in fields["grid"].items()}
         return cls(**{**fields, "grid": Grid(**lists)})
 
-    @staticmethod
-    def done(path: Path) -> bool:
-        """Whether rank 0 came to the end of the run that `path` asks for."""
-        return path.with_suffix(".done").exists()
+
+def outcome_file(path: Path) -> Path:
+    """Where rank 0 leaves the exit status of the run that the request at `path` asks for, once all is written."""
+    return path.with_suffix(".status")
 
 
 def _tuples(value: Any) -> Any:
@@ -110,8 +110,11 @@ def prepare(
     return Request(grid=grid, device=kind, samples=samples, warmup=warmup, timeout_seconds=timeout_seconds, **paths)
 
 
-def run_rank(request: Request) -> int:
+def run_rank(request: Request, outcome: Path | None = None) -> int:
     """Joins the ranks of torchrun's environment, where there are any, and runs the whole grid. Returns the exit status of this rank.
+
+    Args:
+        outcome: a file to write the exit status of the run to, before the ranks leave one another.
 
     Raises:
         RingspanError: where the ranks cannot be joined, or one is lost.
@@ -137,8 +140,11 @@ def run_rank(request: Request) -> int:
         if world.is_first:
             _publish(request, report, console)
         # Rank 0 has spoken and written before any rank leaves: whoever started them ends the others when one has left.
+        status = 0 if report.passed or not world.is_first else 1
+        if outcome is not None and world.is_first:
+            outcome.write_text(str(status))
         transport.gather_objects(None)
-    return 0 if report.passed or not world.is_first else 1
+    return status
 
 
 def _watch(request: Request, records: list[Record], known: dict[str, Any], console: Console) -> Callable[[Record], None]:
@@ -197,17 +203,19 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     first = int(os.environ["RANK"]) == 0
     try:
-        status = run_rank(Request.load(path))
+        status = run_rank(Request.load(path), outcome_file(path))
     except RingspanError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if not first:
             # Rank 0 says the same, and would be ended before it does.
             time.sleep(2.0)
         return 2
-    if first:
-        path.with_suffix(".done").touch()
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Left at once: gloo's threads now and then outlive what they work on, and the interpreter's way out would then abort.
+    os._exit(code)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ringspan.bench.case import Shape
@@ -57,7 +57,7 @@ class PyTorch:
         experimental = importlib.import_module("torch.distributed.tensor.experimental")
         private = importlib.import_module(_PRIVATE)
         device = inputs.q.device
-        mesh = dist.device_mesh.init_device_mesh(device.type, (transport.size,))
+        mesh = init_device_mesh(device.type, (transport.size,))
         causal = plain_mask(shape) == "causal"
         options = getattr(private, "_cp_options", None)
         if options is None and not causal:

@@ -1,0 +1,42 @@
+"""The memory that a schedule promises: visitors, accumulators, what a call hands over."""
+
+from __future__ import annotations
+
+from ringspan.bench.case import Shape
+from ringspan.bench.memory import promise, staged
+from ringspan.geometry import make_layout
+from ringspan.strategies import make_schedules
+
+SHAPE = Shape(tokens=64, num_ranks=4, heads=8, kv_heads=2, head_dim=16)
+
+
+def promised(strategy: str, direction: str, rank: int = 0, layout: str = "zigzag"):
+    made = make_layout(layout, SHAPE.length, SHAPE.num_ranks)
+    return promise(make_schedules(strategy, made, SHAPE.made_mask), made, SHAPE.sizes, rank, direction)
+
+
+def test_a_ring_holds_visiting_keys_and_one_accumulator():
+    kv, q = 2 * 2 * 16 * 2, 8 * 16 * 2  # bytes of a position: k and v of 2 heads, q of 8, in two bytes an element
+    found = promised("ring", "forward")
+    assert found.accumulators == 64 * 8 * (16 + 1) * 4, "out and lse in float32"
+    assert 64 * kv <= found.visitors <= 2 * 64 * kv, "one visitor at work and one on its way"
+    assert found.kernel == 64 * (q + 8 * 4), "out and lse of the local block"
+    assert found.exchanged == 0
+    assert found.total == found.visitors + found.accumulators + found.kernel == found.as_json()["total"]
+    assert promised("all_gather", "forward").visitors > found.visitors
+
+
+def test_the_backward_adds_in_float32():
+    found = promised("ring", "backward")
+    assert found.accumulators >= 64 * (8 * 16 + 2 * 2 * 16) * 4, "dq, and dk and dv, of its own"
+    assert found.kernel == 64 * (8 * 16 + 2 * 2 * 16) * 2
+
+
+def test_an_exchange_of_positions_for_heads_holds_the_whole_sequence_of_few_heads():
+    found = promised("ulysses", "forward", layout="contiguous")
+    assert found.visitors == 0 and found.exchanged == 256 * (2 * 2 * 16 + 2 * 16) * 2, "q, out, k and v of 2 query heads and 1 KV head"
+
+
+def test_heads_that_take_turns_hold_less():
+    assert staged(SHAPE.sizes, 1).heads == 4 and staged(SHAPE.sizes, 1).kv_heads == 1
+    assert staged(SHAPE.sizes, None) == staged(SHAPE.sizes, 5) == SHAPE.sizes

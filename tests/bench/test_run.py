@@ -1,0 +1,89 @@
+"""Graphs are compared again before they are timed, transfers without overlap are awaited, and joules are a counter's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ringspan import run_in_process
+from ringspan.bench import Bench, Clock, Grid, Meter, Record
+from ringspan.bench import run as running
+from ringspan.bench.energy import joules
+from ringspan.bench.overlap import Awaited
+from ringspan.transport import Parcel, SingleRank
+
+CLOCK = Clock(torch.device("cpu"), SingleRank(), warmup=1, samples=10)
+
+
+def graphed(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[Record]:
+    """What is found where a graph, which there is none of on a CPU, replays `factor` times the work of what it captured."""
+
+    def captured(work):
+        results = tuple(result.clone() for result in work())
+
+        def replay():
+            for result, again in zip(results, work(), strict=True):
+                result.copy_(again * factor)
+            return results
+
+        return replay
+
+    monkeypatch.setattr(running, "captured", captured)
+    grid = Grid(
+        num_ranks=1, tokens=(40,), heads=((4, 2),), head_dims=(16,), dtypes=("float32",), launches=("eager", "graph"), strategies=("ring",)
+    )  # fmt: skip
+    return Bench(CLOCK, Meter("there is none")).run(grid)
+
+
+def test_a_graph_is_timed_beside_a_graph(monkeypatch: pytest.MonkeyPatch):
+    found = graphed(monkeypatch, 1.0)
+    assert [(record.kind, record.launch, record.status) for record in found] == [
+        (kind, launch, "timed") for kind in ("one device", "ringspan") for launch in ("eager", "graph")
+    ]
+
+
+def test_a_graph_that_replays_something_else_is_wrong_on_both_sides(monkeypatch: pytest.MonkeyPatch):
+    found = graphed(monkeypatch, 1.01)
+    assert [record.status for record in found] == ["timed", "wrong", "timed", "wrong"]
+    assert not found[1].timings and not found[3].timings
+
+
+def test_a_capture_that_fails_leaves_the_rest_timed(monkeypatch: pytest.MonkeyPatch):
+    def captured(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(running, "captured", captured)
+    grid = Grid(num_ranks=1, tokens=(8,), heads=((2, 2),), head_dims=(8,), dtypes=("float32",), launches=("graph", "eager"))
+    found = Bench(CLOCK, Meter("there is none")).run(grid)
+    assert [(record.launch, record.status) for record in found] == [("graph", "failed"), ("eager", "timed")] * 2
+    assert "not permitted" in found[0].reason
+
+
+def test_without_overlap_what_is_posted_has_arrived():
+    def run(group) -> tuple[float, float]:
+        peer = 1 - group.rank
+        arrived = []
+        for transport in (group, Awaited(group)):
+            box = torch.zeros(3)
+            pending = transport.exchange([Parcel(torch.ones(3), peer)], [Parcel(box, peer)])
+            arrived.append(float(box.sum()))
+            pending.wait()
+            assert float(box.sum()) == 3
+        return arrived[0], arrived[1]
+
+    assert run_in_process(2, run) == [(0.0, 3.0)] * 2
+
+
+def test_joules_are_what_the_counter_went_up_by_for_a_call():
+    counter = SimpleNamespace(millijoules=0)
+
+    def work() -> None:
+        counter.millijoules += 250
+
+    nvml = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption=lambda handle: counter.millijoules)
+    assert joules(Meter("", nvml, None), CLOCK, work, 20.0) == pytest.approx(0.25)
+    assert counter.millijoules == 20 * 250, "as often as fills 400 ms"
+    assert joules(Meter("", nvml, None), CLOCK, lambda: None, 20.0) is None, "a counter that stands still has not answered"
+    assert joules(Meter("no NVML"), CLOCK, work, 20.0) is None
