@@ -56,14 +56,12 @@ class RankProgram:
         steps: in order.
         accumulators: the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`.
         additions: how often each is added to: the last addition may round.
-        sent: of each of its own pieces the span that is sent at all: `sent[kind] = (start, stop)`.
     """
 
     rank: int
     steps: tuple[Step, ...]
     accumulators: dict[tuple[str, int], tuple[int, int]]
     additions: Counter[tuple[str, int]]
-    sent: dict[str, tuple[int, int]]
 
 
 def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int) -> RankProgram:
@@ -103,7 +101,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
-    return RankProgram(rank, tuple(steps), spans, additions, sent_spans(actions, rank))
+    return RankProgram(rank, tuple(steps), spans, additions)
 
 
 def sent_spans(actions: tuple[Action, ...], rank: int) -> dict[str, tuple[int, int]]:
