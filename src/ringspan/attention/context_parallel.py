@@ -209,7 +209,7 @@ class Sequence:
             )
         return make_schedules(context.strategy, self.layout, self.mask, **context.options)
 
-    def _choose(self, q: Tensor, k: Tensor) -> Schedules:
+    def _choose(self, q: Tensor, k: Tensor, kernel: Kernel) -> Schedules:
         """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
         context = self.context
         sizes = PieceBytes(
@@ -219,6 +219,7 @@ class Sequence:
             head_dim=q.shape[3],
             element_bytes=q.element_size(),
             accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
+            single_bytes=q.element_size() if kernel.rounds else None,
         )
         strategy, options = context.strategy, context.options
         if strategy == "auto":
@@ -333,7 +334,7 @@ class Sequence:
         problem = checks.problem_of(check)
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         kernel = select_kernel(self.context.kernel, wanted := checks.kernel_problem(q, k, features))
-        schedules = self._schedules = self._choose(q, k)
+        schedules = self._schedules = self._choose(q, k, kernel)
         transport = self.context.transport
         exchange, first_head = None, 0
         shapes = frozenset({"band"}) if materialised else kernel.shapes

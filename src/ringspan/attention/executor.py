@@ -42,7 +42,7 @@ class Pass:
                 self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
                 outgoing = [self._outgoing(send) for send in batch.sends]
-                incoming = [self._incoming(receive) for receive in batch.receives]
+                incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
                 waiting.append((batch.due, self.courier.post(batch, outgoing, incoming)))
             for launch in step.launches:
                 self.attend(launch)
@@ -57,8 +57,8 @@ class Pass:
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
 
-    def _incoming(self, receive: Receive) -> list[Tensor]:
-        tensors = self.empty(receive.piece)
+    def _incoming(self, receive: Receive, single: bool) -> list[Tensor]:
+        tensors = self.empty(receive.piece, single)
         if LANES[receive.piece.kind] == 0:
             self.shelf.put(receive.piece, tensors)
         else:
@@ -77,8 +77,8 @@ class Pass:
         """What this rank has accumulated of `piece`, to be sent."""
         raise NotImplementedError
 
-    def empty(self, piece: Piece) -> list[Tensor]:
-        """Buffers for `piece` to arrive in."""
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
+        """Buffers for `piece` to arrive in; `single`: as the kernel gave it."""
         raise NotImplementedError
 
 
@@ -100,8 +100,9 @@ class _FlashPass(Pass):
         k, v = self.shelf.view(Piece("kv", owner, start, stop))
         return batch_first(k), batch_first(v)
 
-    def empty(self, piece: Piece) -> list[Tensor]:
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
         """Buffers for what visits."""
+        result = self._q.dtype if single and self.kernel.rounds else self.wide
         batch, heads, head_dim = self._q.shape[0], *self._q.shape[2:]
         query, key = (len(piece), batch, heads, head_dim), (len(piece), batch, *self._k.shape[2:])
         match piece.kind:
@@ -109,13 +110,13 @@ class _FlashPass(Pass):
                 # Apart: a kernel that reads one of two interleaved tensors loses up to 4%.
                 return [self._k.new_empty(key) for _ in range(2)]
             case "dkv":
-                return [self._k.new_empty(key, dtype=self.wide) for _ in range(2)]
+                return [self._k.new_empty(key, dtype=result) for _ in range(2)]
             case "q":
                 return [self._q.new_empty(query)]
             case "dq":
-                return [self._q.new_empty(query, dtype=self.wide)]
+                return [self._q.new_empty(query, dtype=result)]
             case "o":
-                return [self._q.new_empty(query, dtype=self.wide), self._q.new_empty(query[:3], dtype=self.wide)]
+                return [self._q.new_empty(query, dtype=result), self._q.new_empty(query[:3], dtype=self.wide)]
         own = self.shelf.view(Piece("do", self.program.rank, 0, 0))
         return [self._q.new_empty(query[: tensor.ndim], dtype=tensor.dtype) for tensor in own]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.program import Batch
+from ringspan.schedule import Receive, Send
 from ringspan.transport import Parcel, Transport
 
 Pieces = Sequence[Sequence[Tensor]]
@@ -23,7 +25,7 @@ class Courier(Protocol):
 
         Args:
             batch: what is sent and received.
-            outgoing: for each send its components; results travel in the accumulator's dtype, whatever they are in.
+            outgoing: for each send its components, which travel in the dtype that `Wire` says.
             incoming: for each receive its contiguous buffers.
         """
         ...
@@ -33,21 +35,43 @@ class Courier(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Wire:
+    """In which dtype results travel.
+
+    A sum travels in the accumulator's. What one attend alone gave is as the kernel rounded it, and loses nothing if it travels so.
+
+    Args:
+        wide: the accumulator's dtype.
+        kernel: the dtype that the kernel's results are rounded to.
+    """
+
+    wide: torch.dtype
+    kernel: torch.dtype
+
+    def dtype(self, batch: Batch, transfer: Send | Receive, tensor: Tensor) -> torch.dtype:
+        """Of a component of a piece."""
+        if batch.lane == 0:
+            return tensor.dtype
+        # lse, which has no last dimension, is never rounded.
+        return self.kernel if transfer in batch.singles and tensor.ndim == 4 else self.wide
+
+
 class TransportCourier:
     """Hands parcels to a transport: sends, receives and waits as processes and threads do.
 
     Args:
         transport: carries them.
-        wide: the accumulator's dtype.
+        wire: in which dtypes.
     """
 
-    def __init__(self, transport: Transport, wide: torch.dtype) -> None:
-        self._transport, self._wide = transport, wide
+    def __init__(self, transport: Transport, wire: Wire) -> None:
+        self._transport, self._wire = transport, wire
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Callable[[], None]:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""
         sends = [
-            Parcel((tensor.to(self._wide) if batch.lane else tensor).contiguous(), send.peer)
+            Parcel(tensor.to(self._wire.dtype(batch, send, tensor)).contiguous(), send.peer)
             for send, tensors in zip(batch.sends, outgoing, strict=True)
             for tensor in tensors
         ]

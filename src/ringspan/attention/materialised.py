@@ -34,7 +34,7 @@ class _MaterialisedPass(Pass):
         self.shelf.put(Piece("v", rank, 0, v.shape[1]), [rows_first(v)])
         self.lengths = scores.shard_lengths
 
-    def empty(self, piece: Piece) -> list[Tensor]:
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
         """Buffers for visiting k and v, and for gradients."""
         like = self._q if piece.kind in ("q", "dq", "o") else self._k
         dtype = like.dtype if piece.kind in ("q", "k", "v") else self.wide

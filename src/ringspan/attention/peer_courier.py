@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ringspan.attention.mail import Pieces
+from ringspan.attention.mail import Pieces, Wire
 from ringspan.attention.outbox import Message, Outbox, Place
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
@@ -21,11 +21,11 @@ class PeerCourier:
         outbox: this rank's part in it.
         memory: the ranks' outboxes and signals.
         transport: counts what is sent.
-        wide: the accumulator's dtype, in which results travel.
+        wire: in which dtypes results travel.
     """
 
-    def __init__(self, outbox: Outbox, memory: PeerMemory, transport: Transport, wide: torch.dtype) -> None:
-        self._outbox, self._memory, self._transport, self._wide = outbox, memory, transport, wide
+    def __init__(self, outbox: Outbox, memory: PeerMemory, transport: Transport, wire: Wire) -> None:
+        self._outbox, self._memory, self._transport, self._wire = outbox, memory, transport, wire
         self._mine = memory.outbox(transport.rank)
         self._written: set[tuple[str, int, int]] = set()
 
@@ -38,7 +38,7 @@ class PeerCourier:
             piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
             there = own and (piece.kind, piece.start, piece.stop) in self._written
             for tensor, place in zip(tensors, places, strict=False):
-                target = _tensor(self._mine, place, tensor.shape, self._wide if batch.lane else tensor.dtype)
+                target = _tensor(self._mine, place, tensor.shape, self._wire.dtype(batch, send, tensor))
                 if not there:
                     target.copy_(tensor)
                 self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
@@ -97,5 +97,5 @@ def _free(message: Message) -> int:
 def _tensor(outbox: Tensor, place: Place, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """`place` as a tensor."""
     nbytes = shape.numel() * dtype.itemsize
-    assert nbytes == place.nbytes, f"{shape} of {dtype} in a place of {place.nbytes} bytes"
+    assert nbytes <= place.nbytes, f"{shape} of {dtype} in a place of {place.nbytes} bytes"
     return outbox[place.offset : place.offset + nbytes].view(dtype).view(shape)

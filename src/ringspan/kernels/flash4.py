@@ -41,6 +41,7 @@ class Flash4:
     shapes = frozenset({"band"})
     features = frozenset({"window", "softcap"})
     lse_gradient = True
+    rounds = True
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16, heads up to 128, a multiple of 8, on compute capability 9.0 and later, with the wheel."""

@@ -89,6 +89,7 @@ class Kernel(Protocol):
     shapes: frozenset[str]
     features: frozenset[str]
     lse_gradient: bool
+    rounds: bool
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel does not compute `problem` here (features aside), or None where it does."""

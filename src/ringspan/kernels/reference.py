@@ -21,6 +21,7 @@ class Reference:
     shapes = frozenset({"causal", "square", "band"})
     features = frozenset({"window", "softcap", "mask_mod"})
     lse_gradient = True
+    rounds = False
 
     def refusal(self, problem: Problem) -> str | None:
         """None: the reference computes everything, slowly."""

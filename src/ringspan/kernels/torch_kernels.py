@@ -48,6 +48,7 @@ class TorchCpu:
     shapes = frozenset({"causal", "square", "band"})
     features = frozenset({"window", "mask_mod"})
     lse_gradient = False
+    rounds = False
 
     def refusal(self, problem: Problem) -> str | None:
         """CPU tensors in float64, float32, bfloat16 or float16."""
@@ -126,6 +127,7 @@ class CuDnn:
     shapes = frozenset({"causal", "square"})
     features: frozenset[str] = frozenset()
     lse_gradient = False
+    rounds = True
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 128, a multiple of 8, on compute capability 8.0 or later."""
@@ -163,6 +165,7 @@ class Flash2:
     shapes = frozenset({"square", "corner"})
     features = frozenset({"window"})
     lse_gradient = False
+    rounds = True
 
     def refusal(self, problem: Problem) -> str | None:
         """CUDA tensors in bfloat16 or float16 with heads of at most 256, a multiple of 8, on compute capability 8.0 or later."""

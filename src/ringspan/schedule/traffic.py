@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ringspan.schedule.actions import Schedule
+from ringspan.schedule.actions import Schedule, Send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class PieceBytes:
             out and lse, of which kernels compute what they need.
         lse_gradient: whether a gradient through lse travels with dO.
         accumulator_bytes: 4 for float32, 8 where the inputs are float64.
+        single_bytes: of an element of a partial output or a gradient that one attend alone gave: those of the inputs where the kernel
+            rounds its results to them, so that nothing is lost on the way; else, and if not given, `accumulator_bytes`.
     """
 
     batch: int = 1
@@ -30,6 +32,7 @@ class PieceBytes:
     head_dim: int = 1
     element_bytes: int = 2
     accumulator_bytes: int = 4
+    single_bytes: int | None = None
     lse_gradient: bool = False
 
     def of(self, kind: str) -> int:
@@ -50,11 +53,22 @@ class PieceBytes:
         }[kind]
 
 
+def send_bytes(schedule: Schedule, rank: int, send: Send, sizes: PieceBytes) -> int:
+    """Bytes of one send of `rank`."""
+    position = sizes.of(send.piece.kind)
+    if sizes.single_bytes is not None and (rank, send) in schedule.singles:
+        narrow = replace(sizes, accumulator_bytes=sizes.single_bytes)
+        # The lse of a partial output stays as it is.
+        statistics = sizes.batch * sizes.heads * (sizes.accumulator_bytes - sizes.single_bytes) if send.piece.kind == "o" else 0
+        position = narrow.of(send.piece.kind) + statistics
+    return len(send.piece) * position
+
+
 def traffic(schedule: Schedule, sizes: PieceBytes) -> Mapping[tuple[int, int], int]:
     """Bytes over each link, as `{(source, target): bytes}`; links that carry nothing are absent."""
     links: dict[tuple[int, int], int] = defaultdict(int)
     for rank, send in schedule.sends():
-        links[(rank, send.peer)] += len(send.piece) * sizes.of(send.piece.kind)
+        links[(rank, send.peer)] += send_bytes(schedule, rank, send, sizes)
     return dict(links)
 
 

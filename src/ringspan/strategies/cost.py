@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, head_shares, tiles
-from ringspan.schedule import Attend, PieceBytes, Receive, Schedule, Send
+from ringspan.schedule import Attend, PieceBytes, Receive, Schedule, Send, send_bytes
 from ringspan.schedule.validate import live_positions
 from ringspan.strategies.common import Schedules
 from ringspan.strategies.links import Links, exchange_bytes, link_bytes
@@ -105,7 +105,7 @@ def _run(schedule: Schedule, layout: Layout, mask: Mask, sizes: PieceBytes, mach
             for action in cells[(rank, step)]:
                 if isinstance(action, Send):
                     begins = max(starts[rank], starts[action.peer], leaves[rank], enters[action.peer])
-                    ends = begins + len(action.piece) * sizes.of(action.piece.kind) / machine.link_bytes_per_second
+                    ends = begins + send_bytes(schedule, rank, action, sizes) / machine.link_bytes_per_second
                     leaves[rank] = enters[action.peer] = ends
                     key = (action.peer, action.due)
                     arrives[key] = max(arrives[key], ends + machine.latency_seconds)
