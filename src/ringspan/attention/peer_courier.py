@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ringspan.attention.mail import Pieces, Wire
 from ringspan.attention.outbox import Message, Outbox, Place
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
+from ringspan.schedule import Send
 from ringspan.transport import PeerMemory, Transport
 
 
@@ -30,24 +31,16 @@ class PeerCourier:
         self._written: set[tuple[str, int, int]] = set()
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Callable[[], None]:
-        """See `Courier.post`."""
+        """See `Courier.post`. Copies into the outbox are made beside the computing too, which begins at once."""
         posting, memory = self._outbox.postings[batch.index], self._memory
-        for message in posting.awaited:
-            memory.wait(message.peer, _free(message))
-        for send, tensors, places in zip(batch.sends, outgoing, posting.written, strict=True):
-            piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
-            there = own and (piece.kind, piece.start, piece.stop) in self._written
-            for tensor, place in zip(tensors, places, strict=False):
-                target = _tensor(self._mine, place, tensor.shape, self._wire.dtype(batch, send, tensor))
-                if not there:
-                    target.copy_(tensor)
-                self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
-            if own:
-                self._written.add((piece.kind, piece.start, piece.stop))
-        for message in posting.ready:
-            memory.signal(message.peer, _ready(message))
-        if not posting.read:
-            return _nothing
+
+        def write() -> None:
+            for message in posting.awaited:
+                memory.wait(message.peer, _free(message))
+            for send, tensors, places in zip(batch.sends, outgoing, posting.written, strict=True):
+                self._write(batch, send, tensors, places)
+            for message in posting.ready:
+                memory.signal(message.peer, _ready(message))
 
         def read() -> None:
             for message, parts in posting.read:
@@ -58,7 +51,24 @@ class PeerCourier:
                         target.copy_(_tensor(theirs, place, target.shape, target.dtype))
                 memory.signal(message.peer, _free(message))
 
-        return memory.aside(batch.lane, read)
+        done = memory.aside(batch.lane, write, read)
+
+        def wait(kept: tuple = (outgoing, incoming)) -> None:
+            # What is copied beside the computing must not be freed before.
+            done()
+
+        return wait
+
+    def _write(self, batch: Batch, send: Send, tensors: Sequence[Tensor], places: tuple[Place, ...]) -> None:
+        piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
+        there = own and (piece.kind, piece.start, piece.stop) in self._written
+        for tensor, place in zip(tensors, places, strict=False):
+            target = _tensor(self._mine, place, tensor.shape, self._wire.dtype(batch, send, tensor))
+            if not there:
+                target.copy_(tensor)
+            self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
+        if own:
+            self._written.add((piece.kind, piece.start, piece.stop))
 
     def finish(self) -> None:
         """See `Courier.finish`: who reads this rank's outbox is done with it."""
@@ -80,10 +90,6 @@ def row_bytes(q: Tensor, k: Tensor) -> dict[str, tuple[int, ...]]:
         "dq": (query * wide,),
         "dkv": (key * wide, key * wide),
     }
-
-
-def _nothing() -> None:
-    pass
 
 
 def _ready(message: Message) -> int:

@@ -21,7 +21,7 @@ from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Transport
 
-Read = Callable[[], None]
+Work = Callable[[], None]
 
 
 class PeerMemory(Protocol):
@@ -51,8 +51,11 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
-        """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
+    def aside(self, lane: int, write: Work, read: Work) -> Work:
+        """Has `write` done and then `read`, beside what follows, lane by lane in order; what it returns waits until both are done.
+
+        No `write` waits for a `read` of another rank.
+        """
         ...
 
 
@@ -99,7 +102,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+    def aside(self, lane: int, write: Work, read: Work) -> Work:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -108,6 +111,7 @@ class SymmetricMemory:
         stream = self._streams[lane]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
+            write()
             read()
         done = stream.record_event()
         return lambda: torch.cuda.current_stream(self._device).wait_event(done)
@@ -159,8 +163,9 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
-        """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
+    def aside(self, lane: int, write: Work, read: Work) -> Work:
+        """See `PeerMemory.aside`: a thread writes at once, and reads when it needs what it reads."""
+        write()
         return read
 
 
