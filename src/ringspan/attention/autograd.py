@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.materialised import RingSelfAttention
+from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
@@ -22,7 +23,7 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
-    `kv_heads_per_stage` where heads take turns.
+    `kv_heads_per_stage` where heads take turns; `observer` where somebody looks on.
     """
 
     forward: RankProgram
@@ -33,6 +34,7 @@ class Plan:
     exchange: Exchange | None = None
     materialised: bool = False
     kv_heads_per_stage: int | None = None
+    observer: Observer | None = None
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -41,9 +43,11 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
         """Runs the forward program and keeps q, k, v, out and lse."""
-        forward = ForwardPass(plan.forward, plan.kernel, plan.transport, plan.scores, q, k, v)
-        forward.run()
-        out, lse = forward.result()
+        with watch(plan.observer, BEFORE, "pack"):
+            forward = ForwardPass(plan.forward, plan.kernel, plan.transport, plan.scores, q, k, v)
+        forward.run(plan.observer)
+        with watch(plan.observer, AFTER, "cast"):
+            out, lse = forward.result()
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
@@ -66,10 +70,13 @@ class DistributedAttention(torch.autograd.Function):
             )
         dout = torch.zeros_like(out) if dout is None else dout
         # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
-        backward = BackwardPass(plan.backward, plan.kernel, plan.transport, plan.scores, q, k, v, out, lse, dout, dlse)
-        backward.run()
+        with watch(plan.observer, BEFORE, "pack"):
+            backward = BackwardPass(plan.backward, plan.kernel, plan.transport, plan.scores, q, k, v, out, lse, dout, dlse)
+        backward.run(plan.observer)
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, dlse, sinks)
-        return *backward.result(), dsinks, None
+        with watch(plan.observer, AFTER, "cast"):
+            dq, dk, dv = backward.result()
+        return dq, dk, dv, dsinks, None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -89,15 +96,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -
 
 def _attend_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
     if plan.materialised:
-        return RingSelfAttention.apply(q, k, v, plan.forward, plan.backward, plan.transport, plan.scores)
+        return RingSelfAttention.apply(q, k, v, plan.forward, plan.backward, plan.transport, plan.scores, plan.observer)
     return DistributedAttention.apply(q, k, v, sinks, plan)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
-    exchange = plan.exchange
-    if exchange is None:
+    if plan.exchange is None:
         return _attend(q, k, v, sinks, plan)
+    exchange = replace(plan.exchange, observer=plan.observer)
     heads = q.shape[2]
     q, k, v = PositionsToHeads.apply(q, k, v, exchange)
     share = exchange.share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, overload
 
@@ -19,6 +20,7 @@ from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
+from ringspan.attention.observe import Observer
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
@@ -146,13 +148,18 @@ class ContextParallel:
 
 
 class Sequence:
-    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`."""
+    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`.
+
+    Attributes:
+        observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for nobody.
+    """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: Kept[Plan] = Kept(KEPT)
         self._losses: Kept[bool] = Kept(KEPT)
         self._schedules: Schedules | None = None
+        self.observer: Observer | None = None
         self.choice: Choice | None = None
 
     @property
@@ -300,6 +307,8 @@ class Sequence:
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
+        if self.observer is not None:
+            plan = replace(plan, observer=self.observer)
         out, lse = attend(q, k, v, sinks, plan, return_lse)
         if not return_lse:
             return out

@@ -6,17 +6,18 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringspan.attention.program import LANES, Launch, RankProgram
+from ringspan.attention.observe import Observer, watch
+from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Accumulator, Shelf
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, merge_, rows_first
 from ringspan.schedule import Piece, Receive, Send
-from ringspan.transport import Parcel, Transport
+from ringspan.transport import Parcel, Pending, Transport
 
 
 class Pass:
@@ -33,23 +34,31 @@ class Pass:
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
-    def run(self) -> None:
-        """All steps of the program."""
+    def run(self, observer: Observer | None = None) -> None:
+        """All steps of the program, an `observer` looking on."""
         # Parcels stay in the list until they are over, so that nothing under way is freed.
-        waiting: list[tuple[int, Callable[[], None], list[Parcel]]] = []
+        waiting: list[tuple[Batch, Pending, list[Parcel], Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
-                self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
+                with watch(observer, index, "merge", combine):
+                    self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
-                sends = [Parcel(tensor, send.peer) for send in batch.sends for tensor in self._outgoing(send)]
-                receives = [Parcel(tensor, receive.peer) for receive in batch.receives for tensor in self._incoming(receive)]
-                waiting.append((batch.due, self.transport.exchange(sends, receives, batch.lane).wait, sends + receives))
+                with watch(observer, index, "post", batch):
+                    sends = [Parcel(tensor, send.peer) for send in batch.sends for tensor in self._outgoing(send)]
+                    receives = [Parcel(tensor, receive.peer) for receive in batch.receives for tensor in self._incoming(receive)]
+                    pending = self.transport.exchange(sends, receives, batch.lane)
+                token = None if observer is None else observer.begin(index, "transfer", batch, pending)
+                waiting.append((batch, pending, sends + receives, token))
             for launch in step.launches:
-                self.attend(launch)
-            for due, wait, _ in waiting:
-                if due <= index + 1:
-                    wait()
-            waiting = [entry for entry in waiting if entry[0] > index + 1]
+                with watch(observer, index, "attend", launch):
+                    self.attend(launch)
+            for batch, pending, _, token in waiting:
+                if batch.due <= index + 1:
+                    with watch(observer, index, "wait", batch):
+                        pending.wait()
+                    if observer is not None:
+                        observer.end(token)
+            waiting = [entry for entry in waiting if entry[0].due > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.executor import Pass
+from ringspan.attention.observe import Observer
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Accumulator
@@ -162,15 +163,16 @@ class RingSelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, forward: RankProgram, backward: RankProgram, transport: Transport, scores: TileScores
-    ):
+        ctx, q: Tensor, k: Tensor, v: Tensor, forward: RankProgram, backward: RankProgram, transport: Transport, scores: TileScores,
+        observer: Observer | None = None,
+    ):  # fmt: skip
         """out and lse; keeps the weights, as the paper does."""
         run = MaterialisedForward(forward, transport, scores, q, k, v)
-        run.run()
+        run.run(observer)
         out, lse = run.result()
         weights = run.softmax()
         ctx.save_for_backward(q, k, v, out, *(weights[owner] for owner in sorted(weights)))
-        ctx.about = backward, transport, scores
+        ctx.about = backward, transport, scores, observer
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -179,11 +181,11 @@ class RingSelfAttention(torch.autograd.Function):
         """dq, dk, dv of this rank."""
         dout, dlse = gradients
         q, k, v, out, *weights = ctx.saved_tensors
-        backward, transport, scores = ctx.about
+        backward, transport, scores, observer = ctx.about
         dout = torch.zeros_like(out) if dout is None else dout
         run = MaterialisedBackward(backward, transport, scores, q, k, v, out, dict(enumerate(weights)), dout, dlse)
-        run.run()
-        return *run.result(), None, None, None, None
+        run.run(observer)
+        return *run.result(), None, None, None, None, None
 
 
 def check_materialised(kernel: str, softcap: float | None, sinks: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within
 from ringspan.kernels import accumulator_dtype
 from ringspan.transport import Parcel, Transport
@@ -24,6 +25,7 @@ class Exchange:
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
+        observer: looks on.
     """
 
     transport: Transport
@@ -33,6 +35,7 @@ class Exchange:
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
+    observer: Observer | None = None
 
     @property
     def share(self) -> HeadShare:
@@ -48,7 +51,7 @@ class Exchange:
         widths = [heads[i][self.place].stop - heads[i][self.place].start for i in range(len(parts))]
         shape = (parts[0].shape[0], sum(widths), *parts[0].shape[3:])
         buffers = [parts[0].new_empty((shape[0], length, *shape[1:])) for length in self.part_lengths]
-        self._swap(sends, buffers)
+        self._swap(sends, buffers, BEFORE)
         whole = parts[0].new_empty((shape[0], self.length, *shape[1:]))
         for buffer, rows in zip(buffers, self.rows, strict=True):
             for part_rows, whole_rows in rows:
@@ -67,7 +70,7 @@ class Exchange:
         own = (packed.shape[0], self.part_lengths[self.place])
         widths = [[place.stop - place.start for place in of_tensor] for of_tensor in heads]
         buffers = [packed.new_empty((*own, sum(width[place] for width in widths), *packed.shape[3:])) for place in range(len(self.members))]
-        self._swap(sends, buffers)
+        self._swap(sends, buffers, AFTER)
         results = []
         for i, total in enumerate(totals):
             # Summed in the order of the places, in the accumulator's precision: the same at every run.
@@ -78,12 +81,19 @@ class Exchange:
             results.append(result.to(packed.dtype))
         return results
 
-    def _swap(self, sends: list[Tensor], buffers: list[Tensor]) -> None:
+    def _swap(self, sends: list[Tensor], buffers: list[Tensor], step: int) -> None:
         buffers[self.place].copy_(sends[self.place])
         others = [place for place in range(len(self.members)) if place != self.place]
         outgoing = [Parcel(sends[place].contiguous(), self.members[place]) for place in others if sends[place].numel()]
         incoming = [Parcel(buffers[place], self.members[place]) for place in others if buffers[place].numel()]
-        self.transport.exchange(outgoing, incoming).wait()
+        swap = None if self.observer is None else Swap.of(outgoing, incoming)
+        with watch(self.observer, step, "post", swap):
+            pending = self.transport.exchange(outgoing, incoming)
+        token = None if self.observer is None else self.observer.begin(step, "transfer", swap, pending)
+        with watch(self.observer, step, "wait", swap):
+            pending.wait()
+        if self.observer is not None:
+            self.observer.end(token)
 
 
 def make_exchange(transport: Transport, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ringspan.cli.show import command as show
+from ringspan.cli.trace import command as trace
 from ringspan.cli.train import command as train
 from ringspan.cli.verify import command as verify
 from ringspan.errors import RingspanError
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("verify")(verify)
 app.command("show")(show)
+app.command("trace")(trace)
 
 
 def main() -> None:

@@ -28,6 +28,11 @@ class _Works:
     def __init__(self, transport: ProcessGroupTransport, works: list[dist.Work], peers: list[list[int]]) -> None:
         self._transport, self._works, self._peers = transport, works, peers
 
+    @property
+    def works(self) -> list[dist.Work]:
+        """Those under way. On CUDA any stream may wait for them as well, any number of times."""
+        return self._works
+
     def wait(self) -> None:
         for work, peers in zip(self._works, self._peers, strict=True):
             try:
