@@ -55,9 +55,15 @@ def _steps(trace: Trace) -> Table:
             continue
         cells = []
         for measured, predicted in pairs:
-            cells += [_or_nothing(measured), _or_nothing(predicted), f"{measured / predicted:.2f}" if measured and predicted else ""]
+            cells += [_or_nothing(measured), _or_nothing(predicted), _ratio(measured, predicted)]
         table.add_row(step, *cells, style="bold" if step == "all" else None)
     return table
+
+
+def _ratio(measured: float, predicted: float) -> str:
+    if not (measured and predicted):
+        return ""
+    return f"{measured / predicted:.{2 if measured < 10 * predicted else 0}f}"
 
 
 def _or_nothing(seconds: float) -> str:

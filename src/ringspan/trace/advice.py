@@ -17,6 +17,8 @@ HIDDEN_ENOUGH = 0.95
 WORTH = 0.05
 """Less than this part of the ranks' time is not worth a change."""
 _UNEVEN, _SLOW_RANK, _SLOW_LINK, _LAUNCHES = 1.1, 0.8, 1.5, 0.3
+_SHARED = 2.0
+"""Where ranks share what they compute on, one is this much slower by turns: it takes so much more to accuse it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def _slow_rank(trace: Trace, measured: Findings) -> Advice | None:
         return Advice(share, text)
     beside = _beside_attends(trace.measured)
     usual = median(seconds for other, seconds in enumerate(beside) if other != rank)
-    if beside[rank] - usual > blamed[rank] / (2 * trace.measured.num_ranks) and beside[rank] > 2 * usual:
+    enough = 2 * (_SHARED if trace.setting.shared else 1.0)
+    if beside[rank] - usual > blamed[rank] / (2 * trace.measured.num_ranks) and beside[rank] > enough * usual:
         text = (
             f"rank {rank} spends {seconds_text(beside[rank])} beside its kernel calls, posting and merging, where the others spend "
             f"{seconds_text(usual)}: look at what holds up its host thread"
@@ -141,7 +144,8 @@ def _slow_link(trace: Trace, measured: Findings) -> Advice | None:
     assert culprit.target is not None
     link = (culprit.source, culprit.target)
     others = [rate for other, rate in rates.items() if other != link]
-    if link not in rates or rates[link] * _SLOW_LINK > median(others):
+    enough = _SLOW_LINK * (_SHARED if trace.setting.shared else 1.0)
+    if link not in rates or rates[link] * enough > median(others):
         return None
     text = (
         f"{culprit} carries {rate_text(rates[link], 'B')}, the others {rate_text(median(others), 'B')}: look at how it is wired, or place "
@@ -187,13 +191,19 @@ def _exposed(trace: Trace, measured: Findings, predicted: Findings) -> Advice | 
     computed = sum(event.pairs * flops * factor[event.direction] for event in attends) / sum(event.seconds for event in attends)
     carried = [flight for flight in timeline.flights if flight.size]
     link = sum(flight.size for flight in carried) / max(sum(flight.stop - flight.start for flight in carried), 1e-12)
-    needed = positions * worst
+    needed = _rounded_up(positions * worst)
     text = (
         f"longer context per rank: at F = {rate_text(computed, 'FLOP')} a rank and B = {rate_text(link, 'B')} a link, a transfer takes "
-        f"{worst:.2g} times the computing of a step; c ≥ F/B holds from about {count_text(round(needed, -2))} positions a rank, "
-        f"{count_text(round(needed, -2) * case.num_ranks)} in all (here {count_text(round(positions))} a rank)"
+        f"{worst:.2g} times the computing of a step; c ≥ F/B holds from about {count_text(needed)} positions a rank, "
+        f"{count_text(needed * case.num_ranks)} in all (here {count_text(round(positions))} a rank)"
     )
     return Advice(findings.share(_for_links(findings)), text)
+
+
+def _rounded_up(number: float) -> int:
+    """To two figures."""
+    unit = 10 ** max(0, len(str(int(number))) - 2)
+    return -int(-number // unit) * unit
 
 
 def _ratio(timeline: Timeline, direction: str) -> float:

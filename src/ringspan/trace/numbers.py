@@ -22,8 +22,8 @@ def rate_text(per_second: float, what: str) -> str:
 
 
 def percent(share: float) -> str:
-    """`93%`; `0.4%` below one."""
-    return f"{100 * share:.0f}%" if share >= 0.0095 or not share else f"{100 * share:.1f}%"
+    """`93%`; `0.4%` below one, and `0%` below a twentieth of one."""
+    return f"{100 * share:.0f}%" if share >= 0.0095 or share < 0.0005 else f"{100 * share:.1f}%"
 
 
 def count_text(number: int | float) -> str:

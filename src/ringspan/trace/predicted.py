@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import count
 
 from ringspan.geometry import Layout, Mask
@@ -79,8 +80,10 @@ def _add(
             now = begin + starts[rank]
             for action in sorted(cells[(rank, step)], key=lambda action: isinstance(action, Attend)):
                 seconds = prices.seconds(action)
-                if seconds:
-                    events.append(_event(schedule.direction, members, rank, step, action, now, now + seconds, prices))
+                if isinstance(action, Attend):
+                    events += _attends(schedule.direction, members, rank, action, now, seconds, prices)
+                elif seconds:
+                    events.append(_posting(schedule.direction, members, rank, action, now, now + seconds))
                 now += seconds
             if later[rank] > ends[rank]:
                 label = " ".join(arriving[(rank, step + 1)])
@@ -105,15 +108,22 @@ def _renamed(piece: Piece, members: tuple[int, ...]) -> Piece:
     return Piece(piece.kind, members[piece.owner], piece.start, piece.stop)
 
 
-def _event(
-    direction: str, members: tuple[int, ...], rank: int, step: int, action: Action, start: float, stop: float, prices: Prices
-) -> Event:
-    if isinstance(action, Attend):
-        q, kvs = _renamed(action.q, members), [_renamed(kv, members) for kv in action.kvs]
-        pairs = sum(pairs_between(prices.layout, prices.mask, action.q, kv) for kv in action.kvs)
-        owner = visitor(members[rank], q, kvs[0]).owner
-        return Event(direction, members[rank], step, "attend", f"{q}×{'+'.join(map(str, kvs))}", owner, start, stop, pairs)
+def _attends(
+    direction: str, members: tuple[int, ...], rank: int, attend: Attend, start: float, seconds: float, prices: Prices
+) -> Iterator[Event]:
+    """An event for each piece of keys, which share the attend's time by their pairs."""
+    pairs = [pairs_between(prices.layout, prices.mask, attend.q, kv) for kv in attend.kvs]
+    q = _renamed(attend.q, members)
+    for kv, own in zip(attend.kvs, pairs, strict=True):
+        stop = start + seconds * own / max(1, sum(pairs))
+        named = _renamed(kv, members)
+        owner = visitor(members[rank], q, named).owner
+        yield Event(direction, members[rank], attend.step, "attend", f"{q}×{named}", owner, start, stop, own)
+        start = stop
+
+
+def _posting(direction: str, members: tuple[int, ...], rank: int, action: Action, start: float, stop: float) -> Event:
     assert isinstance(action, (Send, Receive))
     arrow = "→" if isinstance(action, Send) else "←"
     label = f"{_renamed(action.piece, members)}{arrow}{members[action.peer]}"
-    return Event(direction, members[rank], step, "post", label, None, start, stop)
+    return Event(direction, members[rank], action.step, "post", label, None, start, stop)

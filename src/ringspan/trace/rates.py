@@ -66,31 +66,32 @@ def _compute(
         heads, kv_heads, owner = share.heads, share.kv_heads, grid.group(owner)
     layout, mask = schedules.layout, case.parsed_mask
     found = [part for keys in range(layout.num_ranks) for tile in tiles(layout, mask, owner, keys) for part in lowered(tile, kernel.shapes)]
-    transport.gather_objects(None)
     if not found or not heads:
+        # The others time three things together.
+        for _ in range(3):
+            _seconds(lambda: None, device, transport)
         return None, None, None
     largest = max(found, key=lambda tile: tile.pairs)
-    few = Tile(0, _FEW_ROWS, 0, _FEW_ROWS)
-    seconds = [_kernel_seconds(case, kernel, tile, heads, kv_heads, device) for tile in (largest, few)]
-    launch = seconds[1][0]
+    run, run_back = _kernel_calls(case, kernel, largest, heads, kv_heads, device)
+    few, _ = _kernel_calls(case, kernel, Tile(0, _FEW_ROWS, 0, _FEW_ROWS), heads, kv_heads, device)
+    forward, backward, launch = (_seconds(call, device, transport) for call in (run, run_back, few))
     flops = 4 * largest.pairs * heads * case.head_dim * case.batch
     # What a launch takes is priced apart.
-    work = [max(both - launch, both / 10) for both in seconds[0]]
-    return flops / work[0], work[1] / work[0], launch
+    forward, backward = (max(both - launch, both / 10) for both in (forward, backward))
+    return flops / forward, backward / forward, launch
 
 
-def _kernel_seconds(case: TraceCase, kernel: Kernel, tile: Tile, heads: int, kv_heads: int, device: torch.device) -> tuple[float, float]:
-    """(forward, backward) of one tile."""
+def _kernel_calls(
+    case: TraceCase, kernel: Kernel, tile: Tile, heads: int, kv_heads: int, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward and the backward of one tile."""
     dtype = DTYPES[case.dtype]
     q, dout = (torch.randn(case.batch, tile.num_queries, heads, case.head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(case.batch, tile.num_keys, kv_heads, case.head_dim, device=device, dtype=dtype) for _ in range(2))
     scores = Scores(tile, case.head_dim**-0.5)
     out, lse = kernel.forward(q, k, v, scores)
     out = out.to(dtype)
-    return (
-        _seconds(lambda: kernel.forward(q, k, v, scores), device),
-        _seconds(lambda: kernel.backward(dout, q, k, v, out, lse, None, scores), device),
-    )
+    return lambda: kernel.forward(q, k, v, scores), lambda: kernel.backward(dout, q, k, v, out, lse, None, scores)
 
 
 def _transfer(case: TraceCase, sequence: Sequence, device: torch.device) -> tuple[float | None, float | None]:
@@ -108,23 +109,25 @@ def _transfer(case: TraceCase, sequence: Sequence, device: torch.device) -> tupl
         def move(sent: torch.Tensor = sent, received: torch.Tensor = received) -> None:
             transport.exchange([Parcel(sent, following)], [Parcel(received, before)]).wait()
 
-        transport.gather_objects(None)
-        seconds.append(_seconds(move, device))
+        seconds.append(_seconds(move, device, transport))
     latency = seconds[0]
     return (large - _SMALL_BYTES) / max(seconds[1] - latency, seconds[1] / 10), latency
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of a few runs after one that does not count."""
-    work()
-    found = []
-    for _ in range(_REPEATS):
-        _synchronise(device)
-        began = time.perf_counter()
+def _seconds(work: Callable[[], object], device: torch.device, transport: Transport) -> float:
+    """What a call takes, the mean of a few after two that do not count, while every rank does the same. Collective.
+
+    The mean: of ranks that share cores each runs undisturbed by turns, and a median would tell of that alone.
+    """
+    for _ in range(2):
         work()
-        _synchronise(device)
-        found.append(time.perf_counter() - began)
-    return median(found)
+    _synchronise(device)
+    transport.gather_objects(None)
+    began = time.perf_counter()
+    for _ in range(_REPEATS):
+        work()
+    _synchronise(device)
+    return (time.perf_counter() - began) / _REPEATS
 
 
 def _synchronise(device: torch.device) -> None:

@@ -179,6 +179,8 @@ def _label(axes: Axes, timeline: Timeline, offsets: dict[str, float], points_per
     places = MaxNLocator(12).tick_values(0, axes.get_xlim()[1])
     apart = places[1] - places[0]
     ticks = [(offsets[name] + i * apart, i * apart) for name in DIRECTIONS for i in range(int(timeline.seconds[name] / apart) + 1)]
+    border = offsets["backward"]
+    ticks = [(place, seconds) for place, seconds in ticks if not border - 0.6 * apart < place < border or not seconds]
     axes.set_xticks([place for place, _ in ticks], [seconds_text(seconds) for _, seconds in ticks])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_RULE)
@@ -218,15 +220,16 @@ def _write(figure: Figure, trace: Trace, story: Story, height: float, sentences:
         for line in lines:
             figure.text(left + 0.85 / _WIDTH, 1 - inches / height, line, fontsize=9, color=colour, va="center")
             inches += _LINE
-    colours, ranks = rank_colours(case.num_ranks), case.num_ranks
-    shown = range(ranks) if ranks <= 8 else sorted({round(i * (ranks - 1) / 5) for i in range(6)})
+    visiting = sorted({_visitor(event).rstrip("0123456789") for event in trace.predicted.events if event.kind == "attend"})
+    whose = " or ".join({"kv": "keys", "k": "keys", "v": "values", "q": "queries"}[kind] for kind in visiting) or "keys"
     entries: list[Patch | Line2D] = [
-        Patch(facecolor=colours[rank], label=f"computes with keys of r{rank}" if rank == 0 else f"r{rank}") for rank in shown
+        Patch(facecolor=rank_colours(case.num_ranks)[0], label=f"computes with the {whose} of the rank so coloured")
     ]
     entries.append(Patch(facecolor=BESIDE, label="packs, posts, merges, casts"))
     entries.append(Patch(facecolor="white", edgecolor="#B5B5B5", hatch="/////", label="waits"))
-    entries.append(Line2D([], [], marker=">", linestyle="none", color=_FAINT, markersize=6, label="below a lane: on its way to that rank"))
-    entries.append(Line2D([], [], marker=">", linestyle="none", color=INK, markerfacecolor="white", markersize=6, label="a result, home"))
+    arrow = {"marker": ">", "linestyle": "none", "markersize": 6}
+    entries.append(Line2D([], [], color=_FAINT, label="on its way to the rank above it", **arrow))
+    entries.append(Line2D([], [], color=INK, markerfacecolor="white", label="a result on its way home", **arrow))
     figure.legend(
         handles=entries, loc="lower left", bbox_to_anchor=(0.12 / _WIDTH, 0.03 / height), ncols=len(entries), frameon=False, fontsize=9,
         handlelength=1.4, handleheight=1.1, columnspacing=1.3, handletextpad=0.5,
