@@ -105,6 +105,15 @@ def test_transfers_longer_than_the_computing_ask_for_a_longer_context_by_the_num
     assert "c ≥ F/B holds from about 130 positions a rank, 260 in all (here 32 a rank)" in advice
 
 
+def test_what_threads_cannot_show_is_taken_from_the_prediction():
+    # Threads fetch what is sent while they wait; by the rates, 32 positions a rank are too few.
+    events = [does(0, 0, "attend", 0, 10, pairs=100), does(1, 0, "attend", 0, 5, pairs=100), does(1, 0, "wait", 5, 10, batch=0)]
+    story = tell(traced(timeline(2, events, [flies(0, 1, 5, 10)]), setting=SHARED))
+    assert "threads fetch what was sent while they wait for it" in story.hidden
+    (advice,) = [advice for advice in story.change if advice.startswith("longer context per rank")]
+    assert advice.endswith("by the prediction: threads cannot show it")
+
+
 def test_time_that_nothing_explains_is_said_to_be_so_and_shared_cores_explain_it():
     # As many pairs, nearly as fast, and the rest waited: 1.5 of 20.
     events = [
@@ -115,7 +124,8 @@ def test_time_that_nothing_explains_is_said_to_be_so_and_shared_cores_explain_it
     (advice,) = tell(traced(timeline(2, events, flights))).change
     assert advice.startswith("look at the timeline: the ranks stood still 8% of the time")
     assert "neither work, launches nor links explain the rest" in advice
-    (advice,) = tell(traced(timeline(2, events, flights), setting=SHARED)).change
+    shared = replace(SHARED, transport="gloo")
+    (advice,) = tell(traced(timeline(2, events, flights), setting=shared)).change
     assert advice.startswith("nothing that this run could tell")
 
 

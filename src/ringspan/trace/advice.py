@@ -196,6 +196,7 @@ def _exposed(trace: Trace, measured: Findings, predicted: Findings) -> Advice | 
         f"longer context per rank: at F = {rate_text(computed, 'FLOP')} a rank and B = {rate_text(link, 'B')} a link, a transfer takes "
         f"{worst:.2g} times the computing of a step; c ≥ F/B holds from about {count_text(needed)} positions a rank, "
         f"{count_text(needed * case.num_ranks)} in all (here {count_text(round(positions))} a rank)"
+        + (", by the prediction: threads cannot show it" if copied else "")
     )
     return Advice(findings.share(_for_links(findings)), text)
 
