@@ -8,7 +8,7 @@ import pytest
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, documents, full, make_layout
-from ringspan.schedule import Attend, PieceBytes
+from ringspan.schedule import Attend, Piece, PieceBytes, ScheduleBuilder
 from ringspan.strategies import STRATEGIES, Machine, Prices, cost, forecast, forecast_layer, make_schedules
 from ringspan.trace import predicted_timeline
 
@@ -36,6 +36,40 @@ def test_a_light_rank_waits_for_no_one_and_a_heavy_one_for_the_light_ones_keys()
     assert found.ends[0] == (3, 3)
     assert found.starts[1][1] == 4.5
     assert found.done == (3, 8.5)
+
+
+def test_what_leaves_by_one_port_goes_one_after_the_other_and_so_does_what_enters_by_one():
+    layout = make_layout("contiguous", 6, 3)
+    found = forecast(make_schedules("all_gather", layout, full()).forward, layout, full(), SIZES, PLAIN)
+    for end in ("source", "target"):
+        for rank in range(3):
+            begun = sorted(part.begins for part in found.transfers if getattr(part, end) == rank)
+            assert len(begun) == 2
+            assert begun[1] - begun[0] >= 4, "four bytes at a byte a second"
+    assert all(part.arrives == part.begins + 4.5 for part in found.transfers)
+    assert found.starts[1] == tuple(max(part.arrives for part in found.transfers if part.target == rank) for rank in range(3))
+
+
+def test_a_rank_is_done_when_the_last_thing_that_is_due_to_it_has_come():
+    builder = ScheduleBuilder("by hand", "forward", (2, 2))
+    builder.transfer(Piece("kv", 0, 0, 2), 0, 1, posted=0, due=1)
+    found = forecast(builder.build(), make_layout("contiguous", 4, 2), full(), SIZES, PLAIN)
+    assert found.done == (0, 4.5)
+
+
+def test_every_rank_of_every_context_group_has_its_lane_and_the_exchanges_their_time():
+    layout = make_layout("zigzag", 48, 4)
+    schedules = make_schedules("two_dimensional", layout, causal(), ulysses=2)
+    sizes = PieceBytes(heads=4, kv_heads=2, head_dim=8)
+    drawn = predicted_timeline(schedules, layout, causal(), sizes, PLAIN)
+    for rank in range(4):
+        for direction in ("forward", "backward"):
+            events = drawn.of(direction, rank)
+            assert any(event.kind == "attend" for event in events)
+            assert {event.step for event in events if event.label == "positions for heads"} == {-1, drawn.num_steps[direction]}
+    links = {(flight.source, flight.target) for flight in drawn.flights}
+    assert {(0, 1), (1, 0), (2, 3), (3, 2)} <= links, "within head groups"
+    assert {(0, 2), (2, 0), (1, 3), (3, 1)} <= links, "within context groups"
 
 
 def test_the_backward_takes_as_much_longer_as_the_machine_says():

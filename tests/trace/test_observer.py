@@ -124,6 +124,8 @@ def test_the_exchange_of_positions_for_heads_is_observed_to_the_byte(strategy: s
         swaps = [what for told in listener.told.values() for _, kind, what, *_ in told if kind == "transfer" and isinstance(what, Swap)]
         batches = [what for told in listener.told.values() for _, kind, what, *_ in told if kind == "transfer" and isinstance(what, Batch)]
         assert len(swaps) == 4, "there and back, forward and backward"
+        for told in listener.told.values():
+            assert [step for step, kind, what, *_ in told if kind == "transfer" and isinstance(what, Swap)] == [BEFORE, AFTER]
         swapped = sum(size for swap in swaps for _, size in swap.sends)
         assert swapped == total if not batches else 0 < swapped < total
 

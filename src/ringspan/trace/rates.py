@@ -18,7 +18,7 @@ from ringspan.verify import DTYPES
 
 _REPEATS = 5
 _SMALL_BYTES, _LEAST_BYTES = 1024, 2**18
-_FEW_ROWS = 8
+_FEW_ROWS = 16
 
 
 def measure_machine(case: TraceCase, sequence: Sequence, device: torch.device) -> Machine:
