@@ -78,6 +78,13 @@ def test_a_rank_that_waits_for_its_own_send_waits_for_the_receiver():
     assert found.blames == {Culprit(1): pytest.approx(2.5), Culprit(0, 1): pytest.approx(0.5)}
 
 
+def test_a_rank_that_posts_only_after_its_bytes_have_come_is_still_who_was_waited_for():
+    events = [does(0, 0, "attend", 0, 5), does(1, 0, "attend", 0, 1), does(1, 0, "wait", 1, 4.9, batch=0)]
+    found = find(timeline(2, events, [flies(0, 1, 5, 5)]))
+    assert found.blames[Culprit(0)] == pytest.approx(3.9 + 0.1), "the wait, and being done before it"
+    assert sum(found.blames.values()) == pytest.approx(found.waiting + found.idle)
+
+
 def fields(flight):
     return {name: getattr(flight, name) for name in flight.__dataclass_fields__}
 

@@ -75,6 +75,13 @@ def test_what_went_to_a_receiver_that_was_not_ready_never_ends_before_it_begins(
     assert flight.start <= flight.stop
 
 
+def test_what_had_come_before_its_sender_was_back_from_posting_was_under_way_while_it_posted():
+    first, second = records(wait=(5.0, 9.0), posted=(9.5, 2.0))
+    posting = Mark("forward", 0, "post", SENT, 7.0, 9.5, None, 0)
+    (flight,) = measured_timeline([replace(first, marks=(*first.marks, posting)), second], SCHEDULES, SIZES, MACHINE).flights
+    assert (flight.ready, flight.start, flight.stop) == (7.0, 7.0, 9.0)
+
+
 def test_a_clock_that_is_ahead_is_set_back():
     own = measured_timeline(records(wait=(5.0, 9.0)), SCHEDULES, SIZES, MACHINE)
     ahead = measured_timeline(records(wait=(5.0, 9.0), ahead=1024.0), SCHEDULES, SIZES, MACHINE)

@@ -136,6 +136,10 @@ class _Blame:
         return found
 
     def _last(self, rank: int, wait: Event) -> Flight | None:
-        """The transfer of a wait that was ready last, of those that can have been over by its end; what arrives goes before what leaves."""
-        found = [flight for flight in self._awaited[(rank, wait.batch)] if wait.batch >= 0 and flight.ready <= wait.stop]
+        """The transfer of a wait that was ready last; what arrives goes before what leaves.
+
+        A send may be over before its receiver stands ready, where the transport keeps it for him: then nobody waited for that.
+        """
+        awaited = self._awaited[(rank, wait.batch)] if wait.batch >= 0 else []
+        found = [flight for flight in awaited if flight.target == rank or flight.ready <= wait.stop]
         return max(found, key=lambda flight: (flight.target == rank, flight.ready, flight.stop), default=None)

@@ -38,8 +38,9 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class _End:
-    """One end of a transfer."""
+    """One end of a transfer: posting it began at `begun` and was done at `posted`."""
 
+    begun: float
     posted: float
     over: float
     arrived: float | None
@@ -77,6 +78,7 @@ def measured_timeline(
     ends: dict[bool, dict[_Key, list[_End]]] = {True: defaultdict(list), False: defaultdict(list)}
     for record in records:
         widths = _share(schedules, sizes, record.rank)
+        begun = {(mark.direction, mark.batch): mark.start for mark in record.marks if mark.kind == "post"}
         for mark in record.marks:
             shift = record.ahead + zero[mark.direction]
             step = {BEFORE: -1, AFTER: steps[mark.direction]}.get(mark.step, mark.step)
@@ -85,7 +87,8 @@ def measured_timeline(
                 continue
             arrived = None if mark.arrived is None else mark.arrived - shift
             for sent, label, owner, home, peer, size in _parcels(record, mark, widths):
-                end = _End(mark.start - shift, mark.stop - shift, arrived, mark.batch, size, step, owner, home)
+                first = begun.get((mark.direction, mark.batch), mark.start)
+                end = _End(first - shift, mark.start - shift, mark.stop - shift, arrived, mark.batch, size, step, owner, home)
                 source, target = (record.rank, peer) if sent else (peer, record.rank)
                 ends[sent][(mark.direction, label, source, target)].append(end)
     events.sort(key=lambda event: (event.direction != "forward", event.start, event.rank))
@@ -155,8 +158,9 @@ def _share(schedules: Schedules, sizes: PieceBytes, rank: int) -> PieceBytes:
 def _flight(key: _Key, out: _End, into: _End, wait: Event | None, machine: Machine, copied: bool) -> Flight:
     """When a transfer was under way, as well as it can be told.
 
-    It begins when both ends have posted it. Where a GPU told when it had come, that is its end; where the receiver was blocked, the end of
-    its wait is. Else it had come at some time before, and what it should take by the machine's rates is taken for what it took.
+    It begins when both ends have posted it; what had come before the sender was back from posting it, when both had begun to. Where a GPU
+    told when it had come, that is its end; where the receiver was blocked, the end of its wait is. Else it had come at some time before,
+    and what it should take by the machine's rates is taken for what it took.
     """
     direction, label, source, target = key
     ready = max(out.posted, into.posted)
@@ -168,7 +172,8 @@ def _flight(key: _Key, out: _End, into: _End, wait: Event | None, machine: Machi
         stop = into.arrived
     elif wait is not None and wait.seconds <= max(_BLOCKED_SECONDS, priced / 10):
         stop = min(wait.start, ready + priced)
-    start = min(start, max(stop, ready))
+    if stop < ready:
+        ready = start = min(stop, max(out.begun, into.begun))
     return Flight(
         direction, out.step, label, into.owner, source, target, into.size, ready, start, max(stop, start), into.home, out.batch, into.batch
     )
