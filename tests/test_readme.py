@@ -35,7 +35,7 @@ from ringspan.viz.study import piece_sizes, study
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-GUIDES = ("adding_a_strategy", "exactness", "gallery", "masks")
+GUIDES = ("adding_a_strategy", "exactness", "gallery", "masks", "tracing")
 PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 COLUMNS = 118
 SIZES = piece_sizes(heads=32, kv_heads=8, head_dim=128, dtype_bytes=2)
@@ -165,6 +165,18 @@ def test_verification_on_a_page_is_what_verify_prints_but_for_the_numbers(monkey
         printed = [shape(line) for line in run(f"{command} --device cpu", monkeypatch).splitlines()]
         lost = in_order([shape(line) for line in shown], printed)
         assert lost is None, f"{block.page.name}, line {block.line}: {command} prints no such line there: {lost!r}\n" + "\n".join(printed)
+
+
+def test_a_trace_on_a_page_says_what_trace_says_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch):
+    def words(text: str) -> str:
+        return re.sub(r"\s+", " ", re.sub(r"\d[\d.,]*( (m|µ)?s\b)?", "#", text)).strip()
+
+    found = [case for case in commands() if case[1].startswith("ringspan trace") and case[2]]
+    assert found, "no page shows what ringspan trace prints"
+    for block, command, shown in found:
+        printed = words(run(f"{command} --device cpu", monkeypatch))
+        for line in shown:
+            assert line == "…" or words(line) in printed, f"{block.page.name}, line {block.line}: {command} says no such thing: {line!r}"
 
 
 def test_every_command_on_a_page_has_options_that_exist():

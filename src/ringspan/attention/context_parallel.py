@@ -20,6 +20,7 @@ from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
+from ringspan.attention.observe import Observer
 from ringspan.attention.outbox import Outbox, outbox
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
@@ -159,13 +160,18 @@ class ContextParallel:
 
 
 class Sequence:
-    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`."""
+    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`.
+
+    Attributes:
+        observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for nobody.
+    """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: Kept[Plan] = Kept(KEPT)
         self._losses: Kept[bool] = Kept(KEPT)
         self._schedules: Schedules | None = None
+        self.observer: Observer | None = None
         self.choice: Choice | None = None
 
     @property
@@ -313,6 +319,8 @@ class Sequence:
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
+        if self.observer is not None:
+            plan = plan.observed(self.observer)
         out, lse = attend(q, k, v, sinks, plan, return_lse)
         if not return_lse:
             return out

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.program import Batch
-from ringspan.transport import Parcel, Transport
+from ringspan.transport import Parcel, Pending, Transport, works
 
 Component = Tensor | tuple[Tensor, Tensor]
 """`[rows, …]`, or two such (keys and values), which travel side by side as one `[rows, 2, …]`."""
@@ -22,7 +22,7 @@ class Courier(Protocol):
         """Where this rank's own inputs of `kind`, all that it sends of them, best lie; None where it makes no difference."""
         ...
 
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
         """Starts a batch and returns at once; what it returns waits until it is over.
 
         Args:
@@ -64,6 +64,21 @@ def contiguous(component: Component, dtype: torch.dtype | None = None) -> Tensor
     return target
 
 
+class _UnderWay:
+    """A transport's transfers, with the parcels that live as long."""
+
+    def __init__(self, pending: Pending, parcels: tuple[Sequence[Parcel], ...]) -> None:
+        self._pending, self._parcels = pending, parcels
+
+    @property
+    def works(self) -> Sequence[Pending]:
+        """See `ringspan.transport.works`."""
+        return works(self._pending)
+
+    def wait(self) -> None:
+        self._pending.wait()
+
+
 class TransportCourier:
     """Hands parcels to a transport: sends, receives and waits as processes and threads do.
 
@@ -79,7 +94,7 @@ class TransportCourier:
         """See `Courier.own_buffer`."""
         return None
 
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""
         sends = [
             Parcel(contiguous(component, self._wide if batch.lane else None), send.peer)
@@ -87,12 +102,7 @@ class TransportCourier:
             for component in components
         ]
         receives = [Parcel(tensor, receive.peer) for receive, tensors in zip(batch.receives, incoming, strict=True) for tensor in tensors]
-        pending = self._transport.exchange(sends, receives, batch.lane)
-
-        def wait(parcels: tuple = (sends, receives)) -> None:
-            pending.wait()
-
-        return wait
+        return _UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
 
     def finish(self) -> None:
         """Every batch has been waited for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ringspan.attention.mail import Component, wire_shape, write
 from ringspan.attention.outbox import Message, Outbox, Place
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
-from ringspan.transport import PeerMemory, Transport
+from ringspan.transport import PeerMemory, Pending, Transport
 
 
 class PeerCourier:
@@ -37,7 +37,7 @@ class PeerCourier:
         assert not others
         return _tensor(self._mine, place, shape, dtype)
 
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
         """See `Courier.post`."""
         posting, memory = self._outbox.postings[batch.index], self._memory
         for message in posting.awaited:
@@ -56,7 +56,7 @@ class PeerCourier:
         for message in posting.ready:
             memory.signal(message.peer, _ready(message))
         if not posting.read:
-            return _nothing
+            return _Nothing()
 
         def read() -> None:
             for message, parts in posting.read:
@@ -91,8 +91,9 @@ def row_bytes(q: Tensor, k: Tensor) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _nothing() -> None:
-    pass
+class _Nothing:
+    def wait(self) -> None:
+        """Nothing is read here: there is nothing to wait for."""
 
 
 def _ready(message: Message) -> int:

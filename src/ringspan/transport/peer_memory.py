@@ -19,7 +19,7 @@ from torch import Tensor
 from ringspan.errors import RankFailure
 from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
-from ringspan.transport.protocol import Transport
+from ringspan.transport.protocol import Pending, Transport
 
 Read = Callable[[], None]
 
@@ -51,9 +51,24 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+    def aside(self, lane: int, read: Read) -> Pending:
         """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
         ...
+
+
+class _Aside:
+    """What a stream does beside the current one, which is done at `event`."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
+
+    @property
+    def works(self) -> list[Pending]:
+        """Itself: any stream may wait for it as well, any number of times."""
+        return [self]
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class SymmetricMemory:
@@ -99,7 +114,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+    def aside(self, lane: int, read: Read) -> Pending:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -109,8 +124,17 @@ class SymmetricMemory:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             read()
-        done = stream.record_event()
-        return lambda: torch.cuda.current_stream(self._device).wait_event(done)
+        done = torch.cuda.Event()
+        done.record(stream)
+        return _Aside(done, self._device)
+
+
+class _WhenNeeded:
+    def __init__(self, read: Read) -> None:
+        self._read = read
+
+    def wait(self) -> None:
+        self._read()
 
 
 class SharedMemory:
@@ -159,9 +183,9 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, read: Read) -> Callable[[], None]:
+    def aside(self, lane: int, read: Read) -> Pending:
         """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
-        return read
+        return _WhenNeeded(read)
 
 
 _MEMORIES: WeakKeyDictionary[Transport, PeerMemory | str] = WeakKeyDictionary()
