@@ -244,7 +244,11 @@ def test_the_kernels_of_the_table_compute_what_it_says():
     said = {row[0].strip("`"): row[2:] for row in rows(section(README, "Kernels"))}
     features = ("window", "mask_mod", "softcap")
     computed = {
-        name: ["yes" if wanted in kernel.features else "" for wanted in features] + ["yes" if kernel.lse_gradient else ""]
+        name: [
+            *("yes" if wanted in kernel.can.features else "" for wanted in features),
+            "yes" if kernel.can.lse_gradient else "",
+            kernel.can.determinism,
+        ]
         for name, kernel in KERNELS.items()
     }
     assert said == computed
