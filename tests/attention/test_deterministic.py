@@ -88,6 +88,20 @@ def _refused(group: InProcessTransport) -> str:
     return str(caught.value)
 
 
+@pytest.mark.usefixtures("unsteady")
+def test_the_functions_keep_or_refuse_it_too():
+    x, packed = torch.zeros(1, 8, 2, 8), torch.zeros(8, 2, 8)
+    calls = (
+        lambda **more: ringspan.attention(x, x, x, **more),
+        lambda **more: ringspan.attention_varlen(packed, packed, packed, [0, 8], [0, 8], **more),
+    )
+    for call in calls:
+        call(kernel="unsteady", deterministic=False)
+        call(kernel="torch_cpu", deterministic=True)
+        with pytest.raises(UnsupportedError, match="does not promise the same bits"):
+            call(kernel="unsteady", deterministic=True)
+
+
 def test_auto_passes_over_a_kernel_that_promises_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ringspan.kernels.KERNELS", {"unsteady": Unsteady(), **KERNELS})
     problem = {"device": "cpu", "dtype": torch.float32, "heads": 2, "kv_heads": 2, "head_dim": 8}
