@@ -56,24 +56,32 @@ class Scores:
 
 
 class Kernel(Protocol):
-    """Partial attention of one tile.
-
-    Attributes:
-        name: what the user calls it.
-        can: what it can do.
-        shapes: short for `can.shapes`; `features` and `lse_gradient` likewise.
-    """
+    """Partial attention of one tile."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
+
     @property
-    def can(self) -> Capabilities: ...
+    def can(self) -> Capabilities:
+        """What it can do."""
+        ...
+
     @property
-    def shapes(self) -> frozenset[str]: ...
+    def shapes(self) -> frozenset[str]:
+        """Short for `can.shapes`."""
+        ...
+
     @property
-    def features(self) -> frozenset[str]: ...
+    def features(self) -> frozenset[str]:
+        """Short for `can.features`."""
+        ...
+
     @property
-    def lse_gradient(self) -> bool: ...
+    def lse_gradient(self) -> bool:
+        """Short for `can.lse_gradient`."""
+        ...
 
     def missing(self) -> str | None:
         """Why what the kernel is made of is not on this machine, or None where it is."""
