@@ -17,6 +17,7 @@ from ringspan.attention.batch import shard_batch
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.decode import decode
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
+from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
@@ -100,6 +101,7 @@ class ContextParallel:
         Raises:
             RingspanError: on every rank, where the length is below 1 or the ranks disagree.
         """
+        keep_uncompiled()
         mask = causal() if mask is None else mask
         if not isinstance(mask, Mask) or type(length) is not int:
             # Nothing to look up by; it is refused on every rank.
@@ -386,3 +388,7 @@ class Sequence:
         asked = f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
         agree(self.context.transport, "loss", f"{asked} ignore_index={ignore_index}", problem)
         return True
+
+
+stays_uncompiled(ContextParallel, "sequence", "decode", "sum_gradients", "broadcast_parameters")
+stays_uncompiled(Sequence, "attention", "unshard", "shard_batch", "loss")
