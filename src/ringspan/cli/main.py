@@ -8,6 +8,7 @@ import sys
 import typer
 
 from ringspan.cli.bench import command as bench
+from ringspan.cli.doctor import command as doctor
 from ringspan.cli.show import command as show
 from ringspan.cli.trace import command as trace
 from ringspan.cli.train import command as train
@@ -27,6 +28,7 @@ app.command("verify")(verify)
 app.command("show")(show)
 app.command("bench")(bench)
 app.command("trace")(trace)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

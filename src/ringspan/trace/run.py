@@ -13,7 +13,6 @@ import torch
 
 from ringspan.attention import ContextParallel, Sequence
 from ringspan.attention.checks import problem_of
-from ringspan.kernels import select_kernel
 from ringspan.strategies import Machine, Schedules
 from ringspan.trace.case import TraceCase
 from ringspan.trace.measured import RankRecord, measured_timeline
@@ -190,6 +189,7 @@ def put_together(case: TraceCase, records: list[RankRecord], observed: Observed,
         transport: `in-process`, `gloo` or `nccl`.
     """
     sequence, machine = observed.sequence, observed.machine
+    assert sequence.kernel is not None, "attention has run"
     schedules, choice = sequence.schedules, sequence.choice
     if choice is not None:
         case = replace(case, strategy=choice.strategy, options=dict(choice.options))
@@ -199,7 +199,7 @@ def put_together(case: TraceCase, records: list[RankRecord], observed: Observed,
     setting = Setting(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         transport=transport,
-        kernel=select_kernel(case.kernel, case.problem(device)).name,
+        kernel=sequence.kernel.name,
         cores=len(os.sched_getaffinity(0)),
         local_ranks=local_ranks,
         devices=gpus,
