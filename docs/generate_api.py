@@ -24,7 +24,7 @@ import ringspan
 PAGES = Path(__file__).parent / "api"
 # Bottom to top, as in the house plan; a module that is not named here comes after these.
 ROOMS = (
-    *("errors", "geometry", "schedule", "strategies", "kernels", "transport", "attention", "verify", "bench"),
+    *("errors", "geometry", "schedule", "strategies", "kernels", "transport", "attention", "verify", "bench", "trace"),
     *("transformer", "training", "inference", "planner", "viz", "cli", "transformers"),
 )
 WIDTH = 100

@@ -28,6 +28,7 @@ ROOMS = (
     "compat",
     "verify",
     "bench",
+    "trace",
     "transformer",
     "training",
     "inference",
@@ -60,6 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "verify": CORE,
     # Beside the core: NVML's counter of joules and the peers, each where it is installed.
     "bench": CORE | {"pynvml", "flash_attn", "ring_flash_attn", "yunchang"},
+    "trace": CORE,
     "transformer": MODELS,
     "training": MODELS,
     "inference": MODELS,

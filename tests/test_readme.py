@@ -35,7 +35,7 @@ from ringspan.viz.study import piece_sizes, study
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-GUIDES = ("adding_a_strategy", "exactness", "gallery", "masks")
+GUIDES = ("adding_a_strategy", "compile", "exactness", "gallery", "masks", "tracing")
 PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 COLUMNS = 118
 SIZES = piece_sizes(heads=32, kv_heads=8, head_dim=128, dtype_bytes=2)
@@ -167,6 +167,18 @@ def test_verification_on_a_page_is_what_verify_prints_but_for_the_numbers(monkey
         assert lost is None, f"{block.page.name}, line {block.line}: {command} prints no such line there: {lost!r}\n" + "\n".join(printed)
 
 
+def test_a_trace_on_a_page_says_what_trace_says_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch):
+    def words(text: str) -> str:
+        return re.sub(r"\s+", " ", re.sub(r"\d[\d.,]*( (m|µ)?s\b)?", "#", text)).strip()
+
+    found = [case for case in commands() if case[1].startswith("ringspan trace") and case[2]]
+    assert found, "no page shows what ringspan trace prints"
+    for block, command, shown in found:
+        printed = words(run(f"{command} --device cpu", monkeypatch))
+        for line in shown:
+            assert line == "…" or words(line) in printed, f"{block.page.name}, line {block.line}: {command} says no such thing: {line!r}"
+
+
 def test_every_command_on_a_page_has_options_that_exist():
     group = typer.main.get_command(app)
     for block, command, _ in commands():
@@ -245,11 +257,16 @@ def test_the_kernels_of_the_table_compute_what_it_says():
     features = ("window", "mask_mod", "softcap")
 
     def through_lse(kernel: Kernel) -> str:
-        widest = re.search(r"heads of at most (\d+)", kernel.refusal.__doc__ or "")
-        return "yes" if kernel.lse_gradient or not widest else f"heads up to {int(widest[1]) - lse_gradient.COLUMNS}"
+        if kernel.can.lse_gradient or kernel.can.head_dims is None:
+            return "yes"
+        return f"heads up to {kernel.can.head_dims[1] - lse_gradient.COLUMNS}"
 
     computed = {
-        name: ["yes" if wanted in kernel.features else "" for wanted in features] + [through_lse(kernel)]
+        name: [
+            *("yes" if wanted in kernel.can.features else "" for wanted in features),
+            through_lse(kernel),
+            kernel.can.determinism,
+        ]
         for name, kernel in KERNELS.items()
     }
     assert said == computed

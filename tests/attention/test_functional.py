@@ -220,7 +220,6 @@ HALF = [0, 3, 8]
         (lambda g: ringspan.attention(X, X.to("meta"), X.to("meta"), group=g), RingspanError, ("devices",)),
         (lambda g: ringspan.attention(X.long(), X.long(), X.long(), group=g), RingspanError, ("floating-point",)),
         (lambda g: ringspan.attention(X, X, X, sinks=torch.zeros(3), group=g), RingspanError, ("sinks",)),
-        (lambda g: ringspan.attention(X.to("meta"), X, X, deterministic=True, group=g), UnsupportedError, ("deterministic=True",)),
         (lambda g: ringspan.attention_varlen(P, P, P, HALF, [0, 4, 8], group=g), RingspanError, ("cu_seqlens_q and cu_seqlens_k differ",)),
         (lambda g: ringspan.attention_varlen(P, P, P, [0, 5, 3, 8], [0, 5, 3, 8], group=g), RingspanError, ("do not rise from 0",)),
         (lambda g: ringspan.attention_varlen(P, P, P, [0, 5, 5, 8], [0, 5, 5, 8], group=g), RingspanError, ("do not rise from 0",)),

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: these kernels run on a GPU alone"),
 ]
-CUDA_KERNELS = ("flash4", "cudnn", "flash2")
+CUDA_KERNELS = ("flash4", "cudnn", "flash2", "flex")
 BUDGET = 6e-3
 """bfloat16 resolves 4e-3; inputs and results are rounded to it, sums are not."""
 

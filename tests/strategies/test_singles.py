@@ -22,7 +22,7 @@ VARIANT_NAMES = [name for name in VARIANTS if name != "ring_self_attention"]
 class Rounding(Reference):
     """The reference, with results as CUDA kernels give them: in the inputs' dtype."""
 
-    rounds = True
+    can = replace(Reference.can, rounds=True)
 
     def forward(self, q, k, v, scores):
         """Rounded out."""
@@ -38,7 +38,7 @@ class Rounding(Reference):
 class Silent(Rounding):
     """The same, without saying so: everything travels in float32."""
 
-    rounds = False
+    can = replace(Reference.can, rounds=False)
 
 
 def promised(split: Split, tensors: Tensors) -> dict[tuple[int, int], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.mail import Courier, TransportCourier, Wire
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
+from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
 from ringspan.attention.outbox import Outbox
 from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
@@ -29,7 +30,7 @@ class Plan:
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
-    `peers` where pieces go through peer memory, with this rank's part in each direction.
+    `peers` where pieces go through peer memory, with this rank's part in each direction; `observer` where somebody looks on.
     """
 
     forward: RankProgram
@@ -42,6 +43,11 @@ class Plan:
     kv_heads_per_stage: int | None = None
     lse_gradient_refusal: str | None = None
     peers: tuple[PeerMemory, Mapping[str, Outbox]] | None = None
+    observer: Observer | None = None
+
+    def observed(self, observer: Observer) -> Plan:
+        """The same, an `observer` looking on."""
+        return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer))
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
@@ -131,13 +137,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) 
     for stage in _stages(plan, q.shape[2], k.shape[2]):
         inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
         courier = plan.courier("forward", q)
-        if plan.materialised:
-            run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
-        else:
-            # A sink still scales the result: it is rounded after that.
-            run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
-        run.run()
-        out, lse = run.result()
+        with watch(plan.observer, BEFORE, "pack"):
+            if plan.materialised:
+                run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
+            else:
+                # A sink still scales the result: it is rounded after that.
+                run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
+        run.run(plan.observer)
+        with watch(plan.observer, AFTER, "cast"):
+            out, lse = run.result()
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks[stage.heads])
         outs.append(out.to(q.dtype))
@@ -162,16 +170,18 @@ def _backward(
         mine, stage_dout = out[:, :, stage.heads], dout[:, :, stage.heads]
         stage_dlse = None if dlse is None else dlse[:, stage.heads]
         courier = plan.courier("backward", q)
-        if plan.materialised:
-            kept = dict(enumerate(weights[index * each : (index + 1) * each]))
-            run = MaterialisedBackward(plan.backward, courier, stage.scores, *inputs, mine, kept, stage_dout, stage_dlse)
-        else:
-            # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
-            statistics = mine, lse[:, stage.heads], stage_dout, stage_dlse
-            run = BackwardPass(plan.backward, courier, stage.scores, plan.kernel, *inputs, *statistics, rounds_keys=dtype == k.dtype)
-        run.run()
-        dq, dk, dv = run.result()
-        parts.append((dq.to(q.dtype), dk.to(dtype), dv.to(dtype)))
+        with watch(plan.observer, BEFORE, "pack"):
+            if plan.materialised:
+                kept = dict(enumerate(weights[index * each : (index + 1) * each]))
+                run = MaterialisedBackward(plan.backward, courier, stage.scores, *inputs, mine, kept, stage_dout, stage_dlse)
+            else:
+                # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
+                statistics = mine, lse[:, stage.heads], stage_dout, stage_dlse
+                run = BackwardPass(plan.backward, courier, stage.scores, plan.kernel, *inputs, *statistics, rounds_keys=dtype == k.dtype)
+        run.run(plan.observer)
+        with watch(plan.observer, AFTER, "cast"):
+            dq, dk, dv = run.result()
+            parts.append((dq.to(q.dtype), dk.to(dtype), dv.to(dtype)))
     if not parts:
         return torch.empty_like(q), torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
     dqs, dks, dvs = zip(*parts, strict=True)

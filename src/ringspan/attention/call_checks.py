@@ -6,7 +6,6 @@ from collections.abc import Sequence as Numbers
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringspan.errors import RingspanError, UnsupportedError
@@ -36,11 +35,11 @@ def check_length(function: str, length: int | None) -> None:
         raise RingspanError(f"{function} with length={length!r}", "", "A length is a whole number of at least 1 token", "length=1024")
 
 
-def check_options(function: str, q: Tensor, dropout_p: float, alibi_slopes: Tensor | None, deterministic: bool, kernel: str) -> None:
+def check_options(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
     """That nothing is asked for that would change the result and is not computed.
 
     Raises:
-        UnsupportedError: for dropout, ALiBi, and a promise of determinism that the kernel cannot keep.
+        UnsupportedError: for dropout and ALiBi.
     """
     if dropout_p != 0:
         raise UnsupportedError(
@@ -55,17 +54,6 @@ def check_options(function: str, q: Tensor, dropout_p: float, alibi_slopes: Tens
             "scores take no bias",
             "A score is made of scale, softcap and mask, and nothing that is asked for is ignored",
             "alibi_slopes=None, and positions that are rotated into q and k",
-        )
-    # Of the kernels on CUDA, FlashAttention-2 adds up in one order where torch is told to, cuDNN in no promised one.
-    steady = kernel == "reference" or (
-        kernel == "flash2" and torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    )
-    if deterministic and q.device.type != "cpu" and not steady:
-        raise UnsupportedError(
-            f"{function} with deterministic=True and kernel={kernel!r} on {q.device.type}",
-            "the order in which its backward adds up is not promised",
-            "The ranks' partials are always merged in one order; within a tile the kernel decides",
-            "kernel='flash2' under torch.use_deterministic_algorithms(True), or kernel='reference'",
         )
 
 

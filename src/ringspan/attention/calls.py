@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,11 @@ class Request:
     def __str__(self) -> str:
         shown = {part.name: getattr(self, part.name) for part in fields(self) if part.name in ("strategy", "layout", "kernel", "length")}
         return self.function + "".join(f" {name}={_short(value)}" for name, value in (*shown.items(), *self.options, *self.mask))
+
+
+def promising(request: Request, deterministic: bool) -> Request:
+    """`request`, with the promise of the same bits at every run where it is asked for."""
+    return replace(request, options=(*request.options, ("deterministic", True))) if deterministic else request
 
 
 def find_sequence(group: Group, function: str, prepare: Callable[[], Request]) -> Sequence:

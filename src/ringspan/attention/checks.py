@@ -53,10 +53,15 @@ def check_names(
     kv_heads_per_stage: int | None,
     transport: str,
     options: Mapping[str, int | str],
+    deterministic: bool = False,
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     if transport not in TRANSPORTS:
         raise RingspanError(f"transport {transport!r}", f"there are {', '.join(TRANSPORTS)}", "A transport is asked for by name", "'auto'")
+    if not isinstance(deterministic, bool):
+        raise RingspanError(
+            f"deterministic={deterministic!r}", "", "Gradients are promised to be the same bits, or not", "deterministic=True"
+        )
     if weights is not None and not (isinstance(weights, (tuple, list)) and all(isinstance(weight, (int, float)) for weight in weights)):
         raise RingspanError(f"weights={weights!r}", "", "There is one finite weight ≥ 0 for each rank", f"weights={(1.0,) * num_ranks}")
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())
@@ -97,9 +102,12 @@ def features(mask: Mask, softcap: float | None) -> frozenset[str]:
     return frozenset(name for name, needed in wanted.items() if needed)
 
 
-def kernel_problem(q: Tensor, k: Tensor, wanted: frozenset[str]) -> Problem:
+def kernel_problem(q: Tensor, k: Tensor, wanted: frozenset[str], deterministic: bool = False) -> Problem:
     """The problem that a kernel is chosen for."""
-    return Problem(device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], features=wanted)
+    return Problem(
+        device=q.device.type, dtype=q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], features=wanted,
+        deterministic=deterministic,
+    )  # fmt: skip
 
 
 def check_attention(
@@ -113,6 +121,7 @@ def check_attention(
     rank: int,
     kernel: str,
     wanted: frozenset[str],
+    deterministic: bool = False,
 ) -> None:
     """Shapes, dtypes and devices of q, k, v and sinks, and that the kernel computes them."""
     asked = f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -155,7 +164,7 @@ def check_attention(
             raise RingspanError(
                 f"{asked} with {name}={value!r}", "", "A scale is a finite number, and a softcap one above 0", f"{name}=None"
             )
-    select_kernel(kernel, kernel_problem(q, k, wanted))
+    select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
 
 
 def check_loss(logits: Tensor, labels: Tensor, shard_length: int, rank: int) -> None:

@@ -14,12 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
+from ringspan.attention.choice import choose_kernel
 from ringspan.attention.decode import decode
 from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
+from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.materialised import check_materialised
+from ringspan.attention.observe import Observer
 from ringspan.attention.outbox import Outbox, outbox
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
@@ -46,12 +49,16 @@ class ContextParallel:
         strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says
             which and why. The backward of `ring` rotates keys or queries, whichever is less traffic for the heads at hand.
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
-        kernel: one of `ringspan.kernels.KERNELS`, or `auto` for the fastest that computes the tensors at hand.
+        kernel: one of `ringspan.kernels.KERNELS`, or `auto`: on CUDA the fastest that computes the tensors at hand, which rank 0 times
+            once for a class of shapes; on CPUs the first that does. `Sequence.kernel` says which.
         weights: for layout `weighted`, the share of each rank.
         kv_heads_per_stage: compute so many key heads (with their query heads) after one another, the whole schedule for each: head-strided
             gathering. What visits a rank shrinks by as much; launches and messages become more.
         transport: `process_group` sends and receives; `peer_memory` has each rank read the others' memory, over NVLink by copy engines that
             take nothing from attention, or as threads do; `auto` takes the latter on GPUs that reach each other, where the strategy allows.
+        deterministic: the gradients of attention are the same bits at every run on the same machine, or what cannot promise it is refused.
+            Ranks' partials always add up in the schedule's order; within a tile the kernel decides. Not covered: reductions of the process
+            group itself, in `sum_gradients` and the loss, and what a model computes besides.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Raises:
@@ -68,19 +75,23 @@ class ContextParallel:
         weights: tuple[float, ...] | None = None,
         kv_heads_per_stage: int | None = None,
         transport: str = "auto",
+        deterministic: bool = False,
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.carrier = transport
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
-        self.kv_heads_per_stage, self.options = kv_heads_per_stage, options
+        self.kv_heads_per_stage, self.deterministic, self.options = kv_heads_per_stage, deterministic, options
         self._sequences: Kept[Sequence] = Kept(KEPT)
         self._decoders: Kept[Kernel] = Kept(KEPT)
         problem = checks.problem_of(
-            lambda: checks.check_names(strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, transport, options)
+            lambda: checks.check_names(
+                strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, transport, options, deterministic
+            )
         )
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
-        agree(self.transport, "ContextParallel", f"{asked} kv_heads_per_stage={kv_heads_per_stage} transport={transport!r}", problem)
+        asked += f" kv_heads_per_stage={kv_heads_per_stage} transport={transport!r} deterministic={deterministic}"
+        agree(self.transport, "ContextParallel", asked, problem)
         self.weights = None if weights is None else tuple(weights)
 
     @property
@@ -101,6 +112,7 @@ class ContextParallel:
         Raises:
             RingspanError: on every rank, where the length is below 1 or the ranks disagree.
         """
+        keep_uncompiled()
         mask = causal() if mask is None else mask
         if not isinstance(mask, Mask) or type(length) is not int:
             # Nothing to look up by; it is refused on every rank.
@@ -159,14 +171,20 @@ class ContextParallel:
 
 
 class Sequence:
-    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`."""
+    """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`.
+
+    Attributes:
+        observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for nobody.
+    """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
         self.context, self.layout, self.mask = context, layout, mask
         self._plans: Kept[Plan] = Kept(KEPT)
         self._losses: Kept[bool] = Kept(KEPT)
         self._schedules: Schedules | None = None
+        self.observer: Observer | None = None
         self.choice: Choice | None = None
+        self.kernel: Kernel | None = None
 
     @property
     def length(self) -> int:
@@ -314,6 +332,8 @@ class Sequence:
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
+        if self.observer is not None:
+            plan = plan.observed(self.observer)
         out, lse = attend(q, k, v, sinks, plan, return_lse)
         if not return_lse:
             return out
@@ -321,11 +341,13 @@ class Sequence:
         return out, lse
 
     def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
-        features = checks.features(self.mask, softcap)
+        features, deterministic = checks.features(self.mask, softcap), self.context.deterministic
         materialised = "ring_self_attention" in (self.context.strategy, self.context.options.get("inner"))
 
         def check() -> None:
-            checks.check_attention(q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features)
+            checks.check_attention(
+                q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features, deterministic
+            )
             checks.check_device(q.device.type, self.context.transport.devices, self.num_ranks)
             checks.check_mask_mod(self.mask, self.length, q.device)
             if materialised:
@@ -333,9 +355,10 @@ class Sequence:
 
         problem = checks.problem_of(check)
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
-        kernel = select_kernel(self.context.kernel, wanted := checks.kernel_problem(q, k, features))
-        schedules = self._schedules = self._choose(q, k, kernel)
         transport = self.context.transport
+        asked = checks.kernel_problem(q, k, features, deterministic)
+        kernel = self.kernel = choose_kernel(self.context.kernel, asked, max(self.layout.shard_lengths), transport)
+        schedules = self._schedules = self._choose(q, k, kernel)
         exchange, first_head = None, 0
         shapes = frozenset({"band"}) if materialised else kernel.shapes
         if (grid := schedules.grid) is not None:
@@ -346,7 +369,9 @@ class Sequence:
             resolve(schedule, schedules.layout, self.mask, shapes, transport.rank) for schedule in (schedules.forward, schedules.backward)
         )
         peers = self._peers(q, k, schedules, transport.rank, materialised)
-        scoring = Scoring(scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head)
+        scoring = Scoring(
+            scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head, deterministic=deterministic
+        )
         return Plan(
             forward,
             backward,
@@ -356,7 +381,7 @@ class Sequence:
             exchange,
             materialised,
             self.context.kv_heads_per_stage,
-            None if materialised else lse_gradient_refusal(kernel, wanted),
+            None if materialised else lse_gradient_refusal(kernel, asked),
             peers,
         )
 
@@ -415,3 +440,7 @@ class Sequence:
         asked = f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
         agree(self.context.transport, "loss", f"{asked} ignore_index={ignore_index}", problem)
         return True
+
+
+stays_uncompiled(ContextParallel, "sequence", "decode", "sum_gradients", "broadcast_parameters")
+stays_uncompiled(Sequence, "attention", "unshard", "shard_batch", "loss")

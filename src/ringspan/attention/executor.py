@@ -6,18 +6,20 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator, Partial
 from ringspan.attention.mail import Courier
-from ringspan.attention.program import LANES, Launch, RankProgram
+from ringspan.attention.observe import Observer, watch
+from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Shelf
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
 from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Receive, Send
+from ringspan.transport import Pending
 
 
 class Pass:
@@ -34,22 +36,29 @@ class Pass:
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
-    def run(self) -> None:
-        """All steps of the program."""
-        waiting: list[tuple[int, Callable[[], None]]] = []
+    def run(self, observer: Observer | None = None) -> None:
+        """All steps of the program, an `observer` looking on."""
+        waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
-                self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
+                with watch(observer, index, "merge", combine):
+                    self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
-                outgoing = [self._outgoing(send) for send in batch.sends]
-                incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
-                waiting.append((batch.due, self.courier.post(batch, outgoing, incoming)))
+                with watch(observer, index, "post", batch):
+                    outgoing = [self._outgoing(send) for send in batch.sends]
+                    incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
+                    pending = self.courier.post(batch, outgoing, incoming)
+                waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             for launch in step.launches:
-                self.attend(launch)
-            for due, wait in waiting:
-                if due <= index + 1:
-                    wait()
-            waiting = [entry for entry in waiting if entry[0] > index + 1]
+                with watch(observer, index, "attend", launch):
+                    self.attend(launch)
+            for batch, pending, token in waiting:
+                if batch.due <= index + 1:
+                    with watch(observer, index, "wait", batch):
+                        pending.wait()
+                    if observer is not None:
+                        observer.end(token)
+            waiting = [entry for entry in waiting if entry[0].due > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
         self.courier.finish()

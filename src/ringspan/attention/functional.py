@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from ringspan.attention.call_checks import check_length, check_names, check_options, check_tensors, read_borders, read_window
-from ringspan.attention.calls import Group, Request, find_sequence
+from ringspan.attention.calls import Group, Request, find_sequence, promising
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Layout, Mask, causal, documents, full, make_layout, sliding_window
 
@@ -83,11 +83,12 @@ def attention(
 
     def prepare() -> Request:
         check_tensors("attention", q, k, v, "[batch, shard, heads, head_dim]")
-        check_options("attention", q, dropout_p, alibi_slopes, deterministic, kernel)
+        check_options("attention", dropout_p, alibi_slopes)
         check_names("attention", strategy=strategy, layout=layout, kernel=kernel)
         check_length("attention", length)
         rows = q.shape[1] if length is None else None
-        return request_of("attention", strategy, layout, kernel, causal, window_size, length=length, shard_length=rows)
+        request = request_of("attention", strategy, layout, kernel, causal, window_size, length=length, shard_length=rows)
+        return promising(request, deterministic)
 
     sequence = find_sequence(group, "attention", prepare)
     keywords: Any = {"softcap": softcap or None, "sinks": sinks, "return_lse": return_lse}
@@ -158,10 +159,11 @@ def attention_varlen(
 
     def prepare() -> Request:
         check_tensors("attention_varlen", q, k, v, "[shard, heads, head_dim]")
-        check_options("attention_varlen", q, dropout_p, alibi_slopes, deterministic, kernel)
+        check_options("attention_varlen", dropout_p, alibi_slopes)
         check_names("attention_varlen", strategy=strategy, layout=layout, kernel=kernel)
         borders = read_borders("attention_varlen", cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return request_of("attention_varlen", strategy, layout, kernel, causal, window_size, borders, length=borders[-1])
+        request = request_of("attention_varlen", strategy, layout, kernel, causal, window_size, borders, length=borders[-1])
+        return promising(request, deterministic)
 
     sequence = find_sequence(group, "attention_varlen", prepare)
     keywords: Any = {"softcap": softcap or None, "sinks": sinks, "return_lse": return_lse}
@@ -216,7 +218,7 @@ def scaled_dot_product_attention(
         if query.shape[1] != key.shape[1] and not enable_gqa:
             found = f"{query.shape[1]} query heads, {key.shape[1]} key heads"
             raise RingspanError(name, found, "Fewer key heads are asked for by name, as in torch", "enable_gqa=True")
-        check_options(name, query, dropout_p, None, False, kernel)
+        check_options(name, dropout_p, None)
         check_names(name, strategy=strategy, layout=layout, kernel=kernel)
         check_length(name, length)
         rows = query.shape[2] if length is None else None

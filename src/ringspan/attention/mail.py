@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringspan.attention.program import Batch
 from ringspan.schedule import Receive, Send
-from ringspan.transport import Parcel, Transport
+from ringspan.transport import Parcel, Pending, Transport, works
 
 Pieces = Sequence[Sequence[Tensor]]
 """For each piece its components, `[rows, …]` each: k and v of `kv`, dk and dv of `dkv`, out and lse of `o`, …"""
@@ -20,7 +20,7 @@ Pieces = Sequence[Sequence[Tensor]]
 class Courier(Protocol):
     """Carries the batches of one pass."""
 
-    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """Starts a batch and returns at once; what it returns waits until it is over.
 
         Args:
@@ -57,6 +57,21 @@ class Wire:
         return self.kernel if transfer in batch.singles and tensor.ndim == 4 else self.wide
 
 
+class UnderWay:
+    """Transfers, with the tensors that live as long."""
+
+    def __init__(self, pending: Pending, kept: object) -> None:
+        self._pending, self._kept = pending, kept
+
+    @property
+    def works(self) -> Sequence[Pending]:
+        """See `ringspan.transport.works`."""
+        return works(self._pending)
+
+    def wait(self) -> None:
+        self._pending.wait()
+
+
 class TransportCourier:
     """Hands parcels to a transport: sends, receives and waits as processes and threads do.
 
@@ -68,7 +83,7 @@ class TransportCourier:
     def __init__(self, transport: Transport, wire: Wire) -> None:
         self._transport, self._wire = transport, wire
 
-    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""
         sends = [
             Parcel(tensor.to(self._wire.dtype(batch, send, tensor)).contiguous(), send.peer)
@@ -76,12 +91,7 @@ class TransportCourier:
             for tensor in tensors
         ]
         receives = [Parcel(tensor, receive.peer) for receive, tensors in zip(batch.receives, incoming, strict=True) for tensor in tensors]
-        pending = self._transport.exchange(sends, receives, batch.lane)
-
-        def wait(parcels: tuple = (sends, receives)) -> None:
-            pending.wait()
-
-        return wait
+        return UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
 
     def finish(self) -> None:
         """Every batch has been waited for."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ringspan.attention.mail import Pieces, Wire
+from ringspan.attention.mail import Pieces, UnderWay, Wire
 from ringspan.attention.outbox import Message, Outbox, Place
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
 from ringspan.schedule import Send
-from ringspan.transport import PeerMemory, Transport
+from ringspan.transport import PeerMemory, Pending, Transport
 
 
 class PeerCourier:
@@ -30,7 +30,7 @@ class PeerCourier:
         self._mine = memory.outbox(transport.rank)
         self._written: set[tuple[str, int, int]] = set()
 
-    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Callable[[], None]:
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`. Copies into the outbox are made beside the computing too, which begins at once."""
         posting, memory = self._outbox.postings[batch.index], self._memory
 
@@ -51,13 +51,8 @@ class PeerCourier:
                         target.copy_(_tensor(theirs, place, target.shape, target.dtype))
                 memory.signal(message.peer, _free(message))
 
-        done = memory.aside(batch.lane, write, read)
-
-        def wait(kept: tuple = (outgoing, incoming)) -> None:
-            # What is copied beside the computing must not be freed before.
-            done()
-
-        return wait
+        # What is copied beside the computing must not be freed before.
+        return UnderWay(memory.aside(batch.lane, write, read), (outgoing, incoming))
 
     def _write(self, batch: Batch, send: Send, tensors: Sequence[Tensor], places: tuple[Place, ...]) -> None:
         piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0

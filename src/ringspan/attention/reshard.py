@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
 from ringspan.kernels import accumulator_dtype
 from ringspan.transport import Parcel, Transport
@@ -25,6 +26,7 @@ class Exchange:
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
+        observer: looks on.
     """
 
     transport: Transport
@@ -34,6 +36,7 @@ class Exchange:
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
+    observer: Observer | None = None
 
     @property
     def share(self) -> HeadShare:
@@ -98,7 +101,7 @@ class Exchange:
         widths = [_width(heads[i][self.place]) for i in range(len(parts))]
         shape = (parts[0].shape[0], sum(widths), *parts[0].shape[3:])
         buffers = [[parts[0].new_empty((shape[0], length, *shape[1:]))] for length in self.part_lengths]
-        self._swap(sends, buffers)
+        self._swap(sends, buffers, BEFORE)
         whole = parts[0].new_empty((shape[0], self.length, *shape[1:]))
         for (buffer,), rows in zip(buffers, self.rows, strict=True):
             for part_rows, whole_rows in rows:
@@ -128,7 +131,7 @@ class Exchange:
             [wholes[0].new_empty((*own, sum(widths[place][i] for i in same), *rest), dtype=sent[same[0]][place]) for same in alike[place]]
             for place in places
         ]
-        self._swap(sends, buffers)
+        self._swap(sends, buffers, AFTER)
         # Summed in the order of the places, in the accumulator's precision: the same at every run.
         results = [
             wholes[0].new_zeros((*own, total, *rest), dtype=accumulator_dtype(dtype)) for total, dtype in zip(totals, wanted, strict=True)
@@ -145,14 +148,21 @@ class Exchange:
             part[:, part_rows] = whole[:, whole_rows]
         return part
 
-    def _swap(self, sends: list[list[Tensor]], buffers: list[list[Tensor]]) -> None:
+    def _swap(self, sends: list[list[Tensor]], buffers: list[list[Tensor]], step: int) -> None:
         """`sends[place]` go to that place, and `buffers[place]` are filled with what it sends here; nothing is sent of what is empty."""
         for mine, kept in zip(sends[self.place], buffers[self.place], strict=True):
             kept.copy_(mine)
         others = [place for place in range(len(self.members)) if place != self.place]
         outgoing = [Parcel(tensor.contiguous(), self.members[place]) for place in others for tensor in sends[place] if tensor.numel()]
         incoming = [Parcel(buffer, self.members[place]) for place in others for buffer in buffers[place] if buffer.numel()]
-        self.transport.exchange(outgoing, incoming).wait()
+        swap = None if self.observer is None else Swap.of(outgoing, incoming)
+        with watch(self.observer, step, "post", swap):
+            pending = self.transport.exchange(outgoing, incoming)
+        token = None if self.observer is None else self.observer.begin(step, "transfer", swap, pending)
+        with watch(self.observer, step, "wait", swap):
+            pending.wait()
+        if self.observer is not None:
+            self.observer.end(token)
 
 
 def make_exchange(transport: Transport, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:

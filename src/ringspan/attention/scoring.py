@@ -19,6 +19,7 @@ class Scoring:
     softcap: float | None = None
     mask_mod: MaskMod | None = None
     first_head: int = 0
+    deterministic: bool = False
 
 
 class TileScores:
@@ -48,10 +49,11 @@ class TileScores:
     def __call__(self, q_owner: int, kv_owner: int, tile: Tile) -> Scores:
         scoring = self.scoring
         if scoring.mask_mod is None:
-            return Scores(tile, scoring.scale, scoring.softcap)
+            return Scores(tile, scoring.scale, scoring.softcap, deterministic=scoring.deterministic)
         return Scores(
             tile, scoring.scale, scoring.softcap, scoring.mask_mod,
             self._of(q_owner)[tile.q_start : tile.q_stop], self._of(kv_owner)[tile.k_start : tile.k_stop], scoring.first_head,
+            scoring.deterministic,
         )  # fmt: skip
 
     def _of(self, owner: int) -> Tensor:

@@ -33,7 +33,6 @@ from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, Record, worst
 from ringspan.bench.together import Broken, Together, first_of, one_line
 from ringspan.errors import RankFailure, RingspanError
-from ringspan.kernels import select_kernel
 from ringspan.strategies import link_bytes
 from ringspan.transport import Transport
 from ringspan.verify import Error, Inputs
@@ -161,12 +160,12 @@ class _Problem:
         def check() -> tuple[Passes, Record]:
             sequence = open_sequence(setting, self.shape)
             passes = passes_of(lambda q, k, v: sequence.attention(q, k, v), inputs, sequence.shard)
-            kernel = select_kernel(setting.kernel, self.shape.problem(self.device)).name
             before = Counter(sequence.context.transport.bytes_sent)
             results = passes.both()
+            assert sequence.kernel is not None
             sent = sum((Counter(sequence.context.transport.bytes_sent) - before).values())
             schedules, layout = sequence.schedules, sequence.layout
-            sizes = self.shape.sizes_with(setting.kernel, self.device)
+            sizes = self.shape.sizes_with(sequence.kernel)
             promised = sum(sum(link_bytes(schedules, layout, sizes, direction).values()) for direction in ("forward", "backward"))
             at_once = staged(sizes, parse_strategy(setting.strategy)[1].get("kv_heads_per_stage"))
             forward, backward = (promise(schedules, layout, at_once, transport.rank, direction) for direction in ("forward", "backward"))
@@ -179,7 +178,7 @@ class _Problem:
             reason = f"{sequence.choice.strategy}: {sequence.choice.reason}" if sequence.choice is not None else ""
             made = replace(
                 record,
-                kernel=kernel,
+                kernel=sequence.kernel.name,
                 reason=reason,
                 bytes_sent=sum(each[0] for each in gathered),
                 bytes_promised=promised,

@@ -1,1 +1,1 @@
-"""Thin commands over plain functions: `ringspan train`, `ringspan verify`, `ringspan show`."""
+"""Thin commands over plain functions: `ringspan train`, `ringspan verify`, `ringspan show`, `ringspan doctor`."""

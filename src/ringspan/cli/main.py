@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from ringspan.cli.bench import command as bench
+from ringspan.cli.doctor import command as doctor
 from ringspan.cli.show import command as show
+from ringspan.cli.trace import command as trace
 from ringspan.cli.train import command as train
 from ringspan.cli.verify import command as verify
 from ringspan.errors import RingspanError
@@ -24,6 +27,8 @@ app.command("train")(train)
 app.command("verify")(verify)
 app.command("show")(show)
 app.command("bench")(bench)
+app.command("trace")(trace)
+app.command("doctor")(doctor)
 
 
 def main() -> None:
@@ -31,7 +36,19 @@ def main() -> None:
     try:
         app()
     except RingspanError as error:
-        sys.exit(_fail(error))
+        _leave(_fail(error))
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(status: str | int | None) -> None:
+    """Ends the process with `status`; a rank that torchrun started at once."""
+    if isinstance(status, int) and "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # gloo's threads now and then outlive what they work on, and the interpreter's way out would then abort.
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(error: RingspanError) -> int:

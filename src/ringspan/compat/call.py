@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ringspan.attention.call_checks import check_options, check_tensors, read_window
-from ringspan.attention.calls import Group, Request, find_sequence
+from ringspan.attention.calls import Group, Request, find_sequence, promising
 from ringspan.errors import RingspanError, UnsupportedError
 
 BATCHED = "[batch, shard, heads, head_dim]"
@@ -50,9 +50,9 @@ def call(
     def prepare() -> Request:
         q, k, v = unpack()
         check_tensors(function, q, k, v, shape)
-        check_options(function, q, words.dropout_p, words.alibi_slopes, words.deterministic, "auto")
+        check_options(function, words.dropout_p, words.alibi_slopes)
         tensors.extend((q, k, v) if shape == BATCHED else (q[None], k[None], v[None]))
-        return request(q)
+        return promising(request(q), words.deterministic)
 
     sequence = find_sequence(words.group, function, prepare)
     q, k, v = tensors

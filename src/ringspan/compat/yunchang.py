@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringspan.attention.call_checks import check_options, check_tensors, read_window
-from ringspan.attention.calls import Group, Request, find_sequence, transport_of
+from ringspan.attention.calls import Group, Request, find_sequence, promising, transport_of
 from ringspan.attention.functional import Window, mask_of
 from ringspan.attention.sharding import take_shard
 from ringspan.compat.call import BATCHED, refuse_window
@@ -193,14 +193,14 @@ class LongContextAttention(nn.Module):
 
         def prepare() -> Request:
             check_tensors(name, query, key, value, BATCHED)
-            check_options(name, query, dropout_p, alibi_slopes, deterministic, self.kernel)
+            check_options(name, dropout_p, alibi_slopes)
             if args:
                 raise RingspanError(
                     name, f"it was given {len(args)} further arguments", "Nothing that is asked for is ignored", "without them"
                 )
             if self.parallel.ring > 1:
                 refuse_window(name, window_size, f"ringspan.attention(q, k, v, window_size={window_size}, strategy='two_dimensional', …)")
-            return self._request(query.shape[1], read_window(name, causal, window_size))
+            return promising(self._request(query.shape[1], read_window(name, causal, window_size)), deterministic)
 
         sequence = find_sequence(self.parallel.group, name, prepare)
         return sequence.attention(query, key, value, softmax_scale, softcap=softcap or None)

@@ -1,39 +1,50 @@
 """Kernels: partial attention of one tile. An explicit request is honoured or refused with the reason, never replaced."""
 
 from ringspan.errors import UnsupportedError
+from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.flash4 import Flash4
+from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
 from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
-from ringspan.kernels.protocol import Kernel, Problem, Scores, lowered
+from ringspan.kernels.protocol import Kernel, Scores, lowered
 from ringspan.kernels.reference import Reference
+from ringspan.kernels.speed import Comparison, Speeds, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
 __all__ = [
     "KERNELS",
+    "SPEEDS",
+    "Capabilities",
+    "Comparison",
     "Kernel",
     "Problem",
     "Scores",
+    "Speeds",
     "accumulator_dtype",
     "batch_first",
+    "dtype_name",
     "lowered",
     "lse_gradient_refusal",
     "merge_",
     "rows_first",
     "select_kernel",
+    "time_kernel",
 ]
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Flash4(), CuDnn(), Flash2(), TorchCpu(), Reference())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Flash4(), CuDnn(), Flash2(), Flex(), TorchCpu(), Reference())}
 """By name, the fastest first where speeds were compared (Hopper, PEERS table of 2026-11)."""
+
+SPEEDS = Speeds(KERNELS, time_kernel)
+"""What this process has found out about them."""
 
 
 def refusal(kernel: Kernel, problem: Problem) -> str | None:
     """Why `kernel` does not compute `problem` here, or None where it does."""
-    missing = sorted(problem.features - kernel.features)
-    return kernel.refusal(problem) or (f"it computes no {' and no '.join(missing)}" if missing else None)
+    return kernel.refusal(problem)
 
 
 def select_kernel(name: str, problem: Problem) -> Kernel:
-    """The kernel called `name`, or for `auto` the first of `KERNELS` that computes `problem`.
+    """The kernel called `name`, or for `auto` the first of `KERNELS` that computes `problem`; `SPEEDS` knows the fastest.
 
     Raises:
         UnsupportedError: for an unknown name, or a kernel that refuses `problem`, with its reason.

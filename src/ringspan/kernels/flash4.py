@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ringspan.geometry import Tile
-from ringspan.kernels.protocol import Problem, Scores
-from ringspan.kernels.torch_kernels import capability_refusal
+from ringspan.kernels.capabilities import Capabilities, Declared, Problem
+from ringspan.kernels.protocol import Scores
 
 # Its compiler is not made for threads, and in-process ranks are threads that meet a new kind of tile together. A launch takes no time.
 _COMPILING = threading.Lock()
@@ -34,19 +34,33 @@ def _interface() -> ModuleType:
     return importlib.import_module("flash_attn.cute.interface")
 
 
-class Flash4:
+class Flash4(Declared):
     """FlashAttention-4 through its forward and backward functions; compiled for each new kind of tile at its first use, some seconds."""
 
     name = "flash4"
-    shapes = frozenset({"band"})
-    features = frozenset({"window", "softcap"})
-    lse_gradient = True
-    rounds = True
+    can = Capabilities(
+        shapes=frozenset({"band"}),
+        features=frozenset({"window", "softcap"}),
+        device="cuda",
+        dtypes=(torch.float16, torch.bfloat16),
+        head_dims=(8, 128),
+        compute_capability=(9, 0),
+        lse_gradient=True,
+        determinism="on request",
+        graph_capture=True,
+        rounds=True,
+    )
+
+    def missing(self) -> str | None:
+        """The wheel `flash-attn-4`, where it is not installed."""
+        return _missing()
 
     def refusal(self, problem: Problem) -> str | None:
-        """CUDA tensors in bfloat16 or float16, heads up to 128, a multiple of 8, on compute capability 9.0 and later, with the wheel."""
-        reason = capability_refusal(problem, "cuda", (torch.float16, torch.bfloat16), widest_head=128, capability=(9, 0))
-        return reason or _missing()
+        """See `Kernel.refusal`; on compute capability 12 its backward has no deterministic form."""
+        reason = super().refusal(problem)
+        if reason is None and problem.deterministic and torch.cuda.get_device_capability() >= (12, 0):
+            return "on compute capability 12 its backward does not promise the same bits at every run"
+        return reason
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -67,7 +81,7 @@ class Flash4:
         with _COMPILING:
             dq, dk, dv, *_ = _interface()._flash_attn_bwd(
                 q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, causal=causal, softcap=scores.softcap or 0.0,
-                window_size_left=left, window_size_right=right, dlse=dlse,
+                window_size_left=left, window_size_right=right, dlse=dlse, deterministic=scores.deterministic,
             )  # fmt: skip
         return dq, dk, dv
 

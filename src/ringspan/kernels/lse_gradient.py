@@ -12,7 +12,8 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringspan.kernels.protocol import Kernel, Problem, Scores
+from ringspan.kernels.capabilities import Problem
+from ringspan.kernels.protocol import Kernel, Scores
 
 COLUMNS = 8
 """How much wider heads become: kernels want multiples of 8."""

@@ -10,27 +10,7 @@ from torch import Tensor
 
 from ringspan.geometry import MaskMod, Tile
 from ringspan.geometry.tile import trimmed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What a kernel is asked to compute, without the lengths.
-
-    Args:
-        device: `cpu` or `cuda`.
-        dtype: of q, k and v.
-        heads: query heads.
-        kv_heads: key and value heads, a divisor of `heads`.
-        head_dim: width of a head.
-        features: which of `window`, `softcap` and `mask_mod` the scores need.
-    """
-
-    device: str
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    features: frozenset[str] = frozenset()
+from ringspan.kernels.capabilities import Capabilities, Problem
 
 
 @dataclass(frozen=True)
@@ -45,6 +25,7 @@ class Scores:
         q_positions: global positions of the tile's rows, where `mask_mod` is given.
         k_positions: global positions of its columns, likewise.
         first_head: the global index of the first query head at hand.
+        deterministic: whether the backward is to give the same bits at every run, where the kernel does so on request only.
     """
 
     tile: Tile
@@ -54,6 +35,7 @@ class Scores:
     q_positions: Tensor | None = field(default=None, compare=False)
     k_positions: Tensor | None = field(default=None, compare=False)
     first_head: int = 0
+    deterministic: bool = False
 
     def allowed(self, rows: slice, batch: int, heads: int, device: torch.device) -> Tensor | None:
         """Which pairs of `rows` (of the tile) are allowed: boolean, broadcastable to `[batch, heads, rows, keys]`; None for all."""
@@ -74,25 +56,44 @@ class Scores:
 
 
 class Kernel(Protocol):
-    """Partial attention of one tile.
+    """Partial attention of one tile."""
 
-    Attributes:
-        name: what the user calls it.
-        shapes: the tiles that it computes in one launch, beyond full ones: `causal` (low = 0, aligned top-left, any rectangle),
-            `square` (low = 0 on squares only), `corner` (bands without rows below them that see all keys), `band` (anything). Other
-            tiles are lowered to these, see `lowered`.
-        features: which of `window`, `softcap` and `mask_mod` it computes.
-        lse_gradient: whether the backward takes a gradient of lse; else it is given one as columns, see `lse_gradient`.
-    """
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
 
-    name: str
-    shapes: frozenset[str]
-    features: frozenset[str]
-    lse_gradient: bool
-    rounds: bool
+    @property
+    def can(self) -> Capabilities:
+        """What it can do."""
+        ...
+
+    @property
+    def shapes(self) -> frozenset[str]:
+        """Short for `can.shapes`."""
+        ...
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Short for `can.features`."""
+        ...
+
+    @property
+    def lse_gradient(self) -> bool:
+        """Short for `can.lse_gradient`."""
+        ...
+
+    @property
+    def rounds(self) -> bool:
+        """Short for `can.rounds`."""
+        ...
+
+    def missing(self) -> str | None:
+        """Why what the kernel is made of is not on this machine, or None where it is."""
+        ...
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this kernel does not compute `problem` here (features aside), or None where it does."""
+        """Why this kernel does not compute `problem` here, or None where it does."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:

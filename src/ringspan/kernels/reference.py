@@ -7,25 +7,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ringspan.kernels.capabilities import Capabilities, Declared
 from ringspan.kernels.partial import accumulator_dtype
-from ringspan.kernels.protocol import Problem, Scores
+from ringspan.kernels.protocol import Scores
 
 SCORES_IN_MEMORY = 1 << 24
 """How many scores the reference holds at once; longer tiles are computed by blocks of queries."""
 
 
-class Reference:
+class Reference(Declared):
     """softmax(q kᵀ · scale) v by definition, in float32, or in float64 for float64 inputs. Partials are never rounded below that."""
 
     name = "reference"
-    shapes = frozenset({"causal", "square", "band"})
-    features = frozenset({"window", "softcap", "mask_mod"})
-    lse_gradient = True
-    rounds = False
-
-    def refusal(self, problem: Problem) -> str | None:
-        """None: the reference computes everything, slowly."""
-        return None
+    can = Capabilities(
+        shapes=frozenset({"causal", "square", "band"}),
+        features=frozenset({"window", "softcap", "mask_mod"}),
+        lse_gradient=True,
+        float32_partials=True,
+    )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`. Rows that see no key are 0 with lse −inf."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
 from ringspan.geometry import Tile
-from ringspan.kernels.protocol import Problem, Scores
+from ringspan.kernels.capabilities import Capabilities, Declared
+from ringspan.kernels.protocol import Scores
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+_MODE = threading.Lock()
 _ROWS_WITH_MASK = 512
 """The CPU kernel takes windows and mask_mods as a tensor of this many rows at a time, so that it never grows with the square."""
 _ROWS_FOR_LARGE_BLOCKS = 768
@@ -21,38 +27,16 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-def capability_refusal(
-    problem: Problem,
-    device: str,
-    dtypes: tuple[torch.dtype, ...],
-    widest_head: int | None = None,
-    capability: tuple[int, int] = (8, 0),
-) -> str | None:
-    """Why a kernel for such a device, dtypes, widest head and compute capability does not compute `problem`, or None."""
-    if problem.device != device:
-        return f"it runs on {device}, and the tensors are on {problem.device}"
-    if problem.dtype not in dtypes:
-        names = [str(dtype).removeprefix("torch.") for dtype in (problem.dtype, *dtypes)]
-        return f"it computes {', '.join(names[1:])}, not {names[0]}"
-    if widest_head is not None and (problem.head_dim % 8 or problem.head_dim > widest_head):
-        return f"it computes head sizes that are multiples of 8 up to {widest_head}, not {problem.head_dim}"
-    if device == "cuda" and (here := torch.cuda.get_device_capability()) < capability:
-        return f"it wants compute capability {capability[0]}.{capability[1]}, and this GPU has {here[0]}.{here[1]}"
-    return None
-
-
-class TorchCpu:
+class TorchCpu(Declared):
     """Torch's CPU flash attention. Windows and mask_mods reach it as a mask, a few rows at a time."""
 
     name = "torch_cpu"
-    shapes = frozenset({"causal", "square", "band"})
-    features = frozenset({"window", "mask_mod"})
-    lse_gradient = False
-    rounds = False
-
-    def refusal(self, problem: Problem) -> str | None:
-        """CPU tensors in float64, float32, bfloat16 or float16."""
-        return capability_refusal(problem, "cpu", (torch.float64, torch.float32, *_HALF))
+    can = Capabilities(
+        shapes=frozenset({"causal", "square", "band"}),
+        features=frozenset({"window", "mask_mod"}),
+        device="cpu",
+        dtypes=(torch.float64, torch.float32, *_HALF),
+    )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -120,18 +104,20 @@ def _cpu_launches(q: Tensor, k: Tensor, scores: Scores) -> list[tuple[slice, sli
     return launches
 
 
-class CuDnn:
+class CuDnn(Declared):
     """cuDNN's fused attention: the fastest on Hopper inside torch."""
 
     name = "cudnn"
-    shapes = frozenset({"causal", "square"})
-    features: frozenset[str] = frozenset()
-    lse_gradient = False
-    rounds = True
-
-    def refusal(self, problem: Problem) -> str | None:
-        """CUDA tensors in bfloat16 or float16 with heads of at most 128, a multiple of 8, on compute capability 8.0 or later."""
-        return capability_refusal(problem, "cuda", _HALF, widest_head=128)
+    can = Capabilities(
+        shapes=frozenset({"causal", "square"}),
+        device="cuda",
+        dtypes=_HALF,
+        head_dims=(8, 128),
+        # Torch says so of it, and takes another kernel in its deterministic mode.
+        determinism="never",
+        graph_capture=True,
+        rounds=True,
+    )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -154,7 +140,7 @@ class CuDnn:
         return dq, dk, dv
 
 
-class Flash2:
+class Flash2(Declared):
     """FlashAttention-2 as torch carries it, windows included.
 
     A bound on the right that is as large as the number of keys counts as none there, which is wrong where there are more queries than keys:
@@ -162,14 +148,16 @@ class Flash2:
     """
 
     name = "flash2"
-    shapes = frozenset({"square", "corner"})
-    features = frozenset({"window"})
-    lse_gradient = False
-    rounds = True
-
-    def refusal(self, problem: Problem) -> str | None:
-        """CUDA tensors in bfloat16 or float16 with heads of at most 256, a multiple of 8, on compute capability 8.0 or later."""
-        return capability_refusal(problem, "cuda", _HALF, widest_head=256)
+    can = Capabilities(
+        shapes=frozenset({"square", "corner"}),
+        features=frozenset({"window"}),
+        device="cuda",
+        dtypes=_HALF,
+        head_dims=(8, 256),
+        determinism="on request",
+        graph_capture=True,
+        rounds=True,
+    )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
@@ -187,10 +175,26 @@ class Flash2:
         assert dlse is None
         causal, left, right = _flash2_window(scores.tile)
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return aten._flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, seed[:0],
-            scale=scores.scale, window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+        with torchs_deterministic_mode() if scores.deterministic else nullcontext():
+            return aten._flash_attention_backward(
+                dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, seed, seed[:0],
+                scale=scores.scale, window_size_left=left, window_size_right=right,
+            )  # fmt: skip
+
+
+@contextmanager
+def torchs_deterministic_mode() -> Iterator[None]:
+    """Torch's deterministic mode for what is launched inside, and what it was before afterwards. A launch takes no time.
+
+    The mode belongs to the process, and in-process ranks are threads: one at a time, so that none finds it off in the middle.
+    """
+    with _MODE:
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _flash2_window(tile: Tile) -> tuple[bool, int | None, int | None]:

@@ -11,9 +11,10 @@ from ringspan.strategies.all_gather import all_gather
 from ringspan.strategies.auto import Choice, choose
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import MACHINES, Cost, Machine, cost
+from ringspan.strategies.cost import MACHINES, Cost, LayerForecast, cost, forecast_layer
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
+from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
@@ -25,12 +26,18 @@ from ringspan.strategies.ulysses import ulysses
 __all__ = [
     "MACHINES",
     "STRATEGIES",
+    "Carried",
     "Choice",
     "Cost",
+    "Forecast",
+    "LayerForecast",
     "Machine",
+    "Prices",
     "Schedules",
     "choose",
     "cost",
+    "forecast",
+    "forecast_layer",
     "link_bytes",
     "make_schedules",
     "strategy_options",

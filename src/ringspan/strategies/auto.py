@@ -15,7 +15,8 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
 from ringspan.schedule import PieceBytes
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import Cost, Machine, cost
+from ringspan.strategies.cost import Cost, cost
+from ringspan.strategies.forecast import Machine
 
 CLOSE = 1.03
 """Predictions nearer than this are not told apart."""

@@ -35,12 +35,13 @@ def link_bytes(schedules: Schedules, layout: Layout, sizes: PieceBytes, directio
             members = grid.context_group(place)
             inner = traffic(schedule, replace(sizes, heads=share.heads, kv_heads=share.kv_heads))
             total.update({(members[source], members[target]): size for (source, target), size in inner.items()})
-    total.update(exchange_bytes(grid, layout, sizes, direction, return_lse))
+    for exchange in exchanges_bytes(grid, layout, sizes, direction, return_lse):
+        total.update(exchange)
     return +total
 
 
-def exchange_bytes(grid: Grid, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False) -> Links:
-    """The part of `link_bytes` that is the exchange of positions for heads and back.
+def exchanges_bytes(grid: Grid, layout: Layout, sizes: PieceBytes, direction: str, return_lse: bool = False) -> tuple[Links, Links]:
+    """The parts of `link_bytes` that are the exchange of positions for heads, and that back.
 
     Gradients travel in the inputs' dtype, but for those of key heads that several ranks of a head group share: these are parts, which
     their owner adds up, and travel as they were accumulated.
@@ -50,7 +51,8 @@ def exchange_bytes(grid: Grid, layout: Layout, sizes: PieceBytes, direction: str
     width = sizes.batch * sizes.head_dim * sizes.element_bytes
     wide = sizes.batch * sizes.head_dim * sizes.accumulator_bytes
     lse = sizes.batch * sizes.accumulator_bytes * return_lse
-    total: Links = Counter()
+    to_heads: Links = Counter()
+    to_positions: Links = Counter()
     for group in range(grid.num_groups):
         for source in grid.head_group(group):
             for target in grid.head_group(group):
@@ -60,9 +62,10 @@ def exchange_bytes(grid: Grid, layout: Layout, sizes: PieceBytes, direction: str
                 # Inputs go to the rank that computes the head, results to the rank that owns the position.
                 there, back = layout.shard_length(source), layout.shard_length(target)
                 if direction == "forward":
-                    size = there * (theirs.heads + 2 * theirs.kv_heads) * width + back * mine.heads * (width + lse)
+                    to_heads[(source, target)] = there * (theirs.heads + 2 * theirs.kv_heads) * width
+                    to_positions[(source, target)] = back * mine.heads * (width + lse)
                 else:
                     keys = 2 * mine.kv_heads * (wide if shared[grid.place(source)] else width)
-                    size = there * theirs.heads * (width + lse) + back * (mine.heads * width + keys)
-                total[(source, target)] += size
-    return +total
+                    to_heads[(source, target)] = there * theirs.heads * (width + lse)
+                    to_positions[(source, target)] = back * (mine.heads * width + keys)
+    return +to_heads, +to_positions

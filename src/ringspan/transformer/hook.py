@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from ringspan.attention import Sequence
 from ringspan.attention.batch import SEQUENCE_KEYWORD
+from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
 
@@ -148,6 +150,9 @@ def _mask_names(mask_function: Any) -> list[str]:
     return [inner for each in functions for inner in _mask_names(each)]
 
 
+stays_uncompiled(sys.modules[__name__], "attention_forward", "attention_mask")
+
+
 def register() -> None:
     """Makes `attn_implementation="ringspan"` known to transformers, with its mask. Call it once; more often does no harm.
 
@@ -160,5 +165,6 @@ def register() -> None:
         raise RingspanError(
             "ringspan.transformers.register()", str(error), "Hugging Face models need transformers", "pip install 'ringspan[transformers]'"
         ) from error
+    keep_uncompiled()
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

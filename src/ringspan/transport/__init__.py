@@ -7,7 +7,7 @@ from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
 from ringspan.transport.peer_memory import PeerMemory, peer_memory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
-from ringspan.transport.protocol import Parcel, Pending, Transport, agree
+from ringspan.transport.protocol import Parcel, Pending, Transport, agree, works
 from ringspan.transport.start import start_ranks
 from ringspan.transport.subgroup import Subgroup
 
@@ -25,6 +25,7 @@ __all__ = [
     "peer_memory",
     "run_in_process",
     "start_ranks",
+    "works",
 ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ringspan.errors import RankFailure
 from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
-from ringspan.transport.protocol import Transport
+from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
 
@@ -51,12 +51,27 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, write: Work, read: Work) -> Work:
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
         """Has `write` done and then `read`, beside what follows, lane by lane in order; what it returns waits until both are done.
 
         No `write` waits for a `read` of another rank.
         """
         ...
+
+
+class _Aside:
+    """What a stream does beside the current one, which is done at `event`."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
+
+    @property
+    def works(self) -> list[Pending]:
+        """Itself: any stream may wait for it as well, any number of times."""
+        return [self]
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class SymmetricMemory:
@@ -102,7 +117,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, write: Work, read: Work) -> Work:
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -113,8 +128,17 @@ class SymmetricMemory:
         with torch.cuda.stream(stream):
             write()
             read()
-        done = stream.record_event()
-        return lambda: torch.cuda.current_stream(self._device).wait_event(done)
+        done = torch.cuda.Event()
+        done.record(stream)
+        return _Aside(done, self._device)
+
+
+class _WhenNeeded:
+    def __init__(self, read: Work) -> None:
+        self._read = read
+
+    def wait(self) -> None:
+        self._read()
 
 
 class SharedMemory:
@@ -163,10 +187,10 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, write: Work, read: Work) -> Work:
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and reads when it needs what it reads."""
         write()
-        return read
+        return _WhenNeeded(read)
 
 
 _MEMORIES: WeakKeyDictionary[Transport, PeerMemory | str] = WeakKeyDictionary()

@@ -29,6 +29,11 @@ class _Works:
     def __init__(self, transport: ProcessGroupTransport, works: list[dist.Work], peers: list[list[int]]) -> None:
         self._transport, self._works, self._peers = transport, works, peers
 
+    @property
+    def works(self) -> list[dist.Work]:
+        """See `ringspan.transport.works`."""
+        return self._works
+
     def wait(self) -> None:
         for work, peers in zip(self._works, self._peers, strict=True):
             try:

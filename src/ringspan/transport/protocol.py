@@ -30,6 +30,11 @@ class Pending(Protocol):
         ...
 
 
+def works(pending: Pending) -> Sequence[Pending]:
+    """What of `pending` on a GPU any other stream may wait for as well, any number of times; nothing where the transport has no such."""
+    return getattr(pending, "works", ())
+
+
 class Transport(Protocol):
     """N ranks that can reach one another.
 

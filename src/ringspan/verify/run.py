@@ -38,12 +38,13 @@ class _Yardstick:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank brings: its shards, and its bytes by peer, counted and promised."""
+    """What one rank brings: its shards, its bytes by peer, counted and promised, and the kernel that it ran."""
 
     results: Results
     sent: Mapping[int, int]
     promised: Mapping[tuple[int, int], int]
     seconds: float
+    kernel: str
 
 
 def verify(cases: Iterable[Case], world: World, watch: Callable[[CaseReport], None] = lambda report: None) -> VerifyReport:
@@ -85,7 +86,7 @@ def verify_case(case: Case, world: World) -> CaseReport:
         parse_mask(case.mask).check_length(case.length)
         # Before the ranks start, so that it is computed once and not by each of their threads.
         exact = _yardstick(*_tensors(case), case.mask, world.device).exact
-        kernel = select_kernel(case.kernel, _problem(case, world.device)).name
+        select_kernel(case.kernel, _problem(case, world.device))
         parts = world.run(case, lambda context: _run_rank(case, context, world.device))
     except RingspanError as error:
         if isinstance(error, RankFailure) and world.transport is not None:
@@ -98,6 +99,7 @@ def verify_case(case: Case, world: World) -> CaseReport:
             raise
         return _unfinished(case, "failed", f"{type(error).__name__}: {error}")
     layout = make_layout(case.layout, case.length, case.num_ranks, case.weights, parse_mask(case.mask))
+    kernel = parts[0].kernel
     found = {name: assemble([getattr(part.results, name) for part in parts], layout, 2 if name == "lse" else 1) for name in TENSORS}
     report = CaseReport(
         case=case,
@@ -129,7 +131,7 @@ def _run_rank(case: Case, context: ContextParallel, device: torch.device) -> _Pa
     seconds = time.perf_counter() - began
     sent = {peer: size - before.get(peer, 0) for peer, size in transport.bytes_sent.items()}
     wide = 8 if case.dtype == "float64" else 4
-    rounds = case.strategy != "ring_self_attention" and select_kernel(case.kernel, _problem(case, device)).rounds
+    rounds = case.strategy != "ring_self_attention" and sequence.kernel is not None and sequence.kernel.rounds
     sizes = PieceBytes(
         batch=case.batch,
         heads=case.heads,
@@ -142,7 +144,8 @@ def _run_rank(case: Case, context: ContextParallel, device: torch.device) -> _Pa
     # lse is brought back in the forward, and no gradient goes through it in the backward.
     promised = link_bytes(sequence.schedules, sequence.layout, sizes, "forward", return_lse=True)
     promised += link_bytes(sequence.schedules, sequence.layout, sizes, "backward")
-    return _Part(shards, sent, promised, seconds)
+    assert sequence.kernel is not None
+    return _Part(shards, sent, promised, seconds, sequence.kernel.name)
 
 
 def _tensors(case: Case) -> tuple[int, int, int, int, int, str, int]:

@@ -56,10 +56,10 @@ class World:
             self._contexts[key] = context_for(case, None)
         return self.transport.gather_objects(function(self._contexts[key]))
 
-    def agree(self, asked: str, problem: RingspanError | None = None) -> None:
+    def agree(self, asked: str, problem: RingspanError | None = None, what: str = "verify") -> None:
         """All ranks go on, or all raise: `problem` of any of them, or that they were not asked for the same."""
         if self.transport is not None:
-            agree(self.transport, "verify", asked, problem)
+            agree(self.transport, what, asked, problem)
         elif problem is not None:
             raise problem
 
