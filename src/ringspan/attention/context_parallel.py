@@ -31,7 +31,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import Kernel, accumulator_dtype, lse_gradient_refusal, select_kernel
+from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, make_transport, peer_memory
@@ -357,16 +357,22 @@ class Sequence:
         agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
         transport = self.context.transport
         asked = checks.kernel_problem(q, k, features, deterministic)
-        kernel = self.kernel = choose_kernel(self.context.kernel, asked, max(self.layout.shard_lengths), transport)
+        if materialised:
+            kernel = KERNELS["reference"]
+        else:
+            kernel = choose_kernel(self.context.kernel, asked, max(self.layout.shard_lengths), transport)
+        self.kernel = kernel
         schedules = self._schedules = self._choose(q, k, kernel)
         exchange, first_head = None, 0
         shapes = frozenset({"band"}) if materialised else kernel.shapes
+        varlen = kernel.can.varlen and q.shape[0] == 1 and self.mask.mod is None
         if (grid := schedules.grid) is not None:
             exchange = make_exchange(transport, grid, self.layout, schedules.layout, q.shape[2], k.shape[2])
             transport = Subgroup(transport, grid.context_group(exchange.place))
             first_head = exchange.share.q_start
         forward, backward = (
-            resolve(schedule, schedules.layout, self.mask, shapes, transport.rank) for schedule in (schedules.forward, schedules.backward)
+            resolve(schedule, schedules.layout, self.mask, shapes, transport.rank, varlen)
+            for schedule in (schedules.forward, schedules.backward)
         )
         peers = self._peers(q, k, schedules, transport.rank, materialised)
         scoring = Scoring(

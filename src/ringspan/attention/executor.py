@@ -149,7 +149,7 @@ class ForwardPass(_FlashPass):
         tile = launch.tile
         (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
         k, v = self.keys(launch.kv_owner, tile.k_start, tile.k_stop)
-        out, lse = self.kernel.forward(batch_first(q), k, v, self.scores(launch.q_owner, launch.kv_owner, tile))
+        out, lse = self.kernel.forward(batch_first(q), k, v, self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts))
         self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1).to(self.wide))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
@@ -199,7 +199,7 @@ class BackwardPass(_FlashPass):
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
         dq, dk, dv = kernel_backward(
             self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
-            self.scores(q_owner, kv_owner, tile),
+            self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
         self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))
         self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
-from ringspan.kernels import lowered
+from ringspan.kernels import lowered, packed
 from ringspan.schedule import RESULTS, Action, Attend, Combine, Piece, Receive, Schedule, Send, lifetimes
 
 LANES = {"kv": 0, "k": 0, "v": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1, "dk": 1, "dv": 1}
@@ -17,13 +17,15 @@ LANES = {"kv": 0, "k": 0, "v": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1, "d
 class Launch:
     """One kernel call: `tile` of the queries of one rank against the keys of another, in local indices of their shards.
 
-    `kind` says which of the keys and values are at hand: `kv`, `k` or `v`.
+    `kind` says which of the keys and values are at hand: `kv`, `k` or `v`. `parts` are the tiles of a call that computes several, such as
+    the documents of a shard; `tile` then is the rectangle that holds them.
     """
 
     q_owner: int
     kv_owner: int
     tile: Tile
     kind: str = "kv"
+    parts: tuple[Tile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class RankProgram:
     additions: Counter[tuple[str, int]]
 
 
-def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int) -> RankProgram:
-    """The program of `rank`, its tiles lowered to the `shapes` that a kernel computes."""
+def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int, varlen: bool = False) -> RankProgram:
+    """The program of `rank`, its tiles lowered to the `shapes` that a kernel computes; with `varlen`, many in one launch."""
     actions = schedule.programs[rank]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
     additions: Counter[tuple[str, int]] = Counter()
@@ -93,7 +95,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         launches = []
         for attend in (action for action in cell if isinstance(action, Attend)):
             for kv in attend.kvs:
-                launches.extend(_launches(layout, mask, shapes, attend.q, kv))
+                launches.extend(_launches(layout, mask, shapes, attend.q, kv, varlen))
         for launch in launches:
             tile = launch.tile
             for kind in RESULTS[(schedule.direction, launch.kind)]:
@@ -144,9 +146,15 @@ def rank_batches(actions: tuple[Action, ...]) -> dict[int, tuple[Batch, ...]]:
     return result
 
 
-def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: Piece) -> list[Launch]:
+def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: Piece, varlen: bool) -> list[Launch]:
     clipped = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
-    return [Launch(q.owner, kv.owner, part, kv.kind) for tile in clipped if tile is not None for part in lowered(tile, shapes)]
+    found = [part for tile in clipped if tile is not None for part in lowered(tile, shapes)]
+    runs = packed(found) if varlen else [(tile,) for tile in found]
+    return [Launch(q.owner, kv.owner, _hull(run), kv.kind, run if len(run) > 1 else ()) for run in runs]
+
+
+def _hull(run: tuple[Tile, ...]) -> Tile:
+    return run[0] if len(run) == 1 else Tile(run[0].q_start, run[-1].q_stop, run[0].k_start, run[-1].k_stop)
 
 
 def _batches(transfers: list[Send | Receive], first: int) -> tuple[Batch, ...]:

@@ -46,14 +46,14 @@ class TileScores:
         """How many positions each owner has."""
         return self._layout.shard_lengths
 
-    def __call__(self, q_owner: int, kv_owner: int, tile: Tile) -> Scores:
+    def __call__(self, q_owner: int, kv_owner: int, tile: Tile, parts: tuple[Tile, ...] = ()) -> Scores:
         scoring = self.scoring
         if scoring.mask_mod is None:
-            return Scores(tile, scoring.scale, scoring.softcap, deterministic=scoring.deterministic)
+            return Scores(tile, scoring.scale, scoring.softcap, deterministic=scoring.deterministic, parts=parts)
         return Scores(
             tile, scoring.scale, scoring.softcap, scoring.mask_mod,
             self._of(q_owner)[tile.q_start : tile.q_stop], self._of(kv_owner)[tile.k_start : tile.k_stop], scoring.first_head,
-            scoring.deterministic,
+            deterministic=scoring.deterministic,
         )  # fmt: skip
 
     def _of(self, owner: int) -> Tensor:

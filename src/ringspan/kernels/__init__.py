@@ -6,7 +6,7 @@ from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
 from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
-from ringspan.kernels.protocol import Kernel, Scores, lowered
+from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
@@ -26,6 +26,7 @@ __all__ = [
     "lowered",
     "lse_gradient_refusal",
     "merge_",
+    "packed",
     "rows_first",
     "select_kernel",
     "time_kernel",

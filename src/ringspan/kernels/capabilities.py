@@ -53,8 +53,7 @@ class Capabilities:
             cost), or `never` promised.
         graph_capture: whether its launches can be captured in a CUDA graph: once warm it neither allocates outside torch's allocator nor
             waits for the device.
-        varlen: whether one launch takes several sequences of different lengths. So far no kernel is called that way: tiles are launched
-            one by one.
+        varlen: whether one launch takes several tiles of different lengths, see `packed`; of a single sequence, not of a batch.
     """
 
     shapes: frozenset[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringspan.geometry import Tile
 from ringspan.kernels.capabilities import Capabilities, Declared, Problem
-from ringspan.kernels.protocol import Scores
+from ringspan.kernels.protocol import Scores, common_window
 
 # Its compiler is not made for threads, and in-process ranks are threads that meet a new kind of tile together. A launch takes no time.
 _COMPILING = threading.Lock()
@@ -49,6 +49,7 @@ class Flash4(Declared):
         determinism="on request",
         graph_capture=True,
         rounds=True,
+        varlen=True,
     )
 
     def missing(self) -> str | None:
@@ -64,31 +65,50 @@ class Flash4(Declared):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        causal, left, right = _window(scores.tile)
+        if scores.parts:
+            q, k, v = q[0], k[0], v[0]
         with _COMPILING:
             out, lse, *_ = _interface()._flash_attn_fwd(
-                q, k, v, softmax_scale=scores.scale, causal=causal, softcap=scores.softcap,
-                window_size_left=left, window_size_right=right, return_lse=True,
-            )  # fmt: skip
-        return out, lse
+                q, k, v, softmax_scale=scores.scale, softcap=scores.softcap, return_lse=True, **_window(scores), **_varlen(scores, q.device)
+            )
+        return (out.unsqueeze(0), lse.unsqueeze(0)) if scores.parts else (out, lse)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        causal, left, right = _window(scores.tile)
+        if scores.parts:
+            dout, q, k, v, out, lse = dout[0], q[0], k[0], v[0], out[0], lse[0]
+            dlse = None if dlse is None else dlse[0]
         dlse = None if dlse is None else dlse.contiguous()
         with _COMPILING:
             dq, dk, dv, *_ = _interface()._flash_attn_bwd(
-                q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, causal=causal, softcap=scores.softcap or 0.0,
-                window_size_left=left, window_size_right=right, dlse=dlse, deterministic=scores.deterministic,
+                q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, softcap=scores.softcap or 0.0,
+                dlse=dlse, deterministic=scores.deterministic, **_window(scores), **_varlen(scores, q.device),
             )  # fmt: skip
-        return dq, dk, dv
+        return (dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)) if scores.parts else (dq, dk, dv)
 
 
-def _window(tile: Tile) -> tuple[bool, int | None, int | None]:
-    """(causal, left, right) of a tile, counted from the bottom-right corner; None is no bound. On a trimmed tile both are 0 or above."""
-    corner = tile.num_keys - tile.num_queries
-    left = None if tile.high is None else tile.high + corner
-    right = None if tile.low is None else -tile.low - corner
-    return (True, None, None) if (left, right) == (None, 0) else (False, left, right)
+def _window(scores: Scores) -> dict[str, bool | int | None]:
+    """Causal, left and right of a tile or of all parts; None is no bound. On a trimmed tile both are 0 or above."""
+    window = common_window(scores.parts or (scores.tile,))
+    assert window is not None, "parts of one launch are under one band"
+    left, right = (None, None) if window == (None, 0) else window
+    return {"causal": window == (None, 0), "window_size_left": left, "window_size_right": right}
+
+
+def _varlen(scores: Scores, device: torch.device) -> dict[str, Tensor | int]:
+    if not scores.parts:
+        return {}
+    borders = _borders(scores.parts, device)
+    longest = max(part.num_queries for part in scores.parts), max(part.num_keys for part in scores.parts)
+    return {"cu_seqlens_q": borders[0], "cu_seqlens_k": borders[1], "max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+
+
+@lru_cache(maxsize=1024)
+def _borders(parts: tuple[Tile, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the parts begin and end, in rows and keys of the launch, int32. Kept: a captured graph makes no copy from the host."""
+    first = parts[0]
+    rows = [0, *(part.q_stop - first.q_start for part in parts)]
+    keys = [0, *(part.k_stop - first.k_start for part in parts)]
+    return torch.tensor(rows, dtype=torch.int32, device=device), torch.tensor(keys, dtype=torch.int32, device=device)

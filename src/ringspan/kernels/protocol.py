@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,13 +19,14 @@ class Scores:
     """How the scores of one tile come about: `softcap · tanh(q kᵀ · scale / softcap)`, −inf where the tile or `mask_mod` forbids.
 
     Args:
-        tile: the rectangle and its band.
+        tile: the rectangle and its band; of several tiles in one launch, the rectangle that holds them.
         scale: of q kᵀ.
         softcap: bounds the scores, None for no bound (Gemma 2).
         mask_mod: FlexAttention's function of global positions, or None.
         q_positions: global positions of the tile's rows, where `mask_mod` is given.
         k_positions: global positions of its columns, likewise.
         first_head: the global index of the first query head at hand.
+        parts: several tiles that are computed in one launch (`Capabilities.varlen`), see `packed`; else empty.
         deterministic: whether the backward is to give the same bits at every run, where the kernel does so on request only.
     """
 
@@ -35,6 +37,7 @@ class Scores:
     q_positions: Tensor | None = field(default=None, compare=False)
     k_positions: Tensor | None = field(default=None, compare=False)
     first_head: int = 0
+    parts: tuple[Tile, ...] = ()
     deterministic: bool = False
 
     def allowed(self, rows: slice, batch: int, heads: int, device: torch.device) -> Tensor | None:
@@ -130,6 +133,43 @@ def lowered(tile: Tile, shapes: frozenset[str]) -> tuple[Tile, ...]:
         return (tile,)
     corner = tile.q_start + tile.num_keys
     return Tile(tile.q_start, corner, tile.k_start, tile.k_stop, 0), Tile(corner, tile.q_stop, tile.k_start, tile.k_stop)
+
+
+def packed(tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
+    """`tiles` in runs that one varlen launch computes: each part goes on in rows and keys where the one before ends, under one band.
+
+    Documents along a shard's diagonal are one run. A band counts from a part's bottom right corner, and a bound that binds nothing in a
+    part may be any.
+    """
+    runs: list[list[Tile]] = []
+    for tile in sorted(tiles, key=lambda tile: (tile.q_start, tile.k_start)):
+        if runs:
+            last = runs[-1][-1]
+            if (tile.q_start, tile.k_start) == (last.q_stop, last.k_stop) and common_window([*runs[-1], tile]) is not None:
+                runs[-1].append(tile)
+                continue
+        runs.append([tile])
+    return [tuple(run) for run in runs]
+
+
+def common_window(parts: Sequence[Tile]) -> tuple[int | None, int | None] | None:
+    """(left, right) as flash-attn counts them, from the bottom right corner, that says of each part what its band says; None if none does."""
+    bounds = [corner_window(part) for part in parts]
+    left = min((bound for bound, _ in bounds if bound is not None), default=None)
+    right = min((bound for _, bound in bounds if bound is not None), default=None)
+    for part, (own_left, own_right) in zip(parts, bounds, strict=True):
+        # The first key lies num_keys − 1 before the corner, the last row's key; the last key num_queries − 1 after the first row's.
+        if own_left != left and not (own_left is None and left is not None and left >= part.num_keys - 1):
+            return None
+        if own_right != right and not (own_right is None and right is not None and right >= part.num_queries - 1):
+            return None
+    return left, right
+
+
+def corner_window(tile: Tile) -> tuple[int | None, int | None]:
+    """(left, right) of a tile, counted from the bottom right corner: key ≤ query + keys − queries + right; None is no bound."""
+    corner = tile.num_keys - tile.num_queries
+    return None if tile.high is None else tile.high + corner, None if tile.low is None else -tile.low - corner
 
 
 def _without_rows_below(tile: Tile) -> tuple[Tile, ...]:

@@ -131,7 +131,7 @@ def _run_rank(case: Case, context: ContextParallel, device: torch.device) -> _Pa
     seconds = time.perf_counter() - began
     sent = {peer: size - before.get(peer, 0) for peer, size in transport.bytes_sent.items()}
     wide = 8 if case.dtype == "float64" else 4
-    rounds = case.strategy != "ring_self_attention" and sequence.kernel is not None and sequence.kernel.rounds
+    rounds = sequence.kernel is not None and sequence.kernel.rounds
     sizes = PieceBytes(
         batch=case.batch,
         heads=case.heads,
