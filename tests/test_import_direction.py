@@ -58,7 +58,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "compat": CORE,
     "verify": CORE,
     "transformer": MODELS,
-    "training": MODELS,
+    # Optional, each refused or left out with the reason where it is not installed.
+    "training": MODELS | {"peft", "datasets", "pynvml"},
     "inference": MODELS,
     "planner": set(),
     "viz": CORE | {"matplotlib", "rich"},

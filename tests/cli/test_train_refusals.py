@@ -11,7 +11,7 @@ import pytest
 
 from ringspan.cli.main import main
 from ringspan.training import launch
-from ringspan.training.checkpoint import TrainingState, save_checkpoint
+from ringspan.training.checkpoint import Snapshot, TrainingState, save_checkpoint
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.prepare import prepare
@@ -148,9 +148,8 @@ def stopped_run(text: Path, tmp_path: Path) -> Path:
     model = build_model("pico", vocabulary_size=256, context=64, seed=0)
     optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
     state = TrainingState(step=3, tokens_digest=plan.tokens.digest)
-    save_checkpoint(
-        plan.files.checkpoints, state, model=model, weights=optimizer.masters, moments=optimizer.moments(), extra_files={}, keep=2
-    )
+    snapshot = Snapshot(state=state, config=model.config, weights=optimizer.masters, moments=optimizer.moments(), extra_files={})
+    save_checkpoint(plan.files.checkpoints, snapshot, keep=2)
     return plan.files.out
 
 

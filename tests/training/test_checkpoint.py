@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from ringspan.errors import RingspanError
 from ringspan.training import checkpoint
-from ringspan.training.checkpoint import TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.checkpoint import Snapshot, TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 
@@ -24,15 +24,17 @@ def model() -> LlamaForCausalLM:
 
 
 def save(folder: Path, step: int, model: LlamaForCausalLM, keep: int = 2) -> Path:
+    return save_checkpoint(folder, snapshot_of(model, step), keep=keep)
+
+
+def snapshot_of(model: LlamaForCausalLM, step: int) -> Snapshot:
     optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
-    return save_checkpoint(
-        folder,
-        TrainingState(step=step, tokens_digest="digest"),
-        model=model,
+    return Snapshot(
+        state=TrainingState(step=step, tokens_digest="digest"),
+        config=model.config,
         weights=optimizer.masters,
         moments=optimizer.moments(),
         extra_files={},
-        keep=keep,
     )
 
 
@@ -58,18 +60,18 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path, mode
 
 
 def damage_missing(folder: Path) -> str:
-    (folder / "model" / "model-00001-of-00001.safetensors").unlink()
-    return "model/model-00001-of-00001.safetensors is missing"
+    (folder / "model" / "model.safetensors").unlink()
+    return "model/model.safetensors is missing"
 
 
 def damage_truncated(folder: Path) -> str:
-    file = folder / "optimizer" / "model-00001-of-00001.safetensors"
+    file = folder / "optimizer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    return "optimizer/model-00001-of-00001.safetensors has .* bytes of the"
+    return "optimizer/model.safetensors has .* bytes of the"
 
 
 def damage_flipped(folder: Path) -> str:
-    file = folder / "model" / "model-00001-of-00001.safetensors"
+    file = folder / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -15,8 +15,8 @@ _SIGNAL_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 _WHAT, _HOW, _PARALLEL, _LEAVES = "What is trained", "How", "How it is split over ranks", "What it leaves"
 
 
-def _option(panel: str, text: str, default: str, **more: Any) -> Any:
-    return typer.Option(help=f"{text} [dim]\\[default: {default}][/dim]", show_default=False, rich_help_panel=panel, **more)
+def _option(panel: str, text: str, default: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=f"{text} [dim]\\[default: {default}][/dim]", show_default=False, rich_help_panel=panel, **more)
 
 
 def command(
@@ -38,10 +38,19 @@ def command(
         ),
     ] = None,
     steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "1000")] = None,
-    batch_size: Annotated[int | None, _option(_HOW, "Sequences in one step.", "1")] = None,
+    batch_size: Annotated[int | None, _option(_HOW, "Sequences in one forward pass.", "1")] = None,
+    accumulate: Annotated[int | None, _option(_HOW, "Forward and backward passes in one step.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
     learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
+    schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,
+    final_rate: Annotated[float | None, _option(_HOW, "Where the schedule ends, as a share of the peak.", "0.1")] = None,
+    weight_decay: Annotated[float | None, _option(_HOW, "Of matrices.", "0.1")] = None,
+    gradient_clip: Annotated[float | None, _option(_HOW, "Largest norm of all gradients together.", "1")] = None,
+    on_nan: Annotated[str | None, _option(_HOW, "A loss or gradient that is no number: stop, or skip the update.", "stop")] = None,
+    on_spike: Annotated[str | None, _option(_HOW, "A loss far above those before: stop, or skip the update.", "off")] = None,
+    spike_factor: Annotated[float | None, _option(_HOW, "How far: times the median of the last losses.", "2")] = None,
+    spike_window: Annotated[int | None, _option(_HOW, "Of how many.", "32")] = None,
     dtype: Annotated[str | None, _option(_HOW, "float32 or bfloat16; weights and optimizer stay float32.", "float32")] = None,
     ranks: Annotated[int | None, _option(_PARALLEL, "Processes to split the context over; under torchrun, its own.", "2")] = None,
     strategy: Annotated[str | None, _option(_PARALLEL, "How queries and keys meet.", "ring")] = None,
@@ -58,7 +67,7 @@ def command(
     validation_tokens: Annotated[int | None, _option(_LEAVES, "Held-out tokens to measure the loss on.", "16384")] = None,
     validation_every: Annotated[int | None, _option(_LEAVES, "Steps between measurements.", "100")] = None,
     checkpoint_every: Annotated[int | None, _option(_LEAVES, "Steps between checkpoints.", "200")] = None,
-    keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2")] = None,
+    keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2", "--keep-checkpoints", "--keep")] = None,
     sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "300")] = None,
     prompt: Annotated[str | None, _option(_LEAVES, "What that text starts from.", "held-out text")] = None,
     temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.8")] = None,
@@ -115,7 +124,7 @@ def _show(plan: Plan) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value != ""]
+    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None)]
     for start in range(0, len(cells), 3):
         table.add_row(*cells[start : start + 3])
     console = Console()

@@ -14,15 +14,19 @@ STDLIB = "stdlib"
 BYTES = "bytes"
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+SCHEDULES = ("cosine", "linear", "constant")
+ON_NAN = ("stop", "skip")
 # What a resumed run may change: none of these enters the weights, except `steps`, which stretches the learning rate's schedule.
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
-    | {"sample_tokens", "temperature", "prompt", "timeout_seconds"}
+    | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
 )
 _AT_LEAST = {
     "ranks": 1,
     "context": 2,
     "batch_size": 1,
+    "accumulate": 1,
+    "spike_window": 1,
     "steps": 1,
     "seed": 0,
     "warmup_steps": 0,
@@ -44,12 +48,17 @@ class TrainingConfig:
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
         ranks: number of processes that the context is split over.
         context: tokens in one sequence, over all ranks.
-        batch_size: sequences in one step.
+        batch_size: sequences in one forward pass.
+        accumulate: forward and backward passes in one step, each of `batch_size` sequences and weighted by its labelled tokens.
         steps: optimizer steps.
         seed: of the first weights, the order of the data and the samples; in 0 … 2⁶³ − 1.
-        learning_rate: its peak, reached after `warmup_steps` and followed by a half cosine down to a tenth; None is the model's own.
+        learning_rate: its peak, reached after `warmup_steps`; None is the model's own.
+        schedule: what follows the peak until the last step: `"cosine"` (half of one), `"linear"`, or `"constant"`.
+        final_rate: where the schedule ends, as a share of the peak.
         weight_decay: AdamW's, on matrices only.
         gradient_clip: largest norm of all gradients together.
+        on_nan: what a loss or gradient norm that is no finite number does: `"stop"` the run, or `"skip"` the step's update.
+        on_spike: the same for a loss above `spike_factor` times the median of the last `spike_window` losses; None does nothing.
         strategy, layout, kernel, mask: as in `ringspan.ContextParallel`.
         dtype: what the model computes in; weights and optimizer are float32 whichever it is.
         device: `"cuda"` wants one GPU a rank; `"auto"` takes them where there are enough.
@@ -69,12 +78,19 @@ class TrainingConfig:
     ranks: int = 2
     context: int = 1024
     batch_size: int = 1
+    accumulate: int = 1
     steps: int = 1000
     seed: int = 0
     learning_rate: float | None = None
     warmup_steps: int = 20
+    schedule: str = "cosine"
+    final_rate: float = 0.1
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
+    on_nan: str = "stop"
+    on_spike: str | None = None
+    spike_factor: float = 2.0
+    spike_window: int = 32
     strategy: str = "ring"
     layout: str = "zigzag"
     kernel: str = "auto"
@@ -106,14 +122,14 @@ class TrainingConfig:
                 )
         if self.seed >= 2**63:
             raise RingspanError(f"--seed {self.seed}", "too large", "A seed is below 2^63", "--seed 0")
-        for name in ("learning_rate", "gradient_clip", "timeout_seconds"):
+        for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 nearest = _default(name) or 0.001
                 raise RingspanError(
                     f"{option(name)} {value}", "not above zero", f"{option(name)} is a positive number", f"{option(name)} {nearest}"
                 )
-        for name in ("weight_decay", "temperature"):
+        for name in ("weight_decay", "temperature", "final_rate"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise RingspanError(
@@ -124,6 +140,18 @@ class TrainingConfig:
                 )
         check_name("dtype", self.dtype, DTYPES)
         check_name("device", self.device, DEVICES)
+        check_name("schedule", self.schedule, SCHEDULES)
+        check_name("on_nan", self.on_nan, ON_NAN)
+        if self.on_spike is not None:
+            check_name("on_spike", self.on_spike, ON_NAN)
+        if self.spike_factor <= 1:
+            raise RingspanError(
+                f"--spike-factor {self.spike_factor}", "every loss would be a spike", "A spike is above the median", "--spike-factor 2.0"
+            )
+        if self.final_rate > 1:
+            raise RingspanError(
+                f"--final-rate {self.final_rate}", "above the peak", "It is a share of the peak, from 0 to 1", "--final-rate 0.1"
+            )
 
     def save(self, path: Path) -> None:
         """Writes the configuration as JSON."""

@@ -165,8 +165,3 @@ def validation_starts(split: Split, context: int, validation_tokens: int) -> lis
     fitting = split.num_held_out // context
     count = min(fitting, max(1, validation_tokens // context))
     return [split.num_training + context * (i * fitting // count) for i in range(count)]
-
-
-def read_windows(tokens: Int[Tensor, " tokens"], starts: list[int], context: int) -> Int[Tensor, "batch context"]:
-    """The windows that begin at `starts`, as int64."""
-    return torch.stack([tokens[start : start + context] for start in starts]).long()
