@@ -20,14 +20,33 @@ def _option(panel: str, text: str, default: str, *names: str, **more: Any) -> An
 
 
 def command(
-    data: Annotated[str | None, _option(_WHAT, "File or folder of text.", "the Python standard library", metavar="PATH")] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "File or folder of text, .bin or .npy of token ids, or a folder that Hugging Face datasets has saved.",
+            "the Python standard library",
+            metavar="PATH",
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
-        _option(_WHAT, "'bytes', a tokenizers JSON file, or a folder with one.", "bytes, or a model folder's own", metavar="bytes|PATH"),
+        _option(
+            _WHAT,
+            "'bytes', a tokenizers JSON file or a folder with one, or 'ids:N'.",
+            "bytes, or a model folder's own",
+            metavar="bytes|PATH|ids:N",
+        ),
     ] = None,
     model: Annotated[
         str | None, _option(_WHAT, "nano, tiny, small, pico, or a Hugging Face folder to go on training.", "nano", metavar="NAME|DIR")
     ] = None,
+    documents: Annotated[
+        str | None, _option(_WHAT, "joined, or packed: each document by itself, with positions of its own.", "joined")
+    ] = None,
+    separator: Annotated[int | None, _option(_WHAT, "The id that ends a document.", "the tokenizer's own")] = None,
+    token_dtype: Annotated[str | None, _option(_WHAT, "Of a .bin file: uint16 or uint32.", "uint16")] = None,
+    text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
     mask: Annotated[
         str | None,

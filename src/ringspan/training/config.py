@@ -14,6 +14,8 @@ STDLIB = "stdlib"
 BYTES = "bytes"
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+DOCUMENTS = ("joined", "packed")
+TOKEN_DTYPES = ("uint16", "uint32")
 SCHEDULES = ("cosine", "linear", "constant")
 ON_NAN = ("stop", "skip")
 # What a resumed run may change: none of these enters the weights, except `steps`, which stretches the learning rate's schedule.
@@ -43,8 +45,15 @@ class TrainingConfig:
     """Every choice of a training run.
 
     Args:
-        data: a file or folder of text, or `"stdlib"`: the Python standard library's own source.
-        tokenizer: `"bytes"`, a tokenizers JSON file, or a folder that holds `tokenizer.json`; None is the model's own.
+        data: a file or folder of text, or `"stdlib"`: the Python standard library's own source; a `.bin` or `.npy` file of token ids; a
+            folder that Hugging Face datasets has saved.
+        tokenizer: `"bytes"`, a tokenizers JSON file, a folder that holds `tokenizer.json`, or `"ids:N"` for N ids without text; None is
+            the model's own.
+        documents: `"joined"`: a context runs on from one document into the next; `"packed"`: a token sees its own document alone,
+            positions begin again in each, and no token predicts the first of the next.
+        separator: the id that ends a document; None is the tokenizer's own.
+        token_dtype: of a `.bin` file: `"uint16"` or `"uint32"`.
+        text_column: of a dataset.
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
         ranks: number of processes that the context is split over.
         context: tokens in one sequence, over all ranks.
@@ -74,6 +83,10 @@ class TrainingConfig:
 
     data: str = STDLIB
     tokenizer: str | None = None
+    documents: str = "joined"
+    separator: int | None = None
+    token_dtype: str = "uint16"
+    text_column: str = "text"
     model: str = "nano"
     ranks: int = 2
     context: int = 1024
@@ -140,6 +153,8 @@ class TrainingConfig:
                 )
         check_name("dtype", self.dtype, DTYPES)
         check_name("device", self.device, DEVICES)
+        check_name("documents", self.documents, DOCUMENTS)
+        check_name("token_dtype", self.token_dtype, TOKEN_DTYPES)
         check_name("schedule", self.schedule, SCHEDULES)
         check_name("on_nan", self.on_nan, ON_NAN)
         if self.on_spike is not None:

@@ -14,7 +14,8 @@ from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints,
 from ringspan.training.config import BYTES, TrainingConfig, check_name, option
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
 from ringspan.training.plan import Plan, RunFiles
-from ringspan.training.tokenizer import load_tokenizer
+from ringspan.training.token_files import find_ids, is_token_file
+from ringspan.training.tokenizer import IDS, Tokenizer, load_tokenizer
 from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
 
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
             "--resume to go on with it, or another --out",
         )
     _check_writable(files.out)
-    tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+    tokens = _writing(lambda: _tokens(files, config), files.out)
     Split.of(tokens, config.context)
     _check_room(config, config.model, files.out)
     _writing(lambda: config.save(files.config), files.out)
@@ -88,8 +89,8 @@ def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     check_model(model)
     device = _settled_device(config)
     _check_kernel(config, model, device)
-    tokenizer = config.tokenizer or (BYTES if config.model in PRESETS else config.model)
-    load_tokenizer(tokenizer)
+    tokenizer = config.tokenizer or _own_tokenizer(config)
+    _check_documents(config, load_tokenizer(tokenizer))
     rate = config.learning_rate or default_learning_rate(config.model)
     # Ranks may be started elsewhere, and a checkpoint is gone on with from anywhere.
     paths = {
@@ -164,11 +165,44 @@ def _said_as(asked: str, nearest: str | None, check: Callable[[], Result]) -> Re
         raise RingspanError(asked, error.found or error.asked, error.rule, nearest or error.nearest) from None
 
 
+def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:
+    return ensure_tokens(
+        files.tokens,
+        config.data,
+        config.tokenizer or BYTES,
+        token_dtype=config.token_dtype,
+        text_column=config.text_column,
+        separator=config.separator,
+    )
+
+
+def _check_documents(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    separator = tokenizer.separator if config.separator is None else config.separator
+    if separator is not None and not 0 <= separator < tokenizer.vocabulary_size:
+        raise RingspanError(
+            f"--separator {separator}", f"the vocabulary has {tokenizer.vocabulary_size} ids", "A separator is one of them", "--separator 0"
+        )
+    if config.documents == "packed" and separator is None:
+        raise RingspanError(
+            "--documents packed",
+            f"tokenizer {tokenizer.name} names no end of a text",
+            "Documents are told apart by the token that ends them",
+            "--separator with its id, or --documents joined",
+        )
+
+
+def _own_tokenizer(config: TrainingConfig) -> str:
+    """The tokenizer where none was named: the model's own, bytes for a preset, and for a preset on a file of ids as many as it holds."""
+    if config.model not in PRESETS:
+        return config.model
+    return f"{IDS}{find_ids(config.data, config.token_dtype).largest() + 1}" if is_token_file(config.data) else BYTES
+
+
 def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) -> TokenFile:
     """The token file that the run began with: as it lies there, or written again from the same text."""
     tokens = load_tokens(files.tokens)
     if tokens is None or not tokens.is_whole():
-        tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+        tokens = _writing(lambda: _tokens(files, config), files.out)
     if tokens.digest != state.tokens_digest:
         raise RingspanError(
             f"--resume with --data {config.data}",

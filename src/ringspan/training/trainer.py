@@ -164,7 +164,7 @@ class Trainer:
     @property
     def separator(self) -> int | None:
         """The token that ends a document, where documents are kept apart."""
-        return None
+        return self.plan.tokens.separator if self.config.documents == "packed" else None
 
     def _loss(self, whole: Pass) -> Tensor:
         sequence = self.cp.sequence(self.config.context, mask=whole.mask)
