@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ringspan.errors import RankFailure, RingspanError
-from ringspan.training.launch import Post, Report, diagnose, report_of
+from ringspan.training.launch import diagnose
 from ringspan.training.loop import Outcome
+from ringspan.training.post import Post, Report, report_of
 
 LOST = Report(kind="lost", message="rank 0 exchanged with rank 1: the transfer broke off", time=1.0)
 

@@ -77,6 +77,7 @@ def command(
     kernel: Annotated[str | None, _option(_PARALLEL, "What computes a block; never replaced when named.", "auto")] = None,
     device: Annotated[str | None, _option(_PARALLEL, "auto, cpu or cuda (one GPU a rank).", "auto")] = None,
     timeout_seconds: Annotated[float | None, _option(_PARALLEL, "How long a rank waits for another.", "300")] = None,
+    restarts: Annotated[int | None, _option(_PARALLEL, "How often to go on from the last checkpoint where a rank died.", "0")] = None,
     out: Annotated[
         str | None, _option(_LEAVES, "Folder of the run.", "runs/train, or the first free of runs/train-2 …", metavar="DIR")
     ] = None,

@@ -22,6 +22,7 @@ ON_NAN = ("stop", "skip")
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
+    | {"restarts"}
 )
 _AT_LEAST = {
     "ranks": 1,
@@ -36,6 +37,7 @@ _AT_LEAST = {
     "validation_every": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "restarts": 0,
     "sample_tokens": 0,
 }
 
@@ -79,6 +81,7 @@ class TrainingConfig:
         temperature: of that text; 0 takes the likeliest token.
         prompt: what that text starts from; empty takes the beginning of the held-out text.
         timeout_seconds: how long a rank waits for another before it gives up.
+        restarts: how often the ranks are started again, from the last checkpoint, where one of them died; under torchrun its own count.
     """
 
     data: str = STDLIB
@@ -119,6 +122,7 @@ class TrainingConfig:
     temperature: float = 0.8
     prompt: str = ""
     timeout_seconds: float = 300.0
+    restarts: int = 0
 
     def check(self) -> None:
         """Checks every count and number on its own; what needs the disk or the machine is checked in `ringspan.training.prepare`.

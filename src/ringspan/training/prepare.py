@@ -62,6 +62,34 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
 
 
+def restarted(plan: Plan) -> Plan:
+    """The plan of ranks that are started again: from the last checkpoint, or anew where there is none yet.
+
+    Raises:
+        RingspanError: for a checkpoint that is damaged.
+    """
+    checkpoints = list_checkpoints(plan.files.checkpoints)
+    if not checkpoints:
+        return replace(plan, checkpoint=None, first_step=0)
+    return replace(plan, checkpoint=str(checkpoints[-1]), first_step=verify_checkpoint(checkpoints[-1]).step)
+
+
+def prepare_restarted(given: dict[str, Any], *, world_size: int) -> Plan:
+    """The same where it was torchrun itself that started the ranks again, with the options of the first start.
+
+    Raises:
+        RingspanError: as `prepare` does.
+    """
+    out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
+    files, tokens = RunFiles(out), load_tokens(RunFiles(out).tokens)
+    if not files.config.is_file() or tokens is None:
+        return prepare(given, resume=False, world_size=world_size)
+    if list_checkpoints(files.checkpoints):
+        return prepare(given | {"out": str(out)}, resume=True, world_size=world_size)
+    config = replace(TrainingConfig.load(files.config), ranks=world_size)
+    return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
+
+
 def _prepare_resumed(given: dict[str, Any]) -> Plan:
     out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
     files = RunFiles(out)

@@ -164,7 +164,8 @@ def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: fl
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        store=dist.PrefixStore(purpose, store),
+        # Ranks that are started again meet at the same store, where what the earlier ones said still stands.
+        store=dist.PrefixStore(f"{purpose}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,
