@@ -139,3 +139,28 @@ def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path: Path, mod
     monkeypatch.setattr(checkpoint, "_write_manifest", broken)
     with pytest.raises(KeyError):
         save(tmp_path, 1, model)
+
+
+@pytest.mark.slow
+def test_killing_the_process_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path: Path):
+    """SIGKILL before each file operation of a save in turn: fsyncs, renames, deletions, the pointer."""
+    program = [sys.executable, "-m", "tests.training.killed_saves", str(tmp_path)]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 20
+
+
+def test_a_checkpoint_of_the_same_step_that_is_whole_stays_and_a_damaged_one_is_replaced(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 5, model)
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    save(tmp_path, 5, model)
+    assert (folder / "manifest.json").stat().st_mtime_ns == written
+    damage_flipped(folder)
+    save(tmp_path, 5, model)
+    verify_checkpoint(folder)
+
+
+def test_a_tensor_that_a_checkpoint_lacks_is_named(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 5, model)
+    with pytest.raises(RingspanError, match="it has no another"):
+        load_tensors(folder / "model", {"another": torch.zeros(2)})

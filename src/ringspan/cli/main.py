@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from ringspan.cli.export import command as export
 from ringspan.cli.show import command as show
 from ringspan.cli.train import command as train
 from ringspan.cli.verify import command as verify
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("verify")(verify)
 app.command("show")(show)
+app.command("export")(export)
 
 
 def main() -> None:

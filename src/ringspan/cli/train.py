@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ringspan.errors import RingspanError
 
 if TYPE_CHECKING:
     from ringspan.training.plan import Plan
@@ -81,9 +84,24 @@ def command(
     out: Annotated[
         str | None, _option(_LEAVES, "Folder of the run.", "runs/train, or the first free of runs/train-2 …", metavar="DIR")
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Options from the config.json of a run, all but --out; those on the command line go first.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out, on any number of ranks.", rich_help_panel=_LEAVES)
     ] = False,
+    tensorboard: Annotated[
+        bool | None, _option(_LEAVES, "Whether to write TensorBoard's files too.", "no", "--tensorboard/--no-tensorboard")
+    ] = None,
+    export: Annotated[
+        str | None, _option(_LEAVES, "Folder for the finished model, as plain transformers loads it.", "none", metavar="DIR")
+    ] = None,
     validation_tokens: Annotated[int | None, _option(_LEAVES, "Held-out tokens to measure the loss on.", "16384")] = None,
     validation_every: Annotated[int | None, _option(_LEAVES, "Steps between measurements.", "100")] = None,
     checkpoint_every: Annotated[int | None, _option(_LEAVES, "Steps between checkpoints.", "200")] = None,
@@ -97,7 +115,13 @@ def command(
     Ctrl-C or SIGTERM lets the step end, writes a checkpoint and says how to go on; the exit status is then 130 or 143. What cannot be done
     is said before anything starts, with exit status 2.
     """
-    given = {name: value for name, value in locals().items() if value is not None and name != "resume"}
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("resume", "config")}
+    if config is not None:
+        from ringspan.training.config import TrainingConfig
+
+        if resume:
+            raise RingspanError("--config with --resume", "a run that goes on has its configuration", "One of them", "leaving --config out")
+        given = TrainingConfig.options(Path(config)) | given
     raise typer.Exit(run(given, resume=resume))
 
 
@@ -144,7 +168,7 @@ def _show(plan: Plan) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None)]
+    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None, False)]
     for start in range(0, len(cells), 3):
         table.add_row(*cells[start : start + 3])
     console = Console()

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ringspan.cli.train_progress import TrainingProgress, printable
 from ringspan.errors import RingspanError
+from ringspan.training.export import export
 from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
 from ringspan.training.plan import Plan, RunFiles
@@ -56,6 +57,8 @@ def run_plan(plan: Plan, ranks: Ranks) -> Outcome:
     with TrainingProgress(console) as progress:
         outcome = train(plan, ranks, Watcher(progress, plan.files))
     if ranks.is_first:
+        if plan.config.export and outcome.stopped_by is None:
+            export(Path(outcome.checkpoint), Path(plan.config.export))
         conclude(plan, outcome, console)
     return outcome
 
@@ -79,8 +82,9 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
         ("metrics", files.metrics),
         ("loss curve", files.loss_curve),
         ("samples", files.samples),
+        ("model", plan.config.export),
     ):
-        if Path(path).exists():
+        if path and Path(path).exists():
             console.print(f"  {name:<11} {path}", highlight=False, soft_wrap=True)
     if outcome.stopped_by:
         console.print(

@@ -22,7 +22,7 @@ ON_NAN = ("stop", "skip")
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
-    | {"restarts"}
+    | {"restarts", "tensorboard", "export"}
 )
 _AT_LEAST = {
     "ranks": 1,
@@ -74,6 +74,8 @@ class TrainingConfig:
         dtype: what the model computes in; weights and optimizer are float32 whichever it is.
         device: `"cuda"` wants one GPU a rank; `"auto"` takes them where there are enough.
         out: folder for everything that the run leaves.
+        tensorboard: whether to write TensorBoard's files too.
+        export: a folder for the finished model as plain transformers loads it; empty writes none.
         validation_tokens: held-out tokens to measure the loss on, rounded to whole contexts, at least one.
         validation_every, checkpoint_every: in steps; both also happen at the end.
         keep_checkpoints: how many of the newest stay.
@@ -114,6 +116,8 @@ class TrainingConfig:
     dtype: str = "float32"
     device: str = "auto"
     out: str = "runs/train"
+    tensorboard: bool = False
+    export: str = ""
     validation_tokens: int = 16384
     validation_every: int = 100
     checkpoint_every: int = 200
@@ -189,6 +193,31 @@ class TrainingConfig:
             raise RingspanError(
                 f"configuration {path}", str(error), "A run keeps its configuration in config.json", "start a new run with another --out"
             ) from None
+
+    @staticmethod
+    def options(path: Path) -> dict[str, Any]:
+        """The choices in a file that `save` or a hand wrote, for another run: all that it names, but for `out`.
+
+        Raises:
+            RingspanError: for a file that is no JSON object, a name that is no option, and a value of another type.
+        """
+        try:
+            given = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise RingspanError(f"--config {path}", str(error), "A configuration is a JSON object", "the config.json of a run") from None
+        kinds = {field.name: str(field.type) for field in fields(TrainingConfig)}
+        unknown = sorted(set(given) - set(kinds)) if isinstance(given, dict) else ["no object"]
+        if unknown:
+            raise RingspanError(
+                f"--config {path}", f"it has {', '.join(unknown)}", "Its names are those of the options", f"some of {', '.join(kinds)}"
+            )
+        for name, value in given.items():
+            kind = "None" if value is None else type(value).__name__
+            if kind not in kinds[name].split(" | ") and not (kind == "int" and "float" in kinds[name]):
+                raise RingspanError(
+                    f"--config {path}", f"{name} is {value!r}", f"{name} is of type {kinds[name]}", f"{name}: {_default(name)!r}"
+                )
+        return {name: value for name, value in given.items() if name != "out"}
 
     def resumed(self, given: dict[str, Any]) -> TrainingConfig:
         """This saved configuration with the options `given` for going on.

@@ -17,6 +17,7 @@ from ringspan.training.checkpoint import step_folder
 from ringspan.training.metrics import MetricsFile, StepRecord
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
+from ringspan.training.tensorboard import Board
 from ringspan.training.trainer import Trainer
 
 
@@ -80,10 +81,13 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
     keep = plan.first_step if plan.checkpoint else None
     with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:
+        board = Board(plan.files.tensorboard, first_step=plan.first_step) if plan.config.tensorboard and ranks.is_first else None
 
         def report(record: StepRecord) -> None:
             if metrics is not None:
                 metrics.write(record)
+            if board is not None:
+                board.write(record)
             observer.stepped(record)
 
         if trainer.step == 0:
@@ -94,6 +98,8 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
         finally:
             # What is being written when a rank fails becomes whole nevertheless, unless the process is killed.
             trainer.saver.close()
+            if board is not None:
+                board.close()
     if trainer.is_finished:
         _sample(trainer, observer)
     checkpoint = step_folder(plan.files.checkpoints, trainer.step)

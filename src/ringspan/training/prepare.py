@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, TrainingConfig, check_name, option
+from ringspan.training.export import check_target
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
 from ringspan.training.plan import Plan, RunFiles
+from ringspan.training.tensorboard import check_tensorboard
 from ringspan.training.token_files import find_ids, is_token_file
 from ringspan.training.tokenizer import IDS, Tokenizer, load_tokenizer
 from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
@@ -119,6 +121,10 @@ def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     _check_kernel(config, model, device)
     tokenizer = config.tokenizer or _own_tokenizer(config)
     _check_documents(config, load_tokenizer(tokenizer))
+    if config.tensorboard:
+        check_tensorboard()
+    if config.export:
+        check_target(Path(config.export))
     rate = config.learning_rate or default_learning_rate(config.model)
     # Ranks may be started elsewhere, and a checkpoint is gone on with from anywhere.
     paths = {

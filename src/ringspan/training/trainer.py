@@ -81,6 +81,8 @@ class Trainer:
             model = build_model(config.model, vocabulary_size=vocabulary_size, context=config.context, seed=config.seed)
         else:
             model = rebuild_model(Path(plan.checkpoint) / MODEL)
+        # Programs that serve models look for the class there; transformers itself would write it with the weights.
+        model.config.architectures = [type(model).__name__]
         torch.nn.Module.to(model, self.ranks.device)
         cast_parameters(model, getattr(torch, config.dtype))
         optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
