@@ -51,6 +51,10 @@ def command(
     token_dtype: Annotated[str | None, _option(_WHAT, "Of a .bin file: uint16 or uint32.", "uint16")] = None,
     text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
+    rope_scaling: Annotated[
+        str | None, _option(_WHAT, "For a context above the model's own: linear or yarn.", "none", metavar="NAME")
+    ] = None,
+    rope_factor: Annotated[float | None, _option(_WHAT, "How far.", "the context over the model's own")] = None,
     mask: Annotated[
         str | None,
         _option(

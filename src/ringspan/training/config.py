@@ -57,6 +57,8 @@ class TrainingConfig:
         token_dtype: of a `.bin` file: `"uint16"` or `"uint32"`.
         text_column: of a dataset.
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
+        rope_scaling: for a `context` above that of the model in a folder: `"linear"` or `"yarn"`; None leaves its positions as they are.
+        rope_factor: how far; None is as far as `context` needs.
         ranks: number of processes that the context is split over.
         context: tokens in one sequence, over all ranks.
         batch_size: sequences in one forward pass.
@@ -93,6 +95,8 @@ class TrainingConfig:
     token_dtype: str = "uint16"
     text_column: str = "text"
     model: str = "nano"
+    rope_scaling: str | None = None
+    rope_factor: float | None = None
     ranks: int = 2
     context: int = 1024
     batch_size: int = 1
@@ -143,7 +147,7 @@ class TrainingConfig:
                 )
         if self.seed >= 2**63:
             raise RingspanError(f"--seed {self.seed}", "too large", "A seed is below 2^63", "--seed 0")
-        for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor"):
+        for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor", "rope_factor"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 nearest = _default(name) or 0.001

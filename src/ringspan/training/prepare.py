@@ -13,7 +13,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, TrainingConfig, check_name, option
 from ringspan.training.export import check_target
-from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
+from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes, stretched_config
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.tensorboard import check_tensorboard
 from ringspan.training.token_files import find_ids, is_token_file
@@ -47,6 +47,8 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     config = TrainingConfig(**defaults | given)
     config.check()
     config = _settled(config, config.model)
+    if config.rope_scaling is not None:
+        stretched_config(config.model, config.context, config.rope_scaling, config.rope_factor)
     files = RunFiles(Path(config.out))
     used = [path for path in (files.checkpoints, files.metrics) if path.exists()]
     if used:

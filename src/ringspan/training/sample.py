@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,12 @@ def sample(model: PreTrainedModel, prompt: list[int], *, num_tokens: int, temper
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
+    # Transformers 5.24 renamed it.
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with plain_attention(model):
         inputs, cache = torch.tensor([prompt], device=device), None
         for _ in range(num_tokens):
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{cache_name: cache})
             ids.append(_draw(output.logits[0, -1].float().cpu(), temperature, generator))
             inputs, cache = torch.tensor([ids[-1:]], device=device), output.past_key_values
     return ids[len(prompt) :]

@@ -78,7 +78,14 @@ class Trainer:
         plan, config = self.plan, self.config
         if plan.checkpoint is None:
             vocabulary_size = self.tokenizer.vocabulary_size
-            model = build_model(config.model, vocabulary_size=vocabulary_size, context=config.context, seed=config.seed)
+            model = build_model(
+                config.model,
+                vocabulary_size=vocabulary_size,
+                context=config.context,
+                seed=config.seed,
+                rope_scaling=config.rope_scaling,
+                rope_factor=config.rope_factor,
+            )
         else:
             model = rebuild_model(Path(plan.checkpoint) / MODEL)
         # Programs that serve models look for the class there; transformers itself would write it with the weights.
