@@ -1,0 +1,41 @@
+"""Acceptance: a real pretrained model, fine-tuned on real prose, has the same curve on one and on three ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from tests.support import smollm2
+from tests.training import support
+
+STEPS = 50
+TOLERANCE = 2e-3
+"""Absolute, of losses near 2. float32 through thirty layers gives 5e-7, and fifty steps of AdamW, which divides by the gradients' size,
+let it grow; another token or position shows as 0.1 and more."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_fine_tuned_on_prose_has_the_same_curve_on_one_and_on_three_ranks(tmp_path: Path):
+    model, tokenizer = smollm2.load("sdpa")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    # The language reference of Python: English, and on every machine.
+    (tmp_path / "prose.txt").write_text("\n\n".join(topics.values()))
+    curves = {}
+    for ranks in (1, 3):
+        out = tmp_path / f"on-{ranks}"
+        options = ("--context", 61, "--steps", STEPS, "--warmup-steps", 5, "--validation-tokens", 122, "--sample-tokens", 0, "--keep", 1)
+        result = support.run_train(
+            "--model", tmp_path / "model", "--data", tmp_path / "prose.txt", *options, "--ranks", ranks, "--out", out, timeout=900
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        curves[ranks] = (support.losses(out), support.validation_losses(out))
+    alone, split = curves[1], curves[3]
+    assert 1.0 < alone[0][1] < 4.5, "the model knows such text: nobody's would be near ln 49152 = 10.8"
+    assert alone[1][STEPS] < alone[1][0], "it learns"
+    for one, three in zip(alone, split, strict=True):
+        assert one.keys() == three.keys()
+        assert max(abs(one[step] - three[step]) for step in one) < TOLERANCE
