@@ -126,7 +126,7 @@ def test_a_write_that_fails_late_is_named_by_its_cause(tmp_path: Path, model: Ll
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     with pytest.raises(RingspanError, match="No space left on device, and no checkpoint was written before it"):
         save(tmp_path, 1, model)
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path: Path, mod
     def broken(folder: Path) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", broken)
+    monkeypatch.setattr(checkpoint, "write_manifest", broken)
     with pytest.raises(KeyError):
         save(tmp_path, 1, model)
 

@@ -51,7 +51,7 @@ def test_a_failure_is_told_once_and_the_next_save_may_succeed(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ringspan.training.checkpoint._write_manifest", full)
+        patch.setattr("ringspan.training.checkpoint.write_manifest", full)
         saver = Saver(tmp_path, keep=2)
         saver.begin(snapshot_of(model, 1))
         saver.close()

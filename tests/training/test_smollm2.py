@@ -6,6 +6,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import smollm2
 from tests.training import support
@@ -16,12 +17,20 @@ TOLERANCE = 2e-3
 let it grow; another token or position shows as 0.1 and more."""
 
 
+def write_model(folder: Path) -> None:
+    """SmolLM2 as a folder of float32 safetensors with its tokenizer."""
+    model, tokenizer = smollm2.load("sdpa")
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**settings))
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_smollm2_fine_tuned_on_prose_has_the_same_curve_on_one_and_on_three_ranks(tmp_path: Path):
-    model, tokenizer = smollm2.load("sdpa")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    write_model(tmp_path / "model")
     # The language reference of Python: English, and on every machine.
     (tmp_path / "prose.txt").write_text("\n\n".join(topics.values()))
     curves = {}

@@ -55,6 +55,11 @@ def command(
         str | None, _option(_WHAT, "For a context above the model's own: linear or yarn.", "none", metavar="NAME")
     ] = None,
     rope_factor: Annotated[float | None, _option(_WHAT, "How far.", "the context over the model's own")] = None,
+    lora_rank: Annotated[
+        int | None, _option(_WHAT, "Rank of adapters, which are then all that is trained (peft); 0 for full training.", "0")
+    ] = None,
+    lora_alpha: Annotated[float | None, _option(_WHAT, "Adapters count alpha / rank times.", "twice the rank")] = None,
+    lora_targets: Annotated[str | None, _option(_WHAT, "Names of the layers that get one, by commas.", "all-linear")] = None,
     mask: Annotated[
         str | None,
         _option(

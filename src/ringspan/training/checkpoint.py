@@ -3,6 +3,7 @@
     checkpoints/
       step-00000200/
         model/          a Hugging Face folder: config.json and float32 safetensors; `--model` and transformers read it
+        adapter/        with adapters: theirs as peft reads them, and no weights in model/
         optimizer/      both moments of every parameter, safetensors
         training.json   the step, and what the run must agree with to go on
         manifest.json   size and SHA-256 of every file above
@@ -16,24 +17,24 @@ a context-parallel group hold equal weights, so rank 0 writes alone and every ra
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ringspan.errors import RingspanError
+from ringspan.training.lora import ADAPTER, ADAPTER_TENSORS, by_peft_name
+from ringspan.training.manifest import first_damage, sync, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODEL, OPTIMIZER, STATE, MANIFEST, LATEST = "model", "optimizer", "training.json", "manifest.json", "latest"
+MODEL, OPTIMIZER, STATE, LATEST = "model", "optimizer", "training.json", "latest"
 TENSORS = "model.safetensors"
 
 
@@ -46,6 +47,7 @@ class TrainingState:
         tokens_digest: the token file's.
         updates: steps whose update was made; None means all.
         recent_losses, skips_in_a_row: what `ringspan.training.guard` judges by.
+        base_digest: of the weights that adapters belong to.
     """
 
     step: int
@@ -53,6 +55,7 @@ class TrainingState:
     updates: int | None = None
     recent_losses: tuple[float, ...] = ()
     skips_in_a_row: int = 0
+    base_digest: str | None = None
 
 
 def read_state(path: Path) -> TrainingState:
@@ -80,6 +83,7 @@ class Snapshot:
         weights: every parameter in float32, by its name in the model.
         moments: both of every parameter.
         extra_files: files to copy into the model's folder, by their names there (a tokenizer's).
+        adapter: peft's configuration, where `weights` are those of adapters.
     """
 
     state: TrainingState
@@ -87,6 +91,7 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     extra_files: Mapping[str, Path]
+    adapter: Any = None
 
     def in_host_memory(self) -> Snapshot:
         """A copy on the CPU that later steps do not touch."""
@@ -96,6 +101,7 @@ class Snapshot:
             weights=_copies(self.weights),
             moments=_copies(self.moments),
             extra_files=self.extra_files,
+            adapter=copy.deepcopy(self.adapter),
         )
 
 
@@ -115,11 +121,11 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int) -> Path
     partial = checkpoints / f".{final.name}.partial"
     try:
         _sweep(checkpoints)
-        if not final.exists() or _first_damage(final) is not None:
+        if not final.exists() or first_damage(final) is not None:
             _write(partial, snapshot)
             _delete(final)
             partial.rename(final)
-            _sync(checkpoints)
+            sync(checkpoints)
         _point_latest(checkpoints, final)
         for old in list_checkpoints(checkpoints)[:-keep]:
             _delete(old)
@@ -143,17 +149,24 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int) -> Path
 def _write(folder: Path, snapshot: Snapshot) -> None:
     (folder / MODEL).mkdir(parents=True)
     (folder / OPTIMIZER).mkdir()
-    write_model(folder / MODEL, snapshot.config, snapshot.weights, snapshot.extra_files)
-    _write_tensors(snapshot.moments, folder / OPTIMIZER)
+    if snapshot.adapter is None:
+        write_model(folder / MODEL, snapshot.config, snapshot.weights, snapshot.extra_files)
+    else:
+        write_model(folder / MODEL, snapshot.config, {}, snapshot.extra_files)
+        (folder / ADAPTER).mkdir()
+        write_tensors(by_peft_name(snapshot.weights), folder / ADAPTER, ADAPTER_TENSORS)
+        snapshot.adapter.save_pretrained(str(folder / ADAPTER))
+    write_tensors(snapshot.moments, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
-    _write_manifest(folder)
-    for inner in (folder / MODEL, folder / OPTIMIZER, folder):
-        _sync(inner)
+    write_manifest(folder)
+    for inner in (*(path for path in folder.iterdir() if path.is_dir()), folder):
+        sync(inner)
 
 
 def write_model(folder: Path, config: PretrainedConfig, weights: Mapping[str, Tensor], extra_files: Mapping[str, Path]) -> None:
     """Writes a Hugging Face folder: configuration, safetensors, and whatever files belong to it."""
-    _write_tensors(weights, folder)
+    if weights:
+        write_tensors(weights, folder)
     config.save_pretrained(folder)
     for name, source in extra_files.items():
         shutil.copyfile(source, folder / name)
@@ -175,26 +188,17 @@ def _sweep(checkpoints: Path) -> None:
         shutil.rmtree(left)
 
 
-def _sync(path: Path) -> None:
-    """Lets the disk have a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def verify_checkpoint(folder: Path) -> TrainingState:
     """Reads every file of a checkpoint and compares it with the manifest.
 
     Raises:
         RingspanError: naming the file that is missing, cut short or changed, and the newest checkpoint that is whole.
     """
-    found = _first_damage(folder)
+    found = first_damage(folder)
     if found is None:
         return read_state(folder / STATE)
     others = [other for other in reversed(list_checkpoints(folder.parent)) if other.name < folder.name]
-    whole = next((other for other in others if _first_damage(other) is None), None)
+    whole = next((other for other in others if first_damage(other) is None), None)
     raise RingspanError(
         f"--resume from {folder}",
         found,
@@ -227,51 +231,11 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, file: str = TENSORS) -> None:
+    """Writes safetensors."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _describe(file: Path) -> dict[str, int | str]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _write_manifest(folder: Path) -> None:
-    manifest = {}
-    for file in _files(folder):
-        _sync(file)
-        manifest[file.relative_to(folder).as_posix()] = _describe(file)
-    with (folder / MANIFEST).open("w") as stream:
-        json.dump(manifest, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _first_damage(folder: Path) -> str | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
-        return f"{MANIFEST} cannot be read"
-    for name, written in manifest.items():
-        try:
-            present = _describe(folder / name)
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if present["bytes"] != written["bytes"]:
-            return f"{name} has {present['bytes']} bytes of the {written['bytes']} that were written"
-        if present != written:
-            return f"{name} is not as it was written (another SHA-256)"
-    return None
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
 
 
 def _point_latest(checkpoints: Path, final: Path) -> None:
@@ -279,7 +243,7 @@ def _point_latest(checkpoints: Path, final: Path) -> None:
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(final.name)
     pointer.replace(checkpoints / LATEST)
-    _sync(checkpoints)
+    sync(checkpoints)
 
 
 def _os_error(error: BaseException | None) -> str | None:

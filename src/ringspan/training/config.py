@@ -38,6 +38,7 @@ _AT_LEAST = {
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
     "restarts": 0,
+    "lora_rank": 0,
     "sample_tokens": 0,
 }
 
@@ -59,6 +60,9 @@ class TrainingConfig:
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
         rope_scaling: for a `context` above that of the model in a folder: `"linear"` or `"yarn"`; None leaves its positions as they are.
         rope_factor: how far; None is as far as `context` needs.
+        lora_rank: of adapters through peft, which are then all that is trained; 0 trains every weight.
+        lora_alpha: they count alpha / rank times; None is twice the rank.
+        lora_targets: `"all-linear"`, or the ends of module names, joined by commas.
         ranks: number of processes that the context is split over.
         context: tokens in one sequence, over all ranks.
         batch_size: sequences in one forward pass.
@@ -97,6 +101,9 @@ class TrainingConfig:
     model: str = "nano"
     rope_scaling: str | None = None
     rope_factor: float | None = None
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: str = "all-linear"
     ranks: int = 2
     context: int = 1024
     batch_size: int = 1
@@ -147,7 +154,7 @@ class TrainingConfig:
                 )
         if self.seed >= 2**63:
             raise RingspanError(f"--seed {self.seed}", "too large", "A seed is below 2^63", "--seed 0")
-        for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor", "rope_factor"):
+        for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor", "rope_factor", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 nearest = _default(name) or 0.001

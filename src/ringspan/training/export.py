@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 from ringspan.errors import RingspanError
-from ringspan.training.checkpoint import MODEL, list_checkpoints, verify_checkpoint
+from ringspan.training.checkpoint import MODEL, list_checkpoints, verify_checkpoint, write_tensors
 from ringspan.training.config import BYTES, TrainingConfig
+from ringspan.training.lora import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS, merged
+from ringspan.training.model import build_model
 from ringspan.training.plan import RunFiles
 
 _TOKENIZER, _DESCRIPTION = "tokenizer.json", "tokenizer_config.json"
@@ -49,7 +51,8 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
 def export(source: Path, target: Path) -> Path:
     """Writes the model of a run's last checkpoint, or of the checkpoint given, to `target`, which is whole once it is there.
 
-    Weights are float32, as they were trained. A model of bytes gets a tokenizer that turns text into its UTF-8 bytes.
+    Weights are float32, as they were trained, with adapters merged into them. A model of bytes gets a tokenizer that turns text into its
+    UTF-8 bytes.
 
     Returns:
         The checkpoint that was exported.
@@ -64,8 +67,11 @@ def export(source: Path, target: Path) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
+        config = TrainingConfig.load(RunFiles(run).config)
         shutil.copytree(checkpoint / MODEL, partial)
-        _complete_tokenizer(partial, TrainingConfig.load(RunFiles(run).config).tokenizer)
+        if config.lora_rank:
+            _merge(checkpoint, config, partial)
+        _complete_tokenizer(partial, config.tokenizer)
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -73,6 +79,24 @@ def export(source: Path, target: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise RingspanError(f"export to {target}", str(error), "There must be room for the model", "another folder") from None
     return checkpoint
+
+
+def _merge(checkpoint: Path, config: TrainingConfig, folder: Path) -> None:
+    """The run's model with its adapters added to its weights."""
+    from safetensors.torch import load_file
+
+    described = json.loads((checkpoint / ADAPTER / ADAPTER_CONFIG).read_text())
+    adapter = load_file(checkpoint / ADAPTER / ADAPTER_TENSORS)
+    base = build_model(
+        config.model,
+        vocabulary_size=1,
+        context=config.context,
+        seed=config.seed,
+        rope_scaling=config.rope_scaling,
+        rope_factor=config.rope_factor,
+    )
+    weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    write_tensors(merged(weights, adapter, described["lora_alpha"] / described["r"]), folder)
 
 
 def _complete_tokenizer(folder: Path, name: str | None) -> None:

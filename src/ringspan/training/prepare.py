@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +10,11 @@ from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
-from ringspan.training.config import BYTES, TrainingConfig, check_name, option
+from ringspan.training.config import BYTES, TrainingConfig, option
 from ringspan.training.export import check_target
-from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes, stretched_config
+from ringspan.training.lora import check_lora, weights_digest
+from ringspan.training.machine import check_attention, check_kernel, settled_device
+from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.tensorboard import check_tensorboard
 from ringspan.training.token_files import find_ids, is_token_file
@@ -106,7 +107,9 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     config.check()
     state = verify_checkpoint(checkpoints[-1])
     # The folder that the run once began from need not be there any more.
-    model = config.model if config.model in PRESETS else str(checkpoints[-1] / MODEL)
+    model = config.model if config.model in PRESETS or config.lora_rank else str(checkpoints[-1] / MODEL)
+    if config.lora_rank:
+        _check_base(config, state)
     config = _settled(config, model)
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
@@ -117,12 +120,14 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
 
 def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     """The configuration with every choice made that was left to the `model` (a preset, or a folder as it is now) or the machine."""
-    _check_attention(config)
+    check_attention(config)
     check_model(model)
-    device = _settled_device(config)
-    _check_kernel(config, model, device)
+    device = settled_device(config)
+    check_kernel(config, model, device)
     tokenizer = config.tokenizer or _own_tokenizer(config)
     _check_documents(config, load_tokenizer(tokenizer))
+    if config.lora_rank:
+        check_lora(config.model, config.model in PRESETS)
     if config.tensorboard:
         check_tensorboard()
     if config.export:
@@ -135,70 +140,6 @@ def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
         if Path(value).exists()
     }
     return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
-
-
-def _settled_device(config: TrainingConfig) -> str:
-    import torch
-
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.ranks))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and gpus < local_ranks:
-        nearest = f"--ranks {gpus}, or --device cpu" if gpus else "--device cpu"
-        raise RingspanError(
-            f"--device cuda with {local_ranks} ranks", f"this machine has {gpus} CUDA devices", "NCCL wants one GPU a rank", nearest
-        )
-    if config.device == "auto":
-        return "cuda" if gpus >= local_ranks else "cpu"
-    return config.device
-
-
-def _check_attention(config: TrainingConfig) -> None:
-    """Strategy, layout and mask by themselves, and together at this context on these ranks."""
-    from ringspan.geometry import LAYOUTS, looks_ahead, make_layout, parse_mask
-    from ringspan.strategies import STRATEGIES, make_schedules
-
-    check_name("strategy", config.strategy, (*STRATEGIES, "auto"))
-    check_name("layout", config.layout, (*LAYOUTS, "auto"))
-    mask = _said_as(f"--mask {config.mask}", "--mask causal", lambda: parse_mask(config.mask))
-    if looks_ahead(mask):
-        raise RingspanError(
-            f"--mask {config.mask}",
-            "it shows a token what follows it",
-            "A token that sees its successor has nothing to predict",
-            "--mask causal",
-        )
-    asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context} --ranks {config.ranks}"
-    # What auto chooses from holds the ring, which nothing refuses.
-    strategy = "ring" if config.strategy == "auto" else config.strategy
-    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, config.ranks, mask=mask), mask))
-
-
-def _check_kernel(config: TrainingConfig, model: str, device: str) -> None:
-    import torch
-
-    from ringspan.attention.checks import features
-    from ringspan.geometry import parse_mask
-    from ringspan.kernels import KERNELS, Problem, select_kernel
-
-    check_name("kernel", config.kernel, ("auto", *KERNELS))
-    heads, kv_heads, head_dim = head_sizes(model)
-    problem = Problem(
-        device=device,
-        dtype=getattr(torch, config.dtype),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        features=features(parse_mask(config.mask), None),
-    )
-    _said_as(f"--kernel {config.kernel}", "--kernel auto", lambda: select_kernel(config.kernel, problem))
-
-
-def _said_as(asked: str, nearest: str | None, check: Callable[[], Result]) -> Result:
-    """Calls `check`, and puts its error in terms of the command line."""
-    try:
-        return check()
-    except RingspanError as error:
-        raise RingspanError(asked, error.found or error.asked, error.rule, nearest or error.nearest) from None
 
 
 def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:
@@ -273,7 +214,20 @@ def _check_writable(out: Path) -> None:
     _writing(probe, out)
 
 
+def _check_base(config: TrainingConfig, state: TrainingState) -> None:
+    """Adapters are trained further only on the weights that they were trained on."""
+    if not list(Path(config.model).glob("*.safetensors")) or weights_digest(Path(config.model)) != state.base_digest:
+        raise RingspanError(
+            f"--resume with adapters for {config.model}",
+            "its weights are no longer there, or others",
+            "Adapters belong to the weights that they were trained on",
+            "putting them back, or a new run with another --out",
+        )
+
+
 def _check_room(config: TrainingConfig, model: str, out: Path) -> None:
+    if config.lora_rank:
+        return  # adapters are small beside the model, which is on a disk already
     vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
     # One more than is kept: the new one is whole before the oldest goes.
     needed = checkpoint_bytes(model, vocabulary) * (config.keep_checkpoints + 1)

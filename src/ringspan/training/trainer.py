@@ -15,6 +15,7 @@ from ringspan.training.checkpoint import MODEL, OPTIMIZER, STATE, Snapshot, Trai
 from ringspan.training.config import BYTES
 from ringspan.training.flops import count_flops, peak_flops
 from ringspan.training.guard import Guard
+from ringspan.training.lora import ADAPTER, add_adapters, by_peft_name, weights_digest
 from ringspan.training.measure import Cost, Meter
 from ringspan.training.metrics import StepRecord
 from ringspan.training.model import build_model, cast_parameters, rebuild_model
@@ -55,6 +56,7 @@ class Trainer:
             spike_window=config.spike_window,
             out=config.out,
         )
+        self._adapter, self._base_digest = None, None
         self.model, self.optimizer = self._model_and_optimizer()
         self.cp = ContextParallel(strategy=config.strategy, layout=config.layout, kernel=config.kernel)
         self.cp.broadcast_parameters(self.model)
@@ -76,7 +78,7 @@ class Trainer:
 
     def _model_and_optimizer(self) -> tuple[PreTrainedModel, Optimizer]:
         plan, config = self.plan, self.config
-        if plan.checkpoint is None:
+        if plan.checkpoint is None or config.lora_rank:
             vocabulary_size = self.tokenizer.vocabulary_size
             model = build_model(
                 config.model,
@@ -91,12 +93,25 @@ class Trainer:
         # Programs that serve models look for the class there; transformers itself would write it with the weights.
         model.config.architectures = [type(model).__name__]
         torch.nn.Module.to(model, self.ranks.device)
+        if config.lora_rank:
+            self._adapter = add_adapters(
+                model,
+                base=config.model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha or 2 * config.lora_rank,
+                targets=config.lora_targets,
+                seed=config.seed,
+            )
+            self._base_digest = weights_digest(Path(config.model)) if self.ranks.is_first else None
         cast_parameters(model, getattr(torch, config.dtype))
         optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
         if plan.checkpoint is not None:
             folder = Path(plan.checkpoint)
             state = read_state(folder / STATE)
-            load_tensors(folder / MODEL, optimizer.masters)
+            if config.lora_rank:
+                load_tensors(folder / ADAPTER, by_peft_name(optimizer.masters))
+            else:
+                load_tensors(folder / MODEL, optimizer.masters)
             moments = optimizer.moments()
             load_tensors(folder / OPTIMIZER, moments)
             optimizer.restore(moments, plan.first_step if state.updates is None else state.updates)
@@ -207,6 +222,7 @@ class Trainer:
             updates=self.optimizer.updates,
             recent_losses=self.guard.losses,
             skips_in_a_row=self.guard.skips_in_a_row,
+            base_digest=self._base_digest,
         )
         return Snapshot(
             state=state,
@@ -214,6 +230,7 @@ class Trainer:
             weights=self.optimizer.masters,
             moments=self.optimizer.moments(),
             extra_files=self.tokenizer.files(),
+            adapter=self._adapter,
         )
 
     def write_sample(self) -> tuple[str, str]:
