@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,9 @@ class Watcher:
     progress: TrainingProgress
     files: RunFiles
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
         """Shows it."""
-        self.progress.started(plan, num_parameters)
+        self.progress.started(plan, num_parameters, notes)
 
     def stepped(self, record: StepRecord) -> None:
         """Shows it."""

@@ -7,7 +7,7 @@ steps go on; that one failed is learned at the next step, by all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,8 @@ class Outcome:
 class Observer(Protocol):
     """What a rank tells whoever watches; rank 0's is shown."""
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
-        """The model is ready."""
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
+        """The model is ready; `notes` say what will not be measured."""
         ...
 
     def stepped(self, record: StepRecord) -> None:
@@ -53,7 +53,7 @@ class Observer(Protocol):
 class Silence:
     """The observer of the other ranks."""
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
         """Says nothing."""
 
     def stepped(self, record: StepRecord) -> None:
@@ -77,7 +77,7 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     """
     observer = observer if ranks.is_first else Silence()
     trainer = Trainer(plan, ranks)
-    observer.started(plan, trainer.num_parameters)
+    observer.started(plan, trainer.num_parameters, trainer.notes())
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
     keep = plan.first_step if plan.checkpoint else None
     with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:

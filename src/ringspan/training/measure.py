@@ -37,6 +37,11 @@ class Meter:
         self._energy = EnergyCounter.of(self._device) if self._device.type == "cuda" else None
         self._started, self._joules = 0.0, None
 
+    @property
+    def counts_energy(self) -> bool:
+        """Whether this rank's device tells its energy."""
+        return self._energy is not None
+
     def start(self) -> None:
         """The step begins."""
         if self._device.type == "cuda":

@@ -63,8 +63,8 @@ class Trainer:
         self.meter = Meter(ranks)
         self.saver = Saver(plan.files.checkpoints, keep=config.keep_checkpoints)
         self.flops = count_flops(self.model, self.model.config)
-        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
-        self.peak_flops = peak_flops(name, config.dtype)
+        self.device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+        self.peak_flops = peak_flops(self.device_name, config.dtype)
 
     @property
     def num_parameters(self) -> int:
@@ -118,6 +118,19 @@ class Trainer:
             self.guard.restore(state.recent_losses, state.skips_in_a_row)
         model.train()
         return model, optimizer
+
+    def notes(self) -> list[str]:
+        """What is expected of a run on GPUs and will not be measured, with the reason."""
+        if self.ranks.device.type != "cuda":
+            return []
+        notes = []
+        if self.flops is None:
+            notes.append("model FLOP/s and MFU are not logged: which weights a token passes cannot be told from this model's layers")
+        elif self.peak_flops is None:
+            notes.append(f"MFU is not logged: no peak is known for {self.device_name} in {self.config.dtype}")
+        if not self.meter.counts_energy:
+            notes.append("joules per token are not logged: NVML does not answer (it needs the package nvidia-ml-py)")
+        return notes
 
     def take_step(self) -> StepRecord:
         """One optimizer step; the record's loss is the unsplit model's on every rank.
