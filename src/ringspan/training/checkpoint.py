@@ -200,7 +200,7 @@ def verify_checkpoint(folder: Path) -> TrainingState:
     others = [other for other in reversed(list_checkpoints(folder.parent)) if other.name < folder.name]
     whole = next((other for other in others if first_damage(other) is None), None)
     raise RingspanError(
-        f"--resume from {folder}",
+        f"checkpoint {folder}",
         found,
         "A checkpoint is used only if every file in it is as it was written",
         f"rm -r {folder}; --resume then goes on from {whole.name}, which is whole" if whole else "starting a new run with another --out",
