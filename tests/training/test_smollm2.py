@@ -12,9 +12,9 @@ from tests.support import smollm2
 from tests.training import support
 
 STEPS = 50
-TOLERANCE = 2e-3
-"""Absolute, of losses near 2. float32 through thirty layers gives 5e-7, and fifty steps of AdamW, which divides by the gradients' size,
-let it grow; another token or position shows as 0.1 and more."""
+TOLERANCE = 1e-4
+"""Absolute, of losses near 3. Measured over twelve steps: 1e-6. float32 through thirty layers gives 5e-7, and AdamW, which divides by the
+gradients' size, lets it grow; another token or position shows as 0.1 and more."""
 
 
 def write_model(folder: Path) -> None:

@@ -41,15 +41,19 @@ def ranks_as_threads() -> Iterator[Callable[[int, Callable[[Any], Any]], list[An
     """Gives `run(num_ranks, function)`, in whose threads a Trainer finds its group."""
     mine = threading.local()
     patch = pytest.MonkeyPatch()
-    right, build, one_at_a_time = ringspan.ContextParallel, trainer_module.build_model, threading.Lock()
+    right, one_at_a_time = ringspan.ContextParallel, threading.Lock()
 
-    def build_alone(*arguments: Any, **keywords: Any) -> Any:
+    def alone(function: Callable[..., Any]) -> Callable[..., Any]:
         # Torch's random numbers are the process's: ranks that are threads make their first weights one after the other.
-        with one_at_a_time:
-            return build(*arguments, **keywords)
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with one_at_a_time:
+                return function(*arguments, **keywords)
+
+        return run
 
     patch.setattr(trainer_module, "ContextParallel", lambda **how: right(mine.group, **how))
-    patch.setattr(trainer_module, "build_model", build_alone)
+    patch.setattr(trainer_module, "build_model", alone(trainer_module.build_model))
+    patch.setattr(trainer_module, "add_adapters", alone(trainer_module.add_adapters))
 
     def run(num_ranks: int, function: Callable[[Any], Any]) -> list[Any]:
         def on_rank(group: Any) -> Any:
