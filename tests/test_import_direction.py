@@ -63,7 +63,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "bench": CORE | {"pynvml", "flash_attn", "ring_flash_attn", "yunchang"},
     "trace": CORE,
     "transformer": MODELS,
-    "training": MODELS,
+    # Optional, each refused or left out with the reason where it is not installed.
+    "training": MODELS | {"peft", "datasets", "pynvml"},
     "inference": MODELS,
     "planner": set(),
     "viz": CORE | {"matplotlib", "rich"},

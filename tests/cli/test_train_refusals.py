@@ -11,7 +11,7 @@ import pytest
 
 from ringspan.cli.main import main
 from ringspan.training import launch
-from ringspan.training.checkpoint import TrainingState, save_checkpoint
+from ringspan.training.checkpoint import Snapshot, TrainingState, save_checkpoint
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.prepare import prepare
@@ -148,9 +148,8 @@ def stopped_run(text: Path, tmp_path: Path) -> Path:
     model = build_model("pico", vocabulary_size=256, context=64, seed=0)
     optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
     state = TrainingState(step=3, tokens_digest=plan.tokens.digest)
-    save_checkpoint(
-        plan.files.checkpoints, state, model=model, weights=optimizer.masters, moments=optimizer.moments(), extra_files={}, keep=2
-    )
+    snapshot = Snapshot(state=state, config=model.config, weights=optimizer.masters, moments=optimizer.moments(), extra_files={})
+    save_checkpoint(plan.files.checkpoints, snapshot, keep=2)
     return plan.files.out
 
 
@@ -176,3 +175,17 @@ def test_a_resumed_run_whose_text_is_gone_or_another_goes_on_with_its_tokens_or_
     assert prepare({"out": str(stopped_run)}, resume=True).first_step == 3
     (stopped_run / "tokens" / "tokens.bin").unlink()
     assert "its text is no longer what the run began with" in refused("--resume", "--out", stopped_run)
+
+
+def test_a_configuration_file_gives_options_that_the_command_line_overrides(refused, text: Path, tmp_path: Path):
+    (tmp_path / "given.json").write_text(json.dumps({"data": str(text), "context": 64, "strategy": "rign"}))
+    assert "--strategy rign" in refused("--config", tmp_path / "given.json")
+    assert "--strategy rang" in refused("--config", tmp_path / "given.json", "--strategy", "rang")
+    assert "--context 1" in refused("--config", tmp_path / "given.json", "--context", "1")
+    (tmp_path / "given.json").write_text('{"stepps": 3}')
+    assert "it has stepps" in refused("--config", tmp_path / "given.json")
+    assert "--config with --resume" in refused("--config", tmp_path / "given.json", "--resume")
+
+
+def test_an_export_to_a_folder_that_is_taken_is_refused_before_anything_starts(refused, text: Path, tmp_path: Path):
+    assert "something is there already" in refused("--data", text, "--context", "64", "--export", tmp_path)

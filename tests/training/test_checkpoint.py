@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from ringspan.errors import RingspanError
 from ringspan.training import checkpoint
-from ringspan.training.checkpoint import TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.checkpoint import Snapshot, TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 
@@ -24,15 +24,17 @@ def model() -> LlamaForCausalLM:
 
 
 def save(folder: Path, step: int, model: LlamaForCausalLM, keep: int = 2) -> Path:
+    return save_checkpoint(folder, snapshot_of(model, step), keep=keep)
+
+
+def snapshot_of(model: LlamaForCausalLM, step: int) -> Snapshot:
     optimizer = Optimizer(model, weight_decay=0.1, gradient_clip=1.0)
-    return save_checkpoint(
-        folder,
-        TrainingState(step=step, tokens_digest="digest"),
-        model=model,
+    return Snapshot(
+        state=TrainingState(step=step, tokens_digest="digest"),
+        config=model.config,
         weights=optimizer.masters,
         moments=optimizer.moments(),
         extra_files={},
-        keep=keep,
     )
 
 
@@ -58,18 +60,18 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path, mode
 
 
 def damage_missing(folder: Path) -> str:
-    (folder / "model" / "model-00001-of-00001.safetensors").unlink()
-    return "model/model-00001-of-00001.safetensors is missing"
+    (folder / "model" / "model.safetensors").unlink()
+    return "model/model.safetensors is missing"
 
 
 def damage_truncated(folder: Path) -> str:
-    file = folder / "optimizer" / "model-00001-of-00001.safetensors"
+    file = folder / "optimizer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    return "optimizer/model-00001-of-00001.safetensors has .* bytes of the"
+    return "optimizer/model.safetensors has .* bytes of the"
 
 
 def damage_flipped(folder: Path) -> str:
-    file = folder / "model" / "model-00001-of-00001.safetensors"
+    file = folder / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -124,7 +126,7 @@ def test_a_write_that_fails_late_is_named_by_its_cause(tmp_path: Path, model: Ll
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     with pytest.raises(RingspanError, match="No space left on device, and no checkpoint was written before it"):
         save(tmp_path, 1, model)
     assert list(tmp_path.iterdir()) == []
@@ -134,6 +136,31 @@ def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path: Path, mod
     def broken(folder: Path) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", broken)
+    monkeypatch.setattr(checkpoint, "write_manifest", broken)
     with pytest.raises(KeyError):
         save(tmp_path, 1, model)
+
+
+@pytest.mark.slow
+def test_killing_the_process_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path: Path):
+    """SIGKILL before each file operation of a save in turn: fsyncs, renames, deletions, the pointer."""
+    program = [sys.executable, "-m", "tests.training.killed_saves", str(tmp_path)]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 20
+
+
+def test_a_checkpoint_of_the_same_step_that_is_whole_stays_and_a_damaged_one_is_replaced(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 5, model)
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    save(tmp_path, 5, model)
+    assert (folder / "manifest.json").stat().st_mtime_ns == written
+    damage_flipped(folder)
+    save(tmp_path, 5, model)
+    verify_checkpoint(folder)
+
+
+def test_a_tensor_that_a_checkpoint_lacks_is_named(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 5, model)
+    with pytest.raises(RingspanError, match="it has no another"):
+        load_tensors(folder / "model", {"another": torch.zeros(2)})

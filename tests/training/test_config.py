@@ -103,3 +103,36 @@ def test_what_enters_the_weights_may_not_change():
         "mask",
         "dtype",
     }
+
+
+def test_a_configuration_given_back_is_all_but_its_folder(tmp_path: Path):
+    config = TrainingConfig(model="pico", learning_rate=0.5, out="somewhere", on_spike="skip", separator=3, tensorboard=True)
+    config.save(tmp_path / "config.json")
+    given = TrainingConfig.options(tmp_path / "config.json")
+    assert "out" not in given
+    assert TrainingConfig(**given, out="somewhere") == config
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "--config .*Expecting"),
+        ("[]", "no object"),
+        ('{"stepps": 3}', "it has stepps"),
+        ('{"steps": "3"}', "steps is '3'. steps is of type int"),
+        ('{"steps": true}', "steps is True"),
+        ('{"steps": 1.5}', "steps is 1.5"),
+        ('{"steps": null}', "steps is None"),
+        ('{"learning_rate": "high"}', "learning_rate is 'high'"),
+        ('{"tensorboard": 1}', "tensorboard is 1"),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_meant_is_refused(tmp_path: Path, content: str, expected: str):
+    (tmp_path / "given.json").write_text(content)
+    with pytest.raises(RingspanError, match=expected):
+        TrainingConfig.options(tmp_path / "given.json")
+
+
+def test_whole_numbers_are_numbers_and_what_may_be_none_may_be_null(tmp_path: Path):
+    (tmp_path / "given.json").write_text('{"learning_rate": 1, "tokenizer": null, "gradient_clip": 2}')
+    assert TrainingConfig(**TrainingConfig.options(tmp_path / "given.json")).gradient_clip == 2

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ringspan.errors import RankFailure, RingspanError
-from ringspan.training.launch import Post, Report, diagnose, report_of
+from ringspan.training.launch import diagnose
 from ringspan.training.loop import Outcome
+from ringspan.training.post import Post, Report, report_of
 
 LOST = Report(kind="lost", message="rank 0 exchanged with rank 1: the transfer broke off", time=1.0)
 
@@ -75,3 +76,30 @@ def test_reports_cross_from_rank_to_launcher(tmp_path: Path):
     assert reports[2].message == "gone"
     assert 1 not in reports
     assert reports[0].time <= reports[2].time
+
+
+def test_each_start_of_the_ranks_has_reports_and_processes_of_its_own(tmp_path: Path):
+    first = Post(tmp_path)
+    assert first.attempts() == [first]
+    first.enter(0)
+    first.write_report(0, LOST)
+    second = Post(tmp_path, 1)
+    second.enter(0)
+    assert first.attempts() == [first, second]
+    assert second.read_reports(2) == {}
+    assert first.read_reports(2)[0].kind == "lost"
+    assert not second.has_died(0), "this process"
+
+
+def test_ranks_are_not_started_again_for_what_was_refused_or_once_they_shall_stop(tmp_path: Path):
+    post = Post(tmp_path, 2)
+    assert not post.is_over(2)
+    Post(tmp_path, 0).write_report(1, LOST)
+    Post(tmp_path, 1).write_report(0, Report(kind="crash", message="KeyError: 'x'"))
+    assert not post.is_over(2), "a lost peer and a crash are worth another start"
+    Post(tmp_path, 0).write_report(0, Report(kind="error", message="no room"))
+    assert post.is_over(2)
+    (tmp_path / "stopped").mkdir()
+    stopped = Post(tmp_path / "stopped", 1)
+    stopped.stop.write_text("SIGINT")
+    assert stopped.is_over(2)

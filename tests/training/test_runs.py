@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from ringspan.training.checkpoint import list_checkpoints, verify_checkpoint
 from ringspan.training.config import TrainingConfig
 from tests.training import support
 from tests.training.conftest import STEPS
+from tests.training.processes import rank_process, started, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -50,38 +50,6 @@ def test_a_run_leaves_what_it_says(finished_run: Finished):
     assert verify_checkpoint(out / "checkpoints" / "latest").step == STEPS
     config = TrainingConfig.load(out / "config.json")
     assert (config.ranks, config.context, config.tokenizer, config.device) == (2, 61, "bytes", "cpu")
-
-
-@contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """`ringspan train` in the background; whatever is left of it at the end is ended."""
-    process = subprocess.Popen(
-        support.train_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=support.environment()
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_step(out: Path, step: int) -> None:
-    """Returns once the metrics hold that step."""
-    deadline = time.monotonic() + support.TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists() and any(record.step >= step for record in support.records(out)):
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"step {step} was not reached")
-
-
-def rank_process(launcher: int, rank: int) -> int:
-    """The process id of a rank."""
-    for thread in Path(f"/proc/{launcher}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-                return int(child)
-    raise LookupError(f"rank {rank} is not running")
 
 
 def interrupt(number: signal.Signals, out: Path, after: int, *arguments: object) -> tuple[int, str, int]:

@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ringspan.errors import RingspanError
+from ringspan.training.batches import rows_of
 from ringspan.training.text import find_text
 from ringspan.training.tokenizer import ByteTokenizer, load_tokenizer
-from ringspan.training.tokens import Split, TokenFile, Windows, ensure_tokens, load_tokens, read_windows, validation_starts
+from ringspan.training.tokens import Split, TokenFile, Windows, ensure_tokens, load_tokens, validation_starts
 
 
 def token_file(num_tokens: int) -> TokenFile:
@@ -143,4 +144,4 @@ def test_a_context_longer_than_the_data_is_refused_with_the_longest_that_fits(nu
 
 def test_windows_are_read_as_ids():
     tokens = torch.arange(100, dtype=torch.uint8)
-    assert read_windows(tokens, [3, 50], 4).tolist() == [[3, 4, 5, 6], [50, 51, 52, 53]]
+    assert rows_of([3, 50], tokens, 4).tolist() == [[3, 4, 5, 6], [50, 51, 52, 53]]

@@ -9,6 +9,7 @@ import typer
 
 from ringspan.cli.bench import command as bench
 from ringspan.cli.doctor import command as doctor
+from ringspan.cli.export import command as export
 from ringspan.cli.show import command as show
 from ringspan.cli.trace import command as trace
 from ringspan.cli.train import command as train
@@ -29,6 +30,7 @@ app.command("show")(show)
 app.command("bench")(bench)
 app.command("trace")(trace)
 app.command("doctor")(doctor)
+app.command("export")(export)
 
 
 def main() -> None:

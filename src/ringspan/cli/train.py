@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ringspan.errors import RingspanError
 
 if TYPE_CHECKING:
     from ringspan.training.plan import Plan
@@ -15,20 +18,48 @@ _SIGNAL_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 _WHAT, _HOW, _PARALLEL, _LEAVES = "What is trained", "How", "How it is split over ranks", "What it leaves"
 
 
-def _option(panel: str, text: str, default: str, **more: Any) -> Any:
-    return typer.Option(help=f"{text} [dim]\\[default: {default}][/dim]", show_default=False, rich_help_panel=panel, **more)
+def _option(panel: str, text: str, default: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=f"{text} [dim]\\[default: {default}][/dim]", show_default=False, rich_help_panel=panel, **more)
 
 
 def command(
-    data: Annotated[str | None, _option(_WHAT, "File or folder of text.", "the Python standard library", metavar="PATH")] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            _WHAT,
+            "File or folder of text, .bin or .npy of token ids, or a folder that Hugging Face datasets has saved.",
+            "the Python standard library",
+            metavar="PATH",
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
-        _option(_WHAT, "'bytes', a tokenizers JSON file, or a folder with one.", "bytes, or a model folder's own", metavar="bytes|PATH"),
+        _option(
+            _WHAT,
+            "'bytes', a tokenizers JSON file or a folder with one, or 'ids:N'.",
+            "bytes, or a model folder's own",
+            metavar="bytes|PATH|ids:N",
+        ),
     ] = None,
     model: Annotated[
         str | None, _option(_WHAT, "nano, tiny, small, pico, or a Hugging Face folder to go on training.", "nano", metavar="NAME|DIR")
     ] = None,
+    documents: Annotated[
+        str | None, _option(_WHAT, "joined, or packed: each document by itself, with positions of its own.", "joined")
+    ] = None,
+    separator: Annotated[int | None, _option(_WHAT, "The id that ends a document.", "the tokenizer's own")] = None,
+    token_dtype: Annotated[str | None, _option(_WHAT, "Of a .bin file: uint16 or uint32.", "uint16")] = None,
+    text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
+    rope_scaling: Annotated[
+        str | None, _option(_WHAT, "For a context above the model's own: linear or yarn.", "none", metavar="NAME")
+    ] = None,
+    rope_factor: Annotated[float | None, _option(_WHAT, "How far.", "the context over the model's own")] = None,
+    lora_rank: Annotated[
+        int | None, _option(_WHAT, "Rank of adapters, which are then all that is trained (peft); 0 for full training.", "0")
+    ] = None,
+    lora_alpha: Annotated[float | None, _option(_WHAT, "Adapters count alpha / rank times.", "twice the rank")] = None,
+    lora_targets: Annotated[str | None, _option(_WHAT, "Names of the layers that get one, by commas.", "all-linear")] = None,
     mask: Annotated[
         str | None,
         _option(
@@ -38,10 +69,19 @@ def command(
         ),
     ] = None,
     steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "1000")] = None,
-    batch_size: Annotated[int | None, _option(_HOW, "Sequences in one step.", "1")] = None,
+    batch_size: Annotated[int | None, _option(_HOW, "Sequences in one forward pass.", "1")] = None,
+    accumulate: Annotated[int | None, _option(_HOW, "Forward and backward passes in one step.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
     learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
+    schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,
+    final_rate: Annotated[float | None, _option(_HOW, "Where the schedule ends, as a share of the peak.", "0.1")] = None,
+    weight_decay: Annotated[float | None, _option(_HOW, "Of matrices.", "0.1")] = None,
+    gradient_clip: Annotated[float | None, _option(_HOW, "Largest norm of all gradients together.", "1")] = None,
+    on_nan: Annotated[str | None, _option(_HOW, "A loss or gradient that is no number: stop, or skip the update.", "stop")] = None,
+    on_spike: Annotated[str | None, _option(_HOW, "A loss far above those before: stop, or skip the update.", "off")] = None,
+    spike_factor: Annotated[float | None, _option(_HOW, "How far: times the median of the last losses.", "2")] = None,
+    spike_window: Annotated[int | None, _option(_HOW, "Of how many.", "32")] = None,
     dtype: Annotated[str | None, _option(_HOW, "float32 or bfloat16; weights and optimizer stay float32.", "float32")] = None,
     ranks: Annotated[int | None, _option(_PARALLEL, "Processes to split the context over; under torchrun, its own.", "2")] = None,
     strategy: Annotated[str | None, _option(_PARALLEL, "How queries and keys meet.", "ring")] = None,
@@ -49,16 +89,32 @@ def command(
     kernel: Annotated[str | None, _option(_PARALLEL, "What computes a block; never replaced when named.", "auto")] = None,
     device: Annotated[str | None, _option(_PARALLEL, "auto, cpu or cuda (one GPU a rank).", "auto")] = None,
     timeout_seconds: Annotated[float | None, _option(_PARALLEL, "How long a rank waits for another.", "300")] = None,
+    restarts: Annotated[int | None, _option(_PARALLEL, "How often to go on from the last checkpoint where a rank died.", "0")] = None,
     out: Annotated[
         str | None, _option(_LEAVES, "Folder of the run.", "runs/train, or the first free of runs/train-2 …", metavar="DIR")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Options from the config.json of a run, all but --out; those on the command line go first.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out, on any number of ranks.", rich_help_panel=_LEAVES)
     ] = False,
+    tensorboard: Annotated[
+        bool | None, _option(_LEAVES, "Whether to write TensorBoard's files too.", "no", "--tensorboard/--no-tensorboard")
+    ] = None,
+    export: Annotated[
+        str | None, _option(_LEAVES, "Folder for the finished model, as plain transformers loads it.", "none", metavar="DIR")
+    ] = None,
     validation_tokens: Annotated[int | None, _option(_LEAVES, "Held-out tokens to measure the loss on.", "16384")] = None,
     validation_every: Annotated[int | None, _option(_LEAVES, "Steps between measurements.", "100")] = None,
     checkpoint_every: Annotated[int | None, _option(_LEAVES, "Steps between checkpoints.", "200")] = None,
-    keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2")] = None,
+    keep_checkpoints: Annotated[int | None, _option(_LEAVES, "How many of the newest stay.", "2", "--keep-checkpoints", "--keep")] = None,
     sample_tokens: Annotated[int | None, _option(_LEAVES, "Length of the text generated before and after; 0 for none.", "300")] = None,
     prompt: Annotated[str | None, _option(_LEAVES, "What that text starts from.", "held-out text")] = None,
     temperature: Annotated[float | None, _option(_LEAVES, "Of that text; 0 takes the likeliest.", "0.8")] = None,
@@ -68,7 +124,13 @@ def command(
     Ctrl-C or SIGTERM lets the step end, writes a checkpoint and says how to go on; the exit status is then 130 or 143. What cannot be done
     is said before anything starts, with exit status 2.
     """
-    given = {name: value for name, value in locals().items() if value is not None and name != "resume"}
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("resume", "config")}
+    if config is not None:
+        from ringspan.training.config import TrainingConfig
+
+        if resume:
+            raise RingspanError("--config with --resume", "a run that goes on has its configuration", "One of them", "leaving --config out")
+        given = TrainingConfig.options(Path(config)) | given
     raise typer.Exit(run(given, resume=resume))
 
 
@@ -115,7 +177,7 @@ def _show(plan: Plan) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value != ""]
+    cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None, False)]
     for start in range(0, len(cells), 3):
         table.add_row(*cells[start : start + 3])
     console = Console()

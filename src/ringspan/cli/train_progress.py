@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,15 @@ class TrainingProgress:
         """Leaves the bar as it stands."""
         self._bar.stop()
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str] = ()) -> None:
         """Names the model and its data, and shows the bar."""
         config = plan.config
         unit = "bytes" if plan.tokens.token_bytes == 1 else "tokens"
         split = plan.split
         self._say(f"[bold]{config.model}[/bold]: {num_parameters / 1e6:.2f} million parameters; text: {plan.tokens.data}")
         self._say(f"{split.num_training:,} {unit} to train on, {split.num_held_out:,} held out")
+        for note in notes:
+            self._say(f"[dim]{note}[/dim]")
         if plan.checkpoint:
             self._say(f"going on after step {plan.first_step}, from {plan.checkpoint}")
         shape = f"context {config.context:,} over {config.ranks} rank{'s' if config.ranks > 1 else ''}"

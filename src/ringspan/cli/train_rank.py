@@ -6,8 +6,9 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from rich.console import Console
 
 from ringspan.cli.train_progress import TrainingProgress, printable
 from ringspan.errors import RingspanError
-from ringspan.training.launch import PLAN, Post, Report, report_of
+from ringspan.training.export import export
 from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
 from ringspan.training.plan import Plan, RunFiles
-from ringspan.training.prepare import prepare
+from ringspan.training.post import Post, Report, report_of
+from ringspan.training.prepare import prepare, prepare_restarted, restarted
 from ringspan.training.ranks import Ranks, StopSignal, join_ranks, open_store
 
 
@@ -30,9 +32,9 @@ class Watcher:
     progress: TrainingProgress
     files: RunFiles
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
         """Shows it."""
-        self.progress.started(plan, num_parameters)
+        self.progress.started(plan, num_parameters, notes)
 
     def stepped(self, record: StepRecord) -> None:
         """Shows it."""
@@ -55,6 +57,8 @@ def run_plan(plan: Plan, ranks: Ranks) -> Outcome:
     with TrainingProgress(console) as progress:
         outcome = train(plan, ranks, Watcher(progress, plan.files))
     if ranks.is_first:
+        if plan.config.export and outcome.stopped_by is None:
+            export(Path(outcome.checkpoint), Path(plan.config.export))
         conclude(plan, outcome, console)
     return outcome
 
@@ -78,8 +82,9 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
         ("metrics", files.metrics),
         ("loss curve", files.loss_curve),
         ("samples", files.samples),
+        ("model", plan.config.export),
     ):
-        if Path(path).exists():
+        if path and Path(path).exists():
             console.print(f"  {name:<11} {path}", highlight=False, soft_wrap=True)
     if outcome.stopped_by:
         console.print(
@@ -105,7 +110,8 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
     store = open_store(float(given.get("timeout_seconds", 300.0)))
     with join_ranks(store, "plan", "cpu", float(given.get("timeout_seconds", 300.0)), stop) as ranks:
         try:
-            plan = ranks.on_first(lambda: prepare(given, resume=resume, world_size=ranks.num_ranks))
+            prepared = prepare_restarted if _attempt() else partial(prepare, resume=resume)
+            plan = ranks.on_first(lambda: prepared(given, world_size=ranks.num_ranks))
         except RingspanError:
             if ranks.is_first:
                 raise
@@ -118,25 +124,35 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
 
 def main(arguments: list[str]) -> int:
     """`python -m ringspan.cli.train_rank FOLDER`, as `ringspan.training.launch` starts it."""
-    post = Post(Path(arguments[0]))
+    post = Post(Path(arguments[0]), _attempt())
     rank = int(os.environ["RANK"])
-    post.process(rank).write_text(str(os.getpid()))
-    plan = Plan.load(post.folder / PLAN)
+    plan = Plan.load(post.plan)
+    if post.attempt and post.is_over(plan.config.ranks):
+        return 0
+    post.enter(rank)
     log = _log_to(plan.files.logs / f"rank-{rank}.txt", keep_stdout=rank == 0)
     stop = StopSignal(post.stop, os.getppid())
     stop.listen()
     try:
         store = open_store(plan.config.timeout_seconds)
         with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
-            outcome = run_plan(plan, ranks)
+            again = ranks.on_first(lambda: restarted(plan)) if post.attempt else plan
+            outcome = run_plan(again, ranks)
     except BaseException as error:
-        post.write_report(rank, report_of(error))
+        report = report_of(error)
+        post.write_report(rank, report)
         # The log may lie on the disk whose filling up is the error.
         with contextlib.suppress(OSError):
             traceback.print_exc(file=log)
-        return 2
+        # To torchrun whatever is not 0 is worth another start; what was refused is not.
+        return 0 if report.kind == "error" and plan.config.restarts else 2
     post.write_report(rank, Report(kind="outcome", outcome=outcome))
     return 0
+
+
+def _attempt() -> int:
+    """How often torchrun has started this rank before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _log_to(path: Path, *, keep_stdout: bool):

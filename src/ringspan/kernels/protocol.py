@@ -153,7 +153,7 @@ def packed(tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
 
 
 def common_window(parts: Sequence[Tile]) -> tuple[int | None, int | None] | None:
-    """(left, right) as flash-attn counts them, from the bottom right corner, that says of each part what its band says; None if none does."""
+    """(left, right), counted from the bottom right corner, that say of each part what its own band says; None if there are none."""
     bounds = [corner_window(part) for part in parts]
     left = min((bound for bound, _ in bounds if bound is not None), default=None)
     right = min((bound for _, bound in bounds if bound is not None), default=None)

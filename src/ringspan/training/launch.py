@@ -6,107 +6,29 @@ The ranks are started by torchrun's Python API, as a command, so that a rank of 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.loop import Outcome
 from ringspan.training.plan import Plan
-from ringspan.training.ranks import is_peer_loss
+from ringspan.training.post import Post, Report
 from ringspan.transport import start_ranks
 
-PLAN, STOP = "plan.json", "stop"
 # After one rank failed: time for the others to notice and to say what they know.
 GRACE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a rank left behind: an outcome; an `error` to put right; a `lost` peer; or a `crash`, which is a fault of the program."""
-
-    kind: str
-    message: str = ""
-    outcome: Outcome | None = None
-    time: float = 0.0
-
-
-@dataclass(frozen=True)
-class Post:
-    """The folder through which the launcher and its ranks exchange the plan, the wish to stop, and reports."""
-
-    folder: Path
-
-    @property
-    def stop(self) -> Path:
-        """Exists once the ranks shall stop; its text is the signal's name."""
-        return self.folder / STOP
-
-    def process(self, rank: int) -> Path:
-        """Holds the rank's process id."""
-        return self.folder / f"rank-{rank}.pid"
-
-    def has_died(self, rank: int) -> bool:
-        """Whether the rank's process was there and is no more."""
-        try:
-            os.kill(int(self.process(rank).read_text()), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError):
-            pass
-        return False
-
-    def end(self, rank: int) -> bool:
-        """Kills the rank's process; False where there is none any more."""
-        try:
-            os.kill(int(self.process(rank).read_text()), signal.SIGKILL)
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def report(self, rank: int) -> Path:
-        """Holds the rank's report."""
-        return self.folder / f"rank-{rank}.json"
-
-    def write_report(self, rank: int, report: Report) -> None:
-        """Whole or not there."""
-        partial = self.folder / f"rank-{rank}.partial"
-        partial.write_text(json.dumps(asdict(report) | {"time": time.time()}))
-        partial.replace(self.report(rank))
-
-    def read_reports(self, num_ranks: int) -> dict[int, Report]:
-        """By rank; a rank that died without a word has none."""
-        reports = {}
-        for rank in range(num_ranks):
-            if self.report(rank).is_file():
-                fields = json.loads(self.report(rank).read_text())
-                outcome = Outcome(**fields["outcome"]) if fields["outcome"] else None
-                reports[rank] = Report(**fields | {"outcome": outcome})
-        return reports
-
-
-def report_of(error: BaseException) -> Report:
-    """The report that a rank writes about an error that ended it."""
-    if is_peer_loss(error):
-        return Report(kind="lost", message=str(error))
-    if isinstance(error, RingspanError):
-        return Report(kind="error", message=str(error))
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. --resume goes on from the last checkpoint")
-    return Report(kind="crash", message=f"{type(error).__name__}: {error}")
 
 
 def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     """Runs `python -m module FOLDER` on every rank of `plan`, and waits for the end.
 
-    The first SIGINT or SIGTERM lets the ranks finish their step and write a checkpoint; the second ends them at once.
+    Where a rank dies, hangs or crashes, all are started again up to `restarts` times, and go on from the last checkpoint; what a rank
+    refuses ends the run at once. The first SIGINT or SIGTERM lets the ranks finish their step and write a checkpoint; the second ends
+    them at once.
 
     Args:
         module: joins the ranks, trains, and leaves a report; FOLDER is a `Post` with the plan.
@@ -119,12 +41,14 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     num_ranks = plan.config.ranks
     with tempfile.TemporaryDirectory(prefix="ringspan-") as folder:
         post = Post(Path(folder))
-        plan.save(post.folder / PLAN)
-        agent = _Agent(num_ranks, module, folder)
+        plan.save(post.plan)
+        agent = _Agent(num_ranks, module, folder, plan.config.restarts)
         with _forwarding_signals(post, num_ranks, say) as was_killed:
             agent.start()
-            hung = _wait(agent, post, num_ranks)
-        reports = post.read_reports(num_ranks)
+            hung = _wait(agent, post, plan, say)
+        attempts = [attempt.read_reports(num_ranks) for attempt in post.attempts()]
+    # What was refused is the reason for the end; else the last start tells it.
+    reports = next((each for each in attempts if any(report.kind == "error" for report in each.values())), attempts[-1])
     if was_killed:
         raise KeyboardInterrupt
     if agent.error is not None:
@@ -137,12 +61,16 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     raise diagnose(num_ranks, reports, exits, plan.files.logs, hung)
 
 
-def _wait(agent: threading.Thread, post: Post, num_ranks: int) -> set[int]:
-    """Waits for the ranks' end. Those that are left a while after another failed are ended; returns which."""
+def _wait(agent: threading.Thread, first: Post, plan: Plan, say: Callable[[str], None]) -> set[int]:
+    """Waits for the ranks' end. Those that are left a while after another failed are ended; returns which, of the last start."""
+    num_ranks, post = plan.config.ranks, first
     hung: set[int] = set()
     failed_at: float | None = None
     while agent.is_alive():
         agent.join(0.2)
+        if (latest := first.attempts()[-1]) != post:
+            say(f"A rank was lost. Restart {latest.attempt} of {plan.config.restarts}, from the last checkpoint.")
+            post, hung, failed_at = latest, set(), None
         reports = post.read_reports(num_ranks)
         failed = {rank for rank, report in reports.items() if report.outcome is None}
         dead = {rank for rank in range(num_ranks) if rank not in reports and post.has_died(rank)}
@@ -191,9 +119,9 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
 class _Agent(threading.Thread):
     """torchrun's agent, in a thread: in the main one it would take the signals, and allow a rank 30 seconds to write its checkpoint."""
 
-    def __init__(self, num_ranks: int, module: str, folder: str) -> None:
+    def __init__(self, num_ranks: int, module: str, folder: str, restarts: int) -> None:
         super().__init__(name="ringspan-agent", daemon=True)
-        self._arguments = (num_ranks, module, (folder,), folder)
+        self._arguments = (num_ranks, module, (folder,), folder, restarts)
         self.exits: dict[int, int] = {}
         self.error: Exception | None = None
 
@@ -217,7 +145,7 @@ def _forwarding_signals(post: Post, num_ranks: int, say: Callable[[str], None]) 
             return
         killed.append(number)
         for rank in range(num_ranks):
-            post.end(rank)
+            post.attempts()[-1].end(rank)
 
     if threading.current_thread() is not threading.main_thread():
         yield killed

@@ -1,19 +1,23 @@
 """The training loop of one rank.
 
 A step is: read the batch that the step number names, keep this rank's shard, forward, backward, add the gradients over the ranks, and
-take the same optimizer step everywhere. Every rank then holds the weights that one process would hold.
+take the same optimizer step everywhere. Every rank then holds the weights that one process would hold. Checkpoints are written while the
+steps go on; that one failed is learned at the next step, by all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from ringspan.training.checkpoint import step_folder
 from ringspan.training.metrics import MetricsFile, StepRecord
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
+from ringspan.training.tensorboard import Board
 from ringspan.training.trainer import Trainer
 
 
@@ -29,8 +33,8 @@ class Outcome:
 class Observer(Protocol):
     """What a rank tells whoever watches; rank 0's is shown."""
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
-        """The model is ready."""
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
+        """The model is ready; `notes` say what will not be measured."""
         ...
 
     def stepped(self, record: StepRecord) -> None:
@@ -49,7 +53,7 @@ class Observer(Protocol):
 class Silence:
     """The observer of the other ranks."""
 
-    def started(self, plan: Plan, num_parameters: int) -> None:
+    def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
         """Says nothing."""
 
     def stepped(self, record: StepRecord) -> None:
@@ -73,40 +77,63 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     """
     observer = observer if ranks.is_first else Silence()
     trainer = Trainer(plan, ranks)
-    observer.started(plan, trainer.num_parameters)
+    observer.started(plan, trainer.num_parameters, trainer.notes())
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
     keep = plan.first_step if plan.checkpoint else None
     with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:
+        board = Board(plan.files.tensorboard, first_step=plan.first_step) if plan.config.tensorboard and ranks.is_first else None
 
         def report(record: StepRecord) -> None:
             if metrics is not None:
                 metrics.write(record)
+            if board is not None:
+                board.write(record)
             observer.stepped(record)
 
         if trainer.step == 0:
             _sample(trainer, observer)
             report(StepRecord(step=0, validation_loss=trainer.validate()))
-        saved = Path(plan.checkpoint) if plan.checkpoint else None
-        while (stopped_by := ranks.agree_on_stop()) is None and not trainer.is_finished:
-            record = trainer.take_step()
-            if _due(trainer, plan.config.validation_every):
-                record = replace(record, validation_loss=trainer.validate())
-            report(record)
-            saved = _save(trainer, observer) if _due(trainer, plan.config.checkpoint_every) else None
-        saved = saved or _save(trainer, observer)
+        try:
+            stopped_by = _steps(trainer, observer, report)
+        finally:
+            # What is being written when a rank fails becomes whole nevertheless, unless the process is killed.
+            trainer.saver.close()
+            if board is not None:
+                board.close()
     if trainer.is_finished:
         _sample(trainer, observer)
-    return Outcome(step=trainer.step, stopped_by=None if trainer.is_finished else stopped_by, checkpoint=str(saved))
+    checkpoint = step_folder(plan.files.checkpoints, trainer.step)
+    return Outcome(step=trainer.step, stopped_by=None if trainer.is_finished else stopped_by, checkpoint=str(checkpoint))
+
+
+def _steps(trainer: Trainer, observer: Observer, report: Callable[[StepRecord], None]) -> str | None:
+    """Steps until all are taken or a signal stops them, with a checkpoint of the last; the signal."""
+    config, ranks, saved = trainer.config, trainer.ranks, trainer.plan.first_step if trainer.plan.checkpoint else None
+    while (stopped_by := ranks.agree_on_stop(failed=trainer.saver.has_failed)) is None and not trainer.is_finished:
+        _tell_of_checkpoint(trainer, observer)
+        record = trainer.take_step()
+        if _due(trainer, config.validation_every):
+            record = replace(record, validation_loss=trainer.validate())
+        report(record)
+        if _due(trainer, config.checkpoint_every):
+            trainer.begin_save()
+            saved = trainer.step
+    trainer.finish_save()
+    _tell_of_checkpoint(trainer, observer)
+    if saved != trainer.step:
+        trainer.begin_save()
+        trainer.finish_save()
+        _tell_of_checkpoint(trainer, observer)
+    return stopped_by
+
+
+def _tell_of_checkpoint(trainer: Trainer, observer: Observer) -> None:
+    if (folder := trainer.saver.written()) is not None:
+        observer.saved(int(folder.name.rpartition("-")[2]), folder)
 
 
 def _due(trainer: Trainer, every: int) -> bool:
     return trainer.is_finished or trainer.step % every == 0
-
-
-def _save(trainer: Trainer, observer: Observer) -> Path:
-    folder = trainer.save()
-    observer.saved(trainer.step, folder)
-    return folder
 
 
 def _sample(trainer: Trainer, observer: Observer) -> None:

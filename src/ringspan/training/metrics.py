@@ -15,7 +15,16 @@ from ringspan.errors import RingspanError
 class StepRecord:
     """One step. The loss is that of the step's batch before its update, the validation loss that after it; step 0 has the latter alone.
 
-    Losses are nats per token, `seconds` is this step's wall time without validation, checkpoints and samples.
+    Losses are nats per token, `seconds` is this step's wall time without validation, checkpoints and samples. What is not known is left
+    out of the file.
+
+    Attributes:
+        skipped: why the update was not made: `"nan"` or `"spike"`.
+        tokens: read by all steps so far.
+        model_tflops_per_second: of all ranks together, as `ringspan.training.flops` counts; None where it cannot (experts).
+        mfu: that over the ranks' peak, 0 to 1; None where no peak is known (CPUs, float32, devices that the table lacks).
+        peak_memory_bytes, reserved_memory_bytes: the largest of any rank; on CUDA.
+        joules_per_token: of the devices, where NVML answers.
     """
 
     step: int
@@ -27,6 +36,12 @@ class StepRecord:
     tokens_per_second: float | None = None
     seconds: float | None = None
     ranks: int | None = None
+    skipped: str | None = None
+    model_tflops_per_second: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    reserved_memory_bytes: int | None = None
+    joules_per_token: float | None = None
 
 
 class MetricsFile:

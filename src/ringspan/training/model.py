@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ringspan.errors import RingspanError
+from ringspan.training.rope import check_scaling, scaled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "ringspan"
 # Their angles depend on the longest position that a forward call sees, and each rank sees only its own shard's.
@@ -110,7 +111,9 @@ def checkpoint_bytes(model: str, vocabulary_size: int) -> int:
     return stored * (3 if _read_config(model).get("dtype") == "float32" else 6)
 
 
-def build_model(model: str, *, vocabulary_size: int, context: int, seed: int) -> PreTrainedModel:
+def build_model(
+    model: str, *, vocabulary_size: int, context: int, seed: int, rope_scaling: str | None = None, rope_factor: float | None = None
+) -> PreTrainedModel:
     """A new model of a preset, the same for a seed on every machine and rank; or the one in a folder. In float32, on the CPU.
 
     Raises:
@@ -125,9 +128,10 @@ def build_model(model: str, *, vocabulary_size: int, context: int, seed: int) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return transformers.LlamaForCausalLM(_llama(PRESETS[model], vocabulary_size, context))
+    stretched = {} if rope_scaling is None else {"config": stretched_config(model, context, rope_scaling, rope_factor)}
     try:
         built = transformers.AutoModelForCausalLM.from_pretrained(
-            model, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
+            model, **stretched, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
         )
     except RingspanError:
         raise
@@ -144,6 +148,25 @@ def build_model(model: str, *, vocabulary_size: int, context: int, seed: int) ->
             f"--tokenizer {model}",
         )
     return built
+
+
+def stretched_config(model: str, context: int, rope_scaling: str, rope_factor: float | None) -> PretrainedConfig:
+    """The configuration in a folder, its rotary embeddings stretched for `context`.
+
+    Raises:
+        RingspanError: as `ringspan.training.rope.scaled` does, and for a preset, which has no context of its own.
+    """
+    import transformers
+
+    check_scaling(rope_scaling)
+    if model in PRESETS:
+        raise RingspanError(
+            f"--rope-scaling {rope_scaling} with --model {model}",
+            "a new model has no context of its own to go beyond",
+            "Scaling is for models that are trained already",
+            "leaving --rope-scaling out",
+        )
+    return scaled(transformers.AutoConfig.from_pretrained(model, local_files_only=True), rope_scaling, context=context, factor=rope_factor)
 
 
 def rebuild_model(folder: Path) -> PreTrainedModel:

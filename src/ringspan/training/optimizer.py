@@ -1,4 +1,4 @@
-"""AdamW over float32 master weights, with warm-up, a half cosine, and clipping by the norm of all gradients."""
+"""AdamW over float32 master weights, with warm-up, schedules, and clipping by the norm of all gradients."""
 
 from __future__ import annotations
 
@@ -11,26 +11,39 @@ from torch import Tensor, nn
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int) -> float:
-    """The learning rate of `step` (from 1): linear up to `peak`, then half a cosine down to a tenth of it at `steps`."""
+def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, schedule: str = "cosine", final_rate: float = 0.1) -> float:
+    """The learning rate of `step` (from 1): linear up to `peak`, then by `schedule` to `final_rate · peak` at `steps`.
+
+    With p = (step − warmup_steps) / (steps − warmup_steps): `cosine` is peak · (f + (1 − f) · (1 + cos πp) / 2), `linear` is
+    peak · (1 − (1 − f) · p), `constant` stays at the peak.
+    """
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - (1 - final_rate) * progress)
+    return peak * (final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Optimizer:
     """Steps the parameters of `model` through float32 copies of them, or in place where they are float32 already.
 
     A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can.
+
+    Attributes:
+        masters: the float32 weights by name, whose `.grad` a step follows.
+        updates: steps taken.
     """
 
     def __init__(self, model: nn.Module, *, weight_decay: float, gradient_clip: float) -> None:
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {
-            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self._parameters.items()
         }
+        self.updates = 0
         self._gradient_clip = gradient_clip
         matrices = [master for master in self.masters.values() if master.dim() >= 2]
         vectors = [master for master in self.masters.values() if master.dim() < 2]
@@ -39,20 +52,46 @@ class Optimizer:
         self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), eps=1e-8)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Float[Tensor, ""]:
-        """Takes one step along the parameters' gradients, clears them, and returns their norm before clipping."""
+    def collect(self) -> None:
+        """Adds the parameters' gradients to the masters' in float32 and clears them; where a parameter is its own master, autograd has.
+
+        Called after each backward pass: gradients that are summed in bfloat16 lose what is below 1/256 of the sum.
+        """
         for name, parameter in self._parameters.items():
-            if self.masters[name] is not parameter:
-                self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """The norm of all gradients together, before clipping."""
+        self.collect()
+        return nn.utils.get_total_norm([master.grad for master in self.masters.values() if master.grad is not None])
+
+    def discard(self) -> None:
+        """Clears the gradients without a step."""
+        self._adam.zero_grad()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> Float[Tensor, ""]:
+        """Takes one step along the gradients, clears them, and returns their norm before clipping."""
+        self.collect()
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self._gradient_clip)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
+        self.updates += 1
         for name, parameter in self._parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
-                parameter.grad = None
-        self._adam.zero_grad()
+        self.discard()
         return norm
 
     def moments(self) -> dict[str, Tensor]:
@@ -65,7 +104,8 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, moments: dict[str, Tensor], step: int) -> None:
-        """Takes up `moments` as they were after `step`, and copies the masters into the model."""
+        """Takes up `moments` as they were after `step` updates, and copies the masters into the model."""
+        self.updates = step
         for name, master in self.masters.items():
             if step:
                 state = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}

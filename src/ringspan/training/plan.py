@@ -37,6 +37,11 @@ class RunFiles:
         return self.out / "samples.txt"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's files, where they are asked for."""
+        return self.out / "tensorboard"
+
+    @property
     def tokens(self) -> Path:
         """The folder of the token file."""
         return self.out / "tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +10,15 @@ from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
-from ringspan.training.config import BYTES, TrainingConfig, check_name, option
-from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, head_sizes
+from ringspan.training.config import BYTES, TrainingConfig, option
+from ringspan.training.export import check_target
+from ringspan.training.lora import check_lora, weights_digest
+from ringspan.training.machine import check_attention, check_kernel, settled_device
+from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
 from ringspan.training.plan import Plan, RunFiles
-from ringspan.training.tokenizer import load_tokenizer
+from ringspan.training.tensorboard import check_tensorboard
+from ringspan.training.token_files import find_ids, is_token_file
+from ringspan.training.tokenizer import IDS, Tokenizer, load_tokenizer
 from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_tokens
 
 Result = TypeVar("Result")
@@ -44,6 +48,8 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     config = TrainingConfig(**defaults | given)
     config.check()
     config = _settled(config, config.model)
+    if config.rope_scaling is not None:
+        stretched_config(config.model, config.context, config.rope_scaling, config.rope_factor)
     files = RunFiles(Path(config.out))
     used = [path for path in (files.checkpoints, files.metrics) if path.exists()]
     if used:
@@ -54,10 +60,38 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
             "--resume to go on with it, or another --out",
         )
     _check_writable(files.out)
-    tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+    tokens = _writing(lambda: _tokens(files, config), files.out)
     Split.of(tokens, config.context)
     _check_room(config, config.model, files.out)
     _writing(lambda: config.save(files.config), files.out)
+    return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
+
+
+def restarted(plan: Plan) -> Plan:
+    """The plan of ranks that are started again: from the last checkpoint, or anew where there is none yet.
+
+    Raises:
+        RingspanError: for a checkpoint that is damaged.
+    """
+    checkpoints = list_checkpoints(plan.files.checkpoints)
+    if not checkpoints:
+        return replace(plan, checkpoint=None, first_step=0)
+    return replace(plan, checkpoint=str(checkpoints[-1]), first_step=verify_checkpoint(checkpoints[-1]).step)
+
+
+def prepare_restarted(given: dict[str, Any], *, world_size: int) -> Plan:
+    """The same where it was torchrun itself that started the ranks again, with the options of the first start.
+
+    Raises:
+        RingspanError: as `prepare` does.
+    """
+    out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
+    files, tokens = RunFiles(out), load_tokens(RunFiles(out).tokens)
+    if not files.config.is_file() or tokens is None:
+        return prepare(given, resume=False, world_size=world_size)
+    if list_checkpoints(files.checkpoints):
+        return prepare(given | {"out": str(out)}, resume=True, world_size=world_size)
+    config = replace(TrainingConfig.load(files.config), ranks=world_size)
     return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
 
 
@@ -73,7 +107,9 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     config.check()
     state = verify_checkpoint(checkpoints[-1])
     # The folder that the run once began from need not be there any more.
-    model = config.model if config.model in PRESETS else str(checkpoints[-1] / MODEL)
+    model = config.model if config.model in PRESETS or config.lora_rank else str(checkpoints[-1] / MODEL)
+    if config.lora_rank:
+        _check_base(config, state)
     config = _settled(config, model)
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
@@ -84,12 +120,18 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
 
 def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     """The configuration with every choice made that was left to the `model` (a preset, or a folder as it is now) or the machine."""
-    _check_attention(config)
+    check_attention(config)
     check_model(model)
-    device = _settled_device(config)
-    _check_kernel(config, model, device)
-    tokenizer = config.tokenizer or (BYTES if config.model in PRESETS else config.model)
-    load_tokenizer(tokenizer)
+    device = settled_device(config)
+    check_kernel(config, model, device)
+    tokenizer = config.tokenizer or _own_tokenizer(config)
+    _check_documents(config, load_tokenizer(tokenizer))
+    if config.lora_rank:
+        check_lora(config.model, config.model in PRESETS)
+    if config.tensorboard:
+        check_tensorboard()
+    if config.export:
+        check_target(Path(config.export))
     rate = config.learning_rate or default_learning_rate(config.model)
     # Ranks may be started elsewhere, and a checkpoint is gone on with from anywhere.
     paths = {
@@ -100,75 +142,44 @@ def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
 
 
-def _settled_device(config: TrainingConfig) -> str:
-    import torch
-
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.ranks))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and gpus < local_ranks:
-        nearest = f"--ranks {gpus}, or --device cpu" if gpus else "--device cpu"
-        raise RingspanError(
-            f"--device cuda with {local_ranks} ranks", f"this machine has {gpus} CUDA devices", "NCCL wants one GPU a rank", nearest
-        )
-    if config.device == "auto":
-        return "cuda" if gpus >= local_ranks else "cpu"
-    return config.device
-
-
-def _check_attention(config: TrainingConfig) -> None:
-    """Strategy, layout and mask by themselves, and together at this context on these ranks."""
-    from ringspan.geometry import LAYOUTS, looks_ahead, make_layout, parse_mask
-    from ringspan.strategies import STRATEGIES, make_schedules
-
-    check_name("strategy", config.strategy, (*STRATEGIES, "auto"))
-    check_name("layout", config.layout, (*LAYOUTS, "auto"))
-    mask = _said_as(f"--mask {config.mask}", "--mask causal", lambda: parse_mask(config.mask))
-    if looks_ahead(mask):
-        raise RingspanError(
-            f"--mask {config.mask}",
-            "it shows a token what follows it",
-            "A token that sees its successor has nothing to predict",
-            "--mask causal",
-        )
-    asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context} --ranks {config.ranks}"
-    # What auto chooses from holds the ring, which nothing refuses.
-    strategy = "ring" if config.strategy == "auto" else config.strategy
-    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, config.ranks, mask=mask), mask))
-
-
-def _check_kernel(config: TrainingConfig, model: str, device: str) -> None:
-    import torch
-
-    from ringspan.attention.checks import features
-    from ringspan.geometry import parse_mask
-    from ringspan.kernels import KERNELS, Problem, select_kernel
-
-    check_name("kernel", config.kernel, ("auto", *KERNELS))
-    heads, kv_heads, head_dim = head_sizes(model)
-    problem = Problem(
-        device=device,
-        dtype=getattr(torch, config.dtype),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        features=features(parse_mask(config.mask), None),
+def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:
+    return ensure_tokens(
+        files.tokens,
+        config.data,
+        config.tokenizer or BYTES,
+        token_dtype=config.token_dtype,
+        text_column=config.text_column,
+        separator=config.separator,
     )
-    _said_as(f"--kernel {config.kernel}", "--kernel auto", lambda: select_kernel(config.kernel, problem))
 
 
-def _said_as(asked: str, nearest: str | None, check: Callable[[], Result]) -> Result:
-    """Calls `check`, and puts its error in terms of the command line."""
-    try:
-        return check()
-    except RingspanError as error:
-        raise RingspanError(asked, error.found or error.asked, error.rule, nearest or error.nearest) from None
+def _check_documents(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    separator = tokenizer.separator if config.separator is None else config.separator
+    if separator is not None and not 0 <= separator < tokenizer.vocabulary_size:
+        raise RingspanError(
+            f"--separator {separator}", f"the vocabulary has {tokenizer.vocabulary_size} ids", "A separator is one of them", "--separator 0"
+        )
+    if config.documents == "packed" and separator is None:
+        raise RingspanError(
+            "--documents packed",
+            f"tokenizer {tokenizer.name} names no end of a text",
+            "Documents are told apart by the token that ends them",
+            "--separator with its id, or --documents joined",
+        )
+
+
+def _own_tokenizer(config: TrainingConfig) -> str:
+    """The tokenizer where none was named: the model's own, bytes for a preset, and for a preset on a file of ids as many as it holds."""
+    if config.model not in PRESETS:
+        return config.model
+    return f"{IDS}{find_ids(config.data, config.token_dtype).largest() + 1}" if is_token_file(config.data) else BYTES
 
 
 def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) -> TokenFile:
     """The token file that the run began with: as it lies there, or written again from the same text."""
     tokens = load_tokens(files.tokens)
     if tokens is None or not tokens.is_whole():
-        tokens = _writing(lambda: ensure_tokens(files.tokens, config.data, config.tokenizer or BYTES), files.out)
+        tokens = _writing(lambda: _tokens(files, config), files.out)
     if tokens.digest != state.tokens_digest:
         raise RingspanError(
             f"--resume with --data {config.data}",
@@ -203,7 +214,20 @@ def _check_writable(out: Path) -> None:
     _writing(probe, out)
 
 
+def _check_base(config: TrainingConfig, state: TrainingState) -> None:
+    """Adapters are trained further only on the weights that they were trained on."""
+    if not list(Path(config.model).glob("*.safetensors")) or weights_digest(Path(config.model)) != state.base_digest:
+        raise RingspanError(
+            f"--resume with adapters for {config.model}",
+            "its weights are no longer there, or others",
+            "Adapters belong to the weights that they were trained on",
+            "putting them back, or a new run with another --out",
+        )
+
+
 def _check_room(config: TrainingConfig, model: str, out: Path) -> None:
+    if config.lora_rank:
+        return  # adapters are small beside the model, which is on a disk already
     vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
     # One more than is kept: the new one is whole before the oldest goes.
     needed = checkpoint_bytes(model, vocabulary) * (config.keep_checkpoints + 1)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from ringspan.errors import RankFailure, RingspanError
 
 Result = TypeVar("Result")
+FAILED = "failed"
+"""What `Ranks.agree_on_stop` says where a rank's background work failed."""
 _PEER_LOST = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "connection refused", "nccl", "gloo")
 
 
@@ -67,10 +69,14 @@ class Ranks:
         """Rank 0 alone writes files and speaks."""
         return self.rank == 0
 
-    def agree_on_stop(self) -> str | None:
-        """The signal that any rank was asked to stop by, on every rank; None where no rank was."""
-        names = (None, "SIGINT", "SIGTERM")
-        mine = self.stop.name
+    def agree_on_stop(self, *, failed: bool = False) -> str | None:
+        """The signal that any rank was asked to stop by, on every rank; None where no rank was.
+
+        Args:
+            failed: whether something in this rank's background failed; every rank then gets `FAILED`.
+        """
+        names = (None, "SIGINT", "SIGTERM", FAILED)
+        mine = FAILED if failed else self.stop.name
         with self._naming_lost_peers():
             code = torch.tensor([names.index(mine) if mine in names else 2])
             dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
@@ -93,6 +99,13 @@ class Ranks:
                 "Every rank takes the same optimizer step",
                 "the last checkpoint, and a look at the hardware of that rank",
             )
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's `values`, in the order of the ranks, on every rank."""
+        parts = [torch.zeros(len(values), dtype=torch.float64) for _ in range(self.num_ranks)]
+        with self._naming_lost_peers():
+            dist.all_gather(parts, torch.tensor(values, dtype=torch.float64), group=self.control)
+        return [part.tolist() for part in parts]
 
     def on_first(self, function: Callable[[], Result]) -> Result:
         """Calls `function` on rank 0 and returns its result on every rank, or raises its RingspanError on every rank."""
@@ -151,7 +164,8 @@ def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: fl
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        store=dist.PrefixStore(purpose, store),
+        # Ranks that are started again meet at the same store, where what the earlier ones said still stands.
+        store=dist.PrefixStore(f"{purpose}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,

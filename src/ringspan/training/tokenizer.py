@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
 _CHUNK_BYTES = 1 << 20
+IDS = "ids:"
 
 
 class Tokenizer(Protocol):
@@ -162,6 +163,57 @@ class FileTokenizer:
             yield array("i", self.encode(b"".join(lines).decode(errors="replace"))).tobytes()
 
 
+@dataclass(frozen=True)
+class IdTokenizer:
+    """No text at all: ids that somebody else has made, shown as numbers."""
+
+    vocabulary_size: int
+    unit: str = "token"
+    token_bytes: int = 4
+    separator: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As `load_tokenizer` takes it."""
+        return f"{IDS}{self.vocabulary_size}"
+
+    @property
+    def digest(self) -> str:
+        """Its name."""
+        return self.name
+
+    def files(self) -> dict[str, Path]:
+        """None."""
+        return {}
+
+    def encode(self, text: str) -> list[int]:
+        """The numbers in `text`.
+
+        Raises:
+            RingspanError: where it holds something else, or an id that there is not.
+        """
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError:
+            ids = [-1]
+        if not all(0 <= id_ < self.vocabulary_size for id_ in ids):
+            raise RingspanError(
+                f"{text[:40]!r} under --tokenizer {self.name}",
+                "not made of ids",
+                f"Ids are 0 … {self.vocabulary_size - 1}",
+                "'1 2 3'",
+            )
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """As numbers."""
+        return " ".join(map(str, ids))
+
+    def encode_stream(self, stream: BinaryIO) -> Iterator[bytes]:
+        """The numbers in a text."""
+        yield array("i", self.encode(stream.read().decode(errors="replace"))).tobytes()
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of that name or path.
 
@@ -170,13 +222,20 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
+    if name.startswith(IDS):
+        size = name.removeprefix(IDS)
+        if not size.isdecimal() or not 0 < int(size) <= 2**31:
+            raise RingspanError(
+                f"--tokenizer {name}", f"{size!r} is no size", "ids:N stands for the ids 0 … N − 1", "--tokenizer ids:50257"
+            )
+        return IdTokenizer(int(size))
     path = Path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise RingspanError(
             f"--tokenizer {name}",
             f"there is no file {path}",
-            "A tokenizer is 'bytes', a tokenizers JSON file, or a folder with tokenizer.json",
+            "A tokenizer is 'bytes', a tokenizers JSON file, a folder with tokenizer.json, or 'ids:N' for a file of ids",
             "--tokenizer bytes",
         )
     tokenizer = FileTokenizer(name, path)

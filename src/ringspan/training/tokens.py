@@ -1,20 +1,24 @@
-"""The text as one memory-mapped run of token ids, and the windows that training and validation read from it."""
+"""The data as one memory-mapped run of token ids, and the windows that training and validation read from it."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ringspan.errors import RingspanError
-from ringspan.training.text import Text, find_text
+from ringspan.training.text import find_text
+from ringspan.training.text_dataset import find_dataset, is_dataset
+from ringspan.training.token_files import find_ids, is_token_file
 from ringspan.training.tokenizer import Tokenizer, load_tokenizer
 
 HELD_OUT_FRACTION = 0.05
@@ -22,7 +26,7 @@ HELD_OUT_FRACTION = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """A finished token file: `num_tokens` ids of `token_bytes` each in `path`, and where they came from."""
+    """A finished token file: `num_tokens` ids of `token_bytes` each in `path`, where they came from, and the id that ends a document."""
 
     path: str
     data: str
@@ -31,10 +35,11 @@ class TokenFile:
     token_bytes: int
     source_digest: str
     digest: str
+    separator: int | None = None
 
     def open(self) -> Int[Tensor, " tokens"]:
         """The ids, memory-mapped: nothing is read before it is used."""
-        dtype = torch.uint8 if self.token_bytes == 1 else torch.int32
+        dtype = {1: torch.uint8, 2: torch.uint16, 4: torch.int32}[self.token_bytes]
         return torch.from_file(self.path, shared=False, size=self.num_tokens, dtype=dtype)
 
     def is_whole(self) -> bool:
@@ -46,20 +51,68 @@ class TokenFile:
             return hashlib.file_digest(stream, "sha256").hexdigest() == self.digest
 
 
-def ensure_tokens(folder: Path, data: str, tokenizer_name: str) -> TokenFile:
-    """The token file of `data` in `folder`, written unless it is there already and still matches the text.
+def ensure_tokens(
+    folder: Path, data: str, tokenizer_name: str, *, token_dtype: str = "uint16", text_column: str = "text", separator: int | None = None
+) -> TokenFile:
+    """The token file of `data` in `folder`, written unless it is there already and still matches its source.
+
+    Args:
+        data: text, as `find_text` takes it; a file of ids (`ringspan.training.token_files`); or a folder of Hugging Face datasets.
+        token_dtype: of a `.bin` file of ids.
+        text_column: of a dataset.
+        separator: the id that ends a document; None is the tokenizer's own.
 
     Raises:
-        RingspanError: where the text or the tokenizer cannot be had.
+        RingspanError: where the data or the tokenizer cannot be had.
     """
     tokenizer = load_tokenizer(tokenizer_name)
-    text = find_text(data)
-    source_digest = hashlib.sha256(f"{text.digest} {tokenizer.digest}".encode()).hexdigest()
+    separator = tokenizer.separator if separator is None else separator
+    source = _find(data, tokenizer, separator, token_dtype, text_column)
+    source_digest = hashlib.sha256(f"{source.digest} {tokenizer.digest} {separator}".encode()).hexdigest()
     known = load_tokens(folder)
     if known is not None and known.source_digest == source_digest and known.is_whole():
         return known
     folder.mkdir(parents=True, exist_ok=True)
-    return _write(folder, text, tokenizer, source_digest)
+    return _write(folder, source, tokenizer, source_digest, separator)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is written: pieces of ids of `token_bytes` each."""
+
+    name: str
+    digest: str
+    token_bytes: int
+    pieces: Callable[[], Iterator[bytes]]
+
+
+def _find(data: str, tokenizer: Tokenizer, separator: int | None, token_dtype: str, text_column: str) -> _Source:
+    if is_token_file(data):
+        ids = find_ids(data, token_dtype)
+        return _Source(str(ids), ids.digest(), ids.width, lambda: ids.pieces(tokenizer.vocabulary_size))
+    ending = b"" if separator is None else separator.to_bytes(tokenizer.token_bytes, "little")
+    if is_dataset(data):
+        rows = find_dataset(data, text_column)
+        streams: Callable[[], Iterable[BinaryIO]] = lambda: (io.BytesIO(text.encode()) for text in rows.documents())  # noqa: E731
+        return _Source(str(rows), rows.digest(), tokenizer.token_bytes, lambda: _encoded(streams(), tokenizer, ending))
+    text = find_text(data)
+    return _Source(str(text), text.digest, tokenizer.token_bytes, lambda: _encoded(map(_opened, text.files), tokenizer, ending))
+
+
+def _opened(file: Path) -> BinaryIO:
+    return file.open("rb")
+
+
+def _encoded(streams: Iterable[BinaryIO], tokenizer: Tokenizer, separator: bytes) -> Iterator[bytes]:
+    """The ids of all documents, with a separator between two."""
+    first = True
+    for opened in streams:
+        with opened as stream:
+            if not first:
+                yield separator
+            for piece in tokenizer.encode_stream(stream):
+                first = first and not piece
+                yield piece
 
 
 def load_tokens(folder: Path) -> TokenFile | None:
@@ -70,26 +123,24 @@ def load_tokens(folder: Path) -> TokenFile | None:
         return None
 
 
-def _write(folder: Path, text: Text, tokenizer: Tokenizer, source_digest: str) -> TokenFile:
+def _write(folder: Path, source: _Source, tokenizer: Tokenizer, source_digest: str, separator: int | None) -> TokenFile:
     digest = hashlib.sha256()
     size = 0
-    separator = b"" if tokenizer.separator is None else tokenizer.separator.to_bytes(tokenizer.token_bytes, "little")
     partial = folder / "tokens.bin.partial"
     with partial.open("wb") as target:
-        for file in text.files:
-            with file.open("rb") as stream:
-                for piece in chain([separator] if size else [], tokenizer.encode_stream(stream)):
-                    target.write(piece)
-                    digest.update(piece)
-                    size += len(piece)
+        for piece in source.pieces():
+            target.write(piece)
+            digest.update(piece)
+            size += len(piece)
     tokens = TokenFile(
         path=str(folder / "tokens.bin"),
-        data=str(text),
+        data=source.name,
         tokenizer=tokenizer.name,
-        num_tokens=size // tokenizer.token_bytes,
-        token_bytes=tokenizer.token_bytes,
+        num_tokens=size // source.token_bytes,
+        token_bytes=source.token_bytes,
         source_digest=source_digest,
         digest=digest.hexdigest(),
+        separator=separator,
     )
     partial.replace(folder / "tokens.bin")
     (folder / "tokens.json").write_text(json.dumps(asdict(tokens), indent=2) + "\n")
@@ -165,8 +216,3 @@ def validation_starts(split: Split, context: int, validation_tokens: int) -> lis
     fitting = split.num_held_out // context
     count = min(fitting, max(1, validation_tokens // context))
     return [split.num_training + context * (i * fitting // count) for i in range(count)]
-
-
-def read_windows(tokens: Int[Tensor, " tokens"], starts: list[int], context: int) -> Int[Tensor, "batch context"]:
-    """The windows that begin at `starts`, as int64."""
-    return torch.stack([tokens[start : start + context] for start in starts]).long()

@@ -9,7 +9,9 @@ import uuid
 from collections.abc import Sequence
 
 
-def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], folder: str, logged_ranks: Sequence[int] = ()) -> dict[int, int]:
+def start_ranks(
+    num_ranks: int, module: str, arguments: Sequence[str], folder: str, restarts: int = 0, logged_ranks: Sequence[int] = ()
+) -> dict[int, int]:
     """Runs `python -m module arguments` on `num_ranks` processes, and waits for their end.
 
     Args:
@@ -17,6 +19,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], folder: s
         module: what they run; it finds its rank in torchrun's environment.
         arguments: the same for all.
         folder: for torchrun's files.
+        restarts: how often all ranks are started again after one of them has failed.
         logged_ranks: ranks whose standard error goes to a file under `folder`/agent instead of the terminal.
 
     Returns:
@@ -39,7 +42,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], folder: s
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(logged_ranks, Std.ERR)),
     )

@@ -1,0 +1,62 @@
+"""What a folder's files were when they were written, so that they are trusted only if they still are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def sync(path: Path) -> None:
+    """Lets the disk have a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _describe(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def write_manifest(folder: Path) -> None:
+    """Lets the disk have every file below `folder`, and writes down what they are."""
+    manifest = {}
+    for file in _files(folder):
+        sync(file)
+        manifest[file.relative_to(folder).as_posix()] = _describe(file)
+    with (folder / MANIFEST).open("w") as stream:
+        json.dump(manifest, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def first_damage(folder: Path) -> str | None:
+    """What is not as the manifest says, in words; None where everything is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    for name, written in manifest.items():
+        try:
+            present = _describe(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if present["bytes"] != written["bytes"]:
+            return f"{name} has {present['bytes']} bytes of the {written['bytes']} that were written"
+        if present != written:
+            return f"{name} is not as it was written (another SHA-256)"
+    return None

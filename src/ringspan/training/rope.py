@@ -1,0 +1,77 @@
+"""Rotary embeddings stretched for a context above the model's own, by the formulas that transformers names.
+
+- `linear` (position interpolation): every position is divided by the factor.
+- `yarn`: fast dimensions stay, slow ones are divided, and attention is made a little sharper.
+
+`dynamic` is refused: its angles depend on the longest position of a call, and each rank's call has its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+from ringspan.errors import RingspanError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SCALINGS = ("linear", "yarn")
+
+
+def check_scaling(kind: str) -> None:
+    """Whether `--rope-scaling` names one that is the same on any number of ranks.
+
+    Raises:
+        RingspanError: where it does not.
+    """
+    if kind == "dynamic":
+        raise UnsupportedError(
+            "--rope-scaling dynamic",
+            "its angles depend on the longest position that a call sees, and each rank sees only its own",
+            "The loss on any number of ranks is the unsplit model's",
+            "--rope-scaling yarn",
+        )
+    if kind not in SCALINGS:
+        raise RingspanError(f"--rope-scaling {kind}", "unknown", f"It is one of {', '.join(SCALINGS)}", "--rope-scaling yarn")
+
+
+def scaled(config: PretrainedConfig, kind: str, *, context: int, factor: float | None) -> PretrainedConfig:
+    """A copy of a model's configuration whose rotary embeddings are stretched.
+
+    Args:
+        kind: `"linear"` or `"yarn"`.
+        context: tokens in one sequence.
+        factor: how far to stretch; None is as far as `context` needs: context / the model's own.
+
+    Raises:
+        RingspanError: where there is nothing to stretch, or the model has been stretched already.
+    """
+    check_scaling(kind)
+    asked = f"--rope-scaling {kind}"
+    rope, own = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    if not rope or not own or "rope_type" not in rope:
+        raise RingspanError(
+            asked,
+            "the model has no rotary embeddings, or other ones in each layer",
+            "One kind for all can be scaled",
+            "another model",
+        )
+    if rope["rope_type"] != "default":
+        raise RingspanError(
+            asked, f"the model's are {rope['rope_type']!r} already", "What is scaled once is not scaled twice", "leaving --rope-scaling out"
+        )
+    if factor is None and context <= own:
+        raise RingspanError(
+            f"{asked} --context {context}", f"the model's own is {own}", "A context that fits needs no scaling", f"--context {2 * own}"
+        )
+    stretch = factor or context / own
+    if stretch < 1 or not math.isfinite(stretch):
+        raise RingspanError(f"--rope-factor {factor}", "below 1", "Positions are stretched, not squeezed", "leaving --rope-factor out")
+    scaled_config = copy.deepcopy(config)
+    theta = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    original = {"original_max_position_embeddings": own} if kind == "yarn" else {}
+    scaled_config.rope_parameters = {**theta, "rope_type": kind, "factor": float(stretch), **original}
+    scaled_config.max_position_embeddings = max(context, math.ceil(own * stretch))
+    return scaled_config

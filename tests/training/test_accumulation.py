@@ -1,0 +1,98 @@
+"""Law 6 for a step in several passes: it is the step of one large batch, weighted by tokens, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ringspan.attention.loss import IGNORE_INDEX
+from ringspan.geometry import causal, documents
+from ringspan.training import trainer as trainer_module
+from ringspan.training.batches import cut_into_passes, document_borders_of
+from tests.training.support import write_text
+from tests.training.trainers import assert_same_steps, take_steps
+
+BUDGETS = (3e-6, 2e-4)
+"""Of the first step and of later ones, as in test_masked_runs: float32 weights and sums, and AdamW divides by the gradients' size."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", num_words=2000)
+
+
+@pytest.fixture(scope="module")
+def folder_of_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of 3 to 60 bytes, so that contexts of 61 hold one document or many."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = write_text(folder / ".words", num_words=2000).read_text()
+    start = 0
+    for number in range(160):
+        length = 3 + (number * 37) % 58
+        (folder / f"{number:03d}.txt").write_text(words[start : start + length])
+        start += length
+    return folder
+
+
+def test_passes_make_the_step_of_one_large_batch_on_one_and_on_three_ranks(text: Path, tmp_path: Path):
+    whole, _ = take_steps(tmp_path / "whole", 1, data=str(text), batch_size=6)[0]
+    for ranks, batch_size, accumulate in ((1, 2, 3), (3, 2, 3), (3, 1, 6)):
+        for rank, (steps, _) in enumerate(
+            take_steps(tmp_path / f"{ranks}-{accumulate}", ranks, data=str(text), batch_size=batch_size, accumulate=accumulate)
+        ):
+            assert_same_steps(steps, whole, BUDGETS, f"{accumulate} passes of {batch_size} on {ranks} ranks, rank {rank}")
+
+
+def test_packed_documents_in_passes_are_weighted_by_their_labels(folder_of_texts: Path, tmp_path: Path):
+    given = {"data": str(folder_of_texts), "documents": "packed"}
+    whole, trainer = take_steps(tmp_path / "whole", 1, batch_size=6, **given)[0]
+    weights = {round(each.weight, 9) for each in trainer._passes(trainer.windows.starts(1))}
+    assert len(weights) > 1, "passes of equal weight would not tell the mean of means from the mean"
+    for rank, (steps, _) in enumerate(take_steps(tmp_path / "split", 3, batch_size=2, accumulate=3, **given)):
+        assert_same_steps(steps, whole, BUDGETS, f"packed, rank {rank} of 3")
+
+
+def test_the_mean_of_the_passes_means_would_be_noticed(folder_of_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = {"data": str(folder_of_texts), "documents": "packed", "batch_size": 6}
+    right, _ = take_steps(tmp_path / "right", 1, **given)[0]
+    cut = trainer_module.cut_into_passes
+
+    def evenly(*arguments, **keywords):
+        passes = cut(*arguments, **keywords)
+        return [type(each)(**{**vars(each), "weight": 1 / len(passes)}) for each in passes]
+
+    monkeypatch.setattr(trainer_module, "cut_into_passes", evenly)
+    wrong, _ = take_steps(tmp_path / "wrong", 1, **given)[0]
+    with pytest.raises(AssertionError, match="step 1"):
+        assert_same_steps(wrong, right, BUDGETS, "evenly weighted")
+
+
+def test_gradients_of_bfloat16_passes_are_summed_in_float32(text: Path, tmp_path: Path):
+    taken, trainer = take_steps(tmp_path / "run", 1, data=str(text), batch_size=1, accumulate=4, dtype="bfloat16", steps=1)[0]
+    assert {gradient.dtype for gradient in taken[0].gradients.values()} == {torch.float32}
+    summed = taken[0].gradients["lm_head.weight"]
+    assert not torch.equal(summed, summed.bfloat16().float()), "four sums in bfloat16 would be bfloat16 numbers"
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_row_is_cut_into_its_documents():
+    row = torch.tensor([5, 6, 0, 7, 0, 0, 8, 9])
+    assert document_borders_of(row, 0) == [0, 3, 5, 6, 8]
+    (part,) = cut_into_passes(row.unsqueeze(0), batch_size=4, mask=causal(), separator=0)
+    assert part.position_ids is not None
+    assert part.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    assert part.labels.tolist() == [[5, 6, 0, IGNORE_INDEX, 0, IGNORE_INDEX, IGNORE_INDEX, 9]]
+    assert part.mask == causal() & documents([0, 3, 5, 6, 8])
+
+
+def test_a_separator_at_the_end_of_a_row_begins_no_document():
+    assert document_borders_of(torch.tensor([5, 6, 0]), 0) == [0, 3]
+
+
+def test_passes_weigh_as_many_labels_as_they_have():
+    rows = torch.tensor([[1, 2, 3, 4, 5], [1, 0, 3, 0, 5]])
+    together = cut_into_passes(rows, batch_size=2, mask=causal())
+    assert [each.weight for each in together] == [1.0]
+    assert [each.weight for each in cut_into_passes(rows, batch_size=1, mask=causal(), separator=0)] == [4 / 6, 2 / 6]

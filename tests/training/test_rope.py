@@ -1,0 +1,87 @@
+"""A context above the model's own, with positions stretched as transformers stretches them, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ringspan.errors import RingspanError
+from ringspan.training.model import build_model
+from ringspan.training.prepare import prepare
+from ringspan.training.rope import scaled
+from tests.training.support import write_text
+from tests.training.trainers import assert_same_steps, take_steps
+
+OWN, CONTEXT = 64, 193
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose own context is 64."""
+    path = tmp_path_factory.mktemp("model")
+    build_model("pico", vocabulary_size=256, context=OWN, seed=3).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", num_words=2000)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_the_stretched_model_is_the_one_that_transformers_makes(folder: Path, kind: str):
+    original = {"original_max_position_embeddings": OWN} if kind == "yarn" else {}
+    rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": CONTEXT / OWN, **original}
+    plain = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope, max_position_embeddings=CONTEXT)
+    ours = build_model(str(folder), vocabulary_size=256, context=CONTEXT, seed=0, rope_scaling=kind)
+    assert ours.config.rope_parameters == rope
+    assert ours.config.max_position_embeddings == CONTEXT
+    ours.set_attn_implementation("sdpa")
+    ids = torch.arange(CONTEXT).unsqueeze(0)
+    with torch.no_grad():
+        logits = ours(input_ids=ids).logits
+        assert torch.equal(logits, plain(input_ids=ids).logits)
+        unscaled = AutoModelForCausalLM.from_pretrained(folder)
+        assert not torch.allclose(logits, unscaled(input_ids=ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_three_ranks_train_the_stretched_model_as_one_does(folder: Path, text: Path, tmp_path: Path, kind: str):
+    given = {"data": str(text), "model": str(folder), "tokenizer": "bytes", "context": CONTEXT, "rope_scaling": kind, "steps": 3}
+    alone, trainer = take_steps(tmp_path / "1", 1, **given)[0]
+    assert trainer.model.config.rope_parameters["rope_type"] == kind
+    for rank, (steps, _) in enumerate(take_steps(tmp_path / "3", 3, **given)):
+        assert_same_steps(steps, alone, (3e-6, 2e-4), f"{kind}, rank {rank}")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rope_scaling": "dynamic"}, "--rope-scaling dynamic: its angles depend on the longest position.*Try: --rope-scaling yarn"),
+        ({"rope_scaling": "ntk"}, "--rope-scaling ntk: unknown. It is one of linear, yarn"),
+        ({"rope_scaling": "yarn", "context": OWN}, "--rope-scaling yarn --context 64: the model's own is 64"),
+        ({"rope_scaling": "yarn", "rope_factor": 0.5}, "--rope-factor 0.5: below 1"),
+        ({"rope_scaling": "yarn", "rope_factor": -1.0}, "--rope-factor -1.0: not above zero"),
+        ({"rope_scaling": "yarn", "model": "pico"}, "a new model has no context of its own"),
+    ],
+)
+def test_what_cannot_be_stretched_is_refused_before_anything_starts(folder: Path, text: Path, tmp_path: Path, given: dict, expected: str):
+    settings = {"data": str(text), "model": str(folder), "tokenizer": "bytes", "context": CONTEXT, "out": str(tmp_path / "run"), **given}
+    with pytest.raises(RingspanError, match=expected):
+        prepare(settings, resume=False)
+
+
+def test_a_model_that_is_stretched_already_is_refused():
+    once = scaled(LlamaConfig(max_position_embeddings=OWN), "linear", context=CONTEXT, factor=None)
+    with pytest.raises(RingspanError, match="the model's are 'linear' already"):
+        scaled(once, "yarn", context=1000, factor=None)
+
+
+def test_a_factor_may_leave_room_above_the_context():
+    config = scaled(LlamaConfig(max_position_embeddings=OWN), "yarn", context=CONTEXT, factor=8)
+    assert (config.rope_parameters["factor"], config.max_position_embeddings) == (8.0, 8 * OWN)
+    assert json.loads(config.to_json_string())["rope_parameters"]["original_max_position_embeddings"] == OWN

@@ -1,0 +1,50 @@
+"""Acceptance: a real pretrained model, fine-tuned on real prose, has the same curve on one and on three ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support import smollm2
+from tests.training import support
+
+STEPS = 50
+TOLERANCE = 1e-4
+"""Absolute, of losses near 3. Measured: 2e-6. float32 through thirty layers gives 5e-7, and AdamW, which divides by the
+gradients' size, lets it grow; another token or position shows as 0.1 and more."""
+
+
+def write_model(folder: Path) -> None:
+    """SmolLM2 as a folder of float32 safetensors with its tokenizer."""
+    model, tokenizer = smollm2.load("sdpa")
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**settings))
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_fine_tuned_on_prose_has_the_same_curve_on_one_and_on_three_ranks(tmp_path: Path):
+    write_model(tmp_path / "model")
+    # The language reference of Python: English, and on every machine.
+    (tmp_path / "prose.txt").write_text("\n\n".join(topics.values()))
+    curves = {}
+    for ranks in (1, 3):
+        out = tmp_path / f"on-{ranks}"
+        options = ("--context", 61, "--steps", STEPS, "--warmup-steps", 5, "--validation-tokens", 122, "--sample-tokens", 0, "--keep", 1)
+        result = support.run_train(
+            "--model", tmp_path / "model", "--data", tmp_path / "prose.txt", *options, "--ranks", ranks, "--out", out, timeout=900
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        curves[ranks] = (support.losses(out), support.validation_losses(out))
+    alone, split = curves[1], curves[3]
+    assert 1.0 < alone[0][1] < 4.5, "the model knows such text: nobody's would be near ln 49152 = 10.8"
+    assert alone[1][STEPS] < alone[1][0], "it learns"
+    for one, three in zip(alone, split, strict=True):
+        assert one.keys() == three.keys()
+        assert max(abs(one[step] - three[step]) for step in one) < TOLERANCE
