@@ -169,7 +169,7 @@ def test_without_gradients_and_under_autocast_it_is_the_plain_module():
 
 
 def test_copies_run_their_own_weights_and_taking_it_back_leaves_nothing():
-    module, x, gradient = make("llama", torch.float64)
+    module, x, _ = make("llama", torch.float64)
     blockwise_feed_forward(module, 3)
     twin = copy.deepcopy(module)
     with torch.no_grad():
