@@ -12,6 +12,7 @@ from ringspan.attention.materialised import RingSelfAttention
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange, HeadsToPositions, PositionsToHeads
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
+from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype
 from ringspan.transport import Transport
@@ -41,11 +42,14 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
         """Runs the forward program and keeps q, k, v, out and lse."""
-        forward = ForwardPass(plan.forward, plan.kernel, plan.transport, plan.scores, q, k, v)
-        forward.run()
-        out, lse = forward.result()
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            forward = ForwardPass(plan.forward, plan.kernel, plan.transport, plan.scores, q, k, v)
+            forward.run()
+            out, lse = forward.result()
+            return (out, lse) if sinks is None else add_sinks(out, lse, sinks)
+
+        out, lse = remembered(compute)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
