@@ -80,7 +80,7 @@ def tiled_cross_entropy(
     """
     terms = terms or LossTerms()
     _check(hidden, weight, labels, tile, terms)
-    factor = torch.as_tensor(scale, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    factor = _as_factor(scale, hidden)
     return _TiledCrossEntropy.apply(hidden, weight, bias, labels, factor, tile, terms)
 
 
@@ -135,7 +135,13 @@ def cross_entropy_of_logits(logits: Tensor, labels: Tensor, scale: Tensor | floa
     total = F.cross_entropy(x, flat, ignore_index=terms.ignore_index, label_smoothing=terms.label_smoothing, reduction="sum")
     if terms.z_loss:
         total = total + terms.z_loss * x.logsumexp(-1).square().masked_fill(flat == terms.ignore_index, 0.0).sum()
-    return total * scale
+    return total * _as_factor(scale, x)
+
+
+def _as_factor(scale: Tensor | float, like: Tensor) -> Tensor:
+    dtype = wide_dtype(like.dtype)
+    # A number becomes a tensor by a kernel and not by a copy, which a GPU would be waited for.
+    return scale.to(dtype) if isinstance(scale, Tensor) else torch.full((), scale, dtype=dtype, device=like.device)
 
 
 class _Tile(NamedTuple):
