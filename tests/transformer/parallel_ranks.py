@@ -77,7 +77,7 @@ class Case:
             return [packed_batch(seed=replica), (make_batch(1, 17, seed=50 + replica), None)]
         # Unlike lengths and numbers of labels everywhere: an average of averages is not the average.
         first = make_batch(2, 19 + 4 * replica, seed=replica, padded=(0, 5 + 3 * replica))
-        second = make_batch(1, 13 + replica, seed=20 + replica)
+        second = make_batch(1, 13 + 6 * replica, seed=20 + replica)
         if self.data == "nothing on one":
             second["labels"].fill_(-100)
         return [(first, None), (second, None)]

@@ -18,13 +18,18 @@ BUDGET = 2e-6  # as in law 6: Hugging Face computes norms and its loss in float3
 Result = tuple[Tensor, dict[str, Tensor | None]]
 
 
+def _run(ranks: int, function: str, folder: Path) -> list[Any]:
+    # Most of it is importing, which on a busy machine takes minutes.
+    return results(run_processes(ranks, function, folder, group_timeout=240.0, timeout=280.0))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What every rank has, by number of ranks and case; one start of the processes for all cases of a number."""
 
     def of(ranks: int) -> list[list[Result]]:
         function = "tests.transformer.parallel_ranks:every_case"
-        return once(tmp_path_factory, f"parallelize-{ranks}", lambda folder: results(run_processes(ranks, function, folder)))
+        return once(tmp_path_factory, f"parallelize-{ranks}", lambda folder: _run(ranks, function, folder))
 
     return of
 
@@ -65,7 +70,7 @@ BREAKAGES = ("averaged gradients", "averaged averages", "tokens of this replica 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_law_fails_with(breakage: str, tmp_path: Path):
     function = f"tests.transformer.parallel_ranks:broken_by_{breakage.replace(' ', '_')}"
-    broken = results(run_processes(2, function, tmp_path))
+    broken = _run(2, function, tmp_path)
     case = Case({"shard": 2})
     with pytest.raises(AssertionError, match=r"off by|loss"):
         check(broken[0], whole(case))

@@ -50,8 +50,8 @@ class LayerShape:
 
         - `full`: e·h, the layer's input (Korthikanti: 2sbh).
         - `attention_output`: e·(h + q) + 4·heads, with attention's output and its log-sum-exps.
-        - `none`, as `selective`: two norms, computed in float32 as transformers does, keep 2·(4·h + e·h + e·h) (the input in float32, the
-          normed in e before its weight, and what the projections read); attention e·(2q + 2k) + 4·heads (q, k, v, out, lse); the
+        - `none`, as `selective`: two norms, computed in float32 as transformers does, keep 2·(4·h + 2·e·h + 4) (the input in float32, the
+          normed in e before its weight and after it, and one over its size); attention e·(2q + 2k) + 4·heads (q, k, v, out, lse); the
           feed-forward e·4i (gate, its activation, up, their product), or nothing where it is blockwise.
         """
         e, q, k = self.element_bytes, self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -59,7 +59,7 @@ class LayerShape:
             return e * self.hidden
         if mode == "attention_output":
             return e * (self.hidden + q) + 4 * self.heads
-        norms = 2 * (4 * self.hidden + 2 * e * self.hidden)
+        norms = 2 * (4 * self.hidden + 2 * e * self.hidden + 4)
         attention = e * (2 * q + 2 * k) + 4 * self.heads
         return norms + attention + (0 if blockwise else 4 * e * self.intermediate)
 
@@ -79,21 +79,23 @@ def layer_shape(model: nn.Module, element_bytes: int = 2) -> LayerShape:
         RingspanError: where the configuration does not name them.
     """
     config: Any = causal_model(model).config
-    try:
-        heads = config.num_attention_heads
-        return LayerShape(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            element_bytes=element_bytes,
-        )
-    except (AttributeError, TypeError) as error:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in names}
+    if absent := [name for name, size in sizes.items() if type(size) is not int]:
+        found = f"its configuration has no {', '.join(absent)}"
         rule = "Choices made from memory need the sizes of a model, by the names that Llama gives them"
-        raise RingspanError(f"sizes of a {type(model).__name__}", str(error), rule, "chunk, tile and mode as numbers and names") from error
+        raise RingspanError(f"sizes of a {type(model).__name__}", found, rule, "chunk, tile and mode as numbers and names, not 'auto'")
+    layers, hidden, heads, intermediate, vocabulary = sizes.values()
+    return LayerShape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+        element_bytes=element_bytes,
+    )
 
 
 def device_bytes(device: torch.device) -> int:
@@ -169,8 +171,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def ignore(self, *tensors: Tensor) -> None:
-        """Does not count these, which were there before."""
+        """Does not count these, which were there before, or are elsewhere."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._storages = {key: held for key, held in self._storages.items() if key not in self._known}
 
     def now(self) -> int:
         """Bytes held."""

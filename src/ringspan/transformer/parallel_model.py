@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ringspan.attention import ContextParallel
 from ringspan.attention.batch import SEQUENCE_KEYWORD
-from ringspan.attention.checks import problem_of
+from ringspan.attention.checks import check_sequence, problem_of
 from ringspan.attention.gradients import sum_gradients
 from ringspan.attention.loss import SumOverRanks
 from ringspan.errors import RingspanError
-from ringspan.geometry import Mask
+from ringspan.geometry import Mask, causal
 from ringspan.transformer.head import LossRequest
 from ringspan.transformer.offload import HostStore, Offload
 from ringspan.transformer.tiled_loss import LossTerms
@@ -69,6 +69,7 @@ class ParallelModel:
     ) -> None:
         self.model, self.context, self.chosen, self.store, self.num_replicas = model, context, chosen, store, num_replicas
         self._everyone, self._terms, self._is_sharded = everyone, terms, is_sharded
+        self._members: list[int] = context.transport.gather_objects(everyone.rank)
 
     def shard_batch(self, batch: Mapping[str, Any], mask: Mask | None = None) -> dict[str, Any]:
         """This rank's part of the only micro-batch of a step: `shard_batches([batch], [mask])[0]`."""
@@ -91,35 +92,22 @@ class ParallelModel:
         Raises:
             RingspanError: on every rank, where a batch is wrong on one of them, or replicas have different numbers of micro-batches.
         """
+        asked: list[tuple[int, Mask]] = []
+        problem = problem_of(lambda: asked.extend(_wanted(batches, masks)))
+        # First what to cut by, since agreeing on a new sequence is a matter of its context alone, and the others would wait elsewhere.
+        said = self._everyone.gather_objects((self._members, [(length, str(mask)) for length, mask in asked], problem))
+        _raise_first(problem, [other for *_, other in said])
+        _check_alike(said)
+        sequences = [self.context.sequence(length, mask) for length, mask in asked]
         parts: list[dict[str, Any]] = []
-        count = 0
-
-        def prepare() -> None:
-            nonlocal count
-            if masks is not None and len(masks) != len(batches):
-                rule = "There is one mask a batch"
-                raise RingspanError(f"{len(batches)} batches with {len(masks)} masks", "", rule, "masks=None, for causal ones")
-            for index, batch in enumerate(batches):
-                tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-                if "labels" not in batch:
-                    raise RingspanError("a batch to train on", f"it has {', '.join(batch)}", "A loss needs labels", "labels=input_ids")
-                sequence = self.context.sequence(tokens.shape[1], None if masks is None else masks[index])
-                parts.append(sequence.shard_batch(batch))
-                count += int(parts[-1]["num_items_in_batch"])
-
-        problem = problem_of(prepare)
-        said = self._everyone.gather_objects((len(batches), count, problem))
-        if problem is not None:
-            raise problem
-        for rank, (number, _, other) in enumerate(said):
-            if other is not None:
-                raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
-            if number != len(batches):
-                rule = "Every replica has as many micro-batches a step, since all take part in gathering the parameters"
-                found = f"rank {rank} has {number}, rank {self._everyone.rank} has {len(batches)}"
-                raise RingspanError("micro-batches of one step", found, rule, "one whose labels are all −100 for who has none left")
+        problem = problem_of(
+            lambda: parts.extend(sequence.shard_batch(batch) for sequence, batch in zip(sequences, batches, strict=True)),
+        )
+        count = sum(int(part["num_items_in_batch"]) for part in parts)
+        counts = self._everyone.gather_objects((count, problem))
+        _raise_first(problem, [other for _, other in counts])
         # Every rank of a context has counted the same tokens.
-        total = sum(each for _, each, _ in said) // self.context.num_ranks
+        total = sum(each for each, _ in counts) // self.context.num_ranks
         return [{**part, TOTAL_KEYWORD: total} for part in parts]
 
     def loss(self, part: Mapping[str, Any]) -> Tensor:
@@ -151,3 +139,40 @@ class ParallelModel:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
         if not self._is_sharded:
             sum_gradients(self.model.parameters(), self._everyone)
+
+
+def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:
+    """The length and mask of each batch."""
+    if not batches or (masks is not None and len(masks) != len(batches)):
+        found = f"{len(batches)} batches" if masks is None else f"{len(batches)} batches with {len(masks)} masks"
+        raise RingspanError(found, "", "There is at least one batch a step, and one mask a batch", "masks=None, for causal ones")
+    found = []
+    for batch, mask in zip(batches, masks or [causal()] * len(batches), strict=True):
+        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+        if "labels" not in batch or not isinstance(tokens, Tensor) or tokens.ndim < 2:
+            rule = "A loss needs tokens and labels, both [batch, length]"
+            raise RingspanError("a batch to train on", f"it has {', '.join(map(str, batch)) or 'nothing'}", rule, "labels=input_ids")
+        check_sequence(tokens.shape[1], mask)
+        found.append((tokens.shape[1], mask))
+    return found
+
+
+def _raise_first(problem: RingspanError | None, others: list[RingspanError | None]) -> None:
+    if problem is not None:
+        raise problem
+    for rank, other in enumerate(others):
+        if other is not None:
+            raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
+
+
+def _check_alike(said: list[tuple[list[int], list[tuple[int, str]], Any]]) -> None:
+    """As many micro-batches on all ranks, of the same lengths and masks within each context."""
+    for other, (members, asked, _) in enumerate(said):
+        if len(asked) != len(said[0][1]):
+            rule = "Every replica has as many micro-batches a step, since all take part in gathering the parameters"
+            found = f"rank 0 has {len(said[0][1])}, rank {other} has {len(asked)}"
+            raise RingspanError("micro-batches of one step", found, rule, "one whose labels are all −100 for who has none left")
+        if asked != said[members[0]][1]:
+            found = f"rank {members[0]} has {said[members[0]][1]}, rank {other} has {asked}"
+            rule = "Ranks that share a sequence are given the same whole batches"
+            raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context axis")

@@ -14,7 +14,6 @@ from ringspan.attention.checks import problem_of
 from ringspan.errors import RingspanError
 from ringspan.transformer.axes import Group, Names, find_axes
 from ringspan.transformer.feed_forward import blockwise_feed_forward, check_position_wise
-from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
 from ringspan.transformer.layers import causal_model, decoder_layers, feed_forward_of
@@ -145,6 +144,9 @@ def parallelize(
     store = None if chosen.offload is None else make_store(device, chosen.offload)
     _prepare_model(model, chosen, store)
     if axes.sharding is not None:
+        # Late: whoever shards nothing need not load FSDP.
+        from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
+
         shard_with_fsdp(
             model,
             axes.sharding,
