@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import ringspan
+from ringspan.errors import RingspanError
 from ringspan.transformer import Offload, ParallelModel, parallelize
 from ringspan.transformer.parallel_model import TOTAL_KEYWORD
 from tests.support.models import VOCABULARY, make_batch, seeded, tiny_llama
@@ -30,6 +31,7 @@ MODELS = {
     "qwen 3": lambda: seeded(Qwen3ForCausalLM, Qwen3Config(**_SMALL)),
     # A window wider than any padding: where a row sees nothing, eager attention in float64 gives NaN.
     "gemma 2": lambda: seeded(Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=9, query_pre_attn_scalar=4)),
+    "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
     "frozen": lambda: freeze(tiny_llama()),
 }
 
@@ -167,6 +169,70 @@ CASES: dict[int, list[Case]] = {
 def every_case(group: Any) -> list[Any]:
     """All cases for this number of ranks."""
     return [run_case(case) for case in CASES[dist.get_world_size()]]
+
+
+def in_half_precision(group: Any) -> Any:
+    """float32 masters, computing in bfloat16: the dtype of the gradients, the loss, and the gradients."""
+    case = Case({"context": 2}, how={**SMALL, "compute_dtype": torch.bfloat16})
+    model = tiny_llama(dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("context",))
+    parallel = parallelize(model, mesh, **case.how)
+    loss = step(parallel, case.batches(0))
+    dtypes = {str(parameter.grad.dtype) for parameter in model.parameters() if parameter.grad is not None}
+    return dtypes, loss, whole_gradients(model)
+
+
+def from_meta(group: Any) -> Any:
+    """A model that had no memory when it was prepared."""
+    weights = MODELS["llama"]()
+    with torch.device("meta"):
+        model = type(weights)(weights.config).double()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    parallel = parallelize(model, mesh, **SMALL)
+    model.to_empty(device="cpu")
+    given = dict(weights.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(distribute_tensor(given[name].detach(), parameter.device_mesh, parameter.placements))
+    model.model.rotary_emb = type(weights.model.rotary_emb)(weights.config)
+    case = Case({"shard": 2})
+    return step(parallel, case.batches(mesh.get_rank())), whole_gradients(model)
+
+
+def refusals(group: Any) -> list[str]:
+    """What is wrong with a mesh, or asked for by one rank alone; the group goes on working."""
+    rank = dist.get_rank()
+    nameless = init_device_mesh("cpu", (2,))
+    strange = init_device_mesh("cpu", (2, 1), mesh_dim_names=("context", "pipeline"))
+    tensor = init_device_mesh("cpu", (1, 2), mesh_dim_names=("context", "tensor"))
+    context = init_device_mesh("cpu", (2,), mesh_dim_names=("context",))
+    shard = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    parallel = parallelize(tiny_llama(), shard, **SMALL)
+    attempts = (
+        lambda: parallelize(tiny_llama(), nameless),
+        lambda: parallelize(tiny_llama(), strange),
+        lambda: parallelize(tiny_llama(), tensor),
+        lambda: parallelize(tiny_llama(), context, context=("context", "shard"), shard="shard"),
+        lambda: parallelize(tiny_llama(), context, loss_tile=0 if rank else 4),
+        lambda: parallelize(tiny_llama(), context, rematerialise="full" if rank else "none"),
+        lambda: parallel.shard_batches([make_batch(1, 9)] * (1 + rank)),
+        lambda: parallel.shard_batch({**make_batch(1, 9), **({"extra": 1} if rank else {})}),
+    )
+    said = []
+    for attempt in attempts:
+        try:
+            attempt()
+        except RingspanError as error:
+            said.append(str(error))
+        else:
+            said.append("went on")
+    parallel.loss(parallel.shard_batch(make_batch(1, 9 + rank)))
+    return said
+
+
+def extras(group: Any) -> dict[str, Any]:
+    """Everything else for two ranks."""
+    return {"half": in_half_precision(group), "meta": from_meta(group), "refusals": refusals(group)}
 
 
 def broken_by_averaged_gradients(group: Any) -> Any:

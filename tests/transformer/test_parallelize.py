@@ -13,7 +13,9 @@ from tests.support.once import once
 from tests.support.processes import results, run_processes
 from tests.transformer.parallel_ranks import CASES, Case, whole
 
-BUDGET = 2e-6  # as in law 6: Hugging Face computes norms and its loss in float32
+BUDGET = 6e-6
+"""As in law 6, Hugging Face computes norms and its loss in float32; a norm of four elements (Qwen 3's) is off by 3e-6 between the unsplit
+model's own eager and sdpa attention."""
 
 Result = tuple[Tensor, dict[str, Tensor | None]]
 
@@ -61,6 +63,42 @@ def test_loss_and_gradients_are_those_of_the_unsplit_model(ranks: int, index: in
             check(each[index], expected)
         except AssertionError as error:
             raise AssertionError(f"rank {rank}, {said(case)}: {error}") from error
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What else two ranks have tried."""
+    function = "tests.transformer.parallel_ranks:extras"
+    return once(tmp_path_factory, "parallelize-extras", lambda folder: _run(2, function, folder))
+
+
+@pytest.mark.slow
+def test_half_precision_over_float32_masters_leaves_float32_gradients_that_are_as_good_as_bfloat16(extras: Any):
+    loss, gradients = whole(Case({"context": 2}))
+    _, rounded = whole(Case({"context": 2}, "bfloat16 llama"))
+    unsplit = max(relative(rounded[name], gradient) for name, gradient in gradients.items())
+    for each in extras:
+        dtypes, ours, found = each["half"]
+        assert dtypes == {"torch.float32"}
+        assert abs(float(ours) - float(loss)) <= 1e-2 * float(loss)
+        assert max(relative(found[name], gradient) for name, gradient in gradients.items()) <= 1.3 * unsplit < 0.1
+
+
+@pytest.mark.slow
+def test_a_model_that_was_prepared_without_memory_is_materialised_afterwards(extras: Any):
+    for each in extras:
+        check(each["meta"], whole(Case({"shard": 2})))
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(extras: Any):
+    words = (
+        "mesh_dim_names=", "'pipeline' is none of them", "strategy='ulysses'", "an axis has no name of its own", "at least one token",
+        "rematerialise=", "as many micro-batches", "nothing is ignored",
+    )  # fmt: skip
+    for each in extras:
+        for word, message in zip(words, each["refusals"], strict=True):
+            assert word in message, message
 
 
 BREAKAGES = ("averaged gradients", "averaged averages", "tokens of this replica alone")
