@@ -14,7 +14,7 @@ import ringspan
 from ringspan.attention.tape import Tape
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.kernels.reference import Reference
-from ringspan.transformer import MODES, HostStore, Offload, PlainCopier, blockwise_feed_forward, decoder_layers, rematerialise
+from ringspan.transformer import MODES, HostStore, Offload, PlainCopier, blockwise, decoder_layers, rematerialise
 from ringspan.transformer.layers import feed_forward_of
 from tests.support.errors import relative
 from tests.support.models import VOCABULARY, gradients, make_batch, seeded, tiny_llama, with_attention
@@ -48,7 +48,7 @@ def run(model: Any, mode: str, ranks: int = 2, chunk: int | None = None, offload
         store = None if offload is None else HostStore(PlainCopier(), offload)
         for layer in decoder_layers(mine):
             if chunk:
-                blockwise_feed_forward(feed_forward_of(layer), chunk)
+                blockwise(feed_forward_of(layer), chunk)
         rematerialise(decoder_layers(mine), mode, store)
         sequence = context.sequence(19)
         part = sequence.shard_batch(make_batch(2, 19))
@@ -85,7 +85,7 @@ def test_attention_output_goes_with_other_strategies(how: dict[str, Any]):
 
 
 @pytest.mark.parametrize("mode", ["full", "attention_output"])
-def test_it_goes_with_the_blockwise_feed_forward(mode: str):
+def test_it_goes_with_the_blockwise(mode: str):
     model = tiny_llama()
     check(run(model, mode, chunk=4), run(model, "none"))
 

@@ -13,7 +13,7 @@ import ringspan
 from ringspan.errors import RingspanError
 from ringspan.transformer import LossTerms, cross_entropy_of_logits, tiled_cross_entropy, tiled_loss
 from tests.support.errors import relative
-from tests.transformer.test_feed_forward import widest
+from tests.transformer.test_blockwise import widest
 
 VOCABULARY, HIDDEN, LENGTH = 37, 8, 13
 BUDGETS = {torch.float64: 1e-14, torch.float32: 1e-6}

@@ -1,6 +1,6 @@
 """Any Hugging Face decoder made long-context: its attention, and everything else that grows with the length."""
 
-from ringspan.transformer.feed_forward import blockwise_feed_forward
+from ringspan.transformer.blockwise import blockwise
 from ringspan.transformer.hook import ATTENTION_NAME, register
 from ringspan.transformer.layers import decoder_layers
 from ringspan.transformer.memory import (
@@ -33,7 +33,7 @@ __all__ = [
     "auto_feed_forward_chunk",
     "auto_loss_tile",
     "auto_rematerialise",
-    "blockwise_feed_forward",
+    "blockwise",
     "cross_entropy_of_logits",
     "decoder_layers",
     "layer_shape",

@@ -50,18 +50,20 @@ class LayerShape:
 
         - `full`: e·h, the layer's input (Korthikanti: 2sbh).
         - `attention_output`: e·(h + q) + 4·heads, with attention's output and its log-sum-exps.
-        - `none`, as `selective`: two norms, computed in float32 as transformers does, keep 2·(4·h + 2·e·h + 4) (the input in float32, the
-          normed in e before its weight and after it, and one over its size); attention e·(2q + 2k) + 4·heads (q, k, v, out, lse); the
-          feed-forward e·4i (gate, its activation, up, their product), or nothing where it is blockwise.
+        - `none`, as `selective`: attention e·(2q + 2k) + 4·heads (q, k, v, out, lse); the feed-forward e·4i (gate, its activation, up,
+          their product); two norms, computed in float32 as transformers does, 2·(4·h + 2·e·h + 4) (the input in float32, the normed in e
+          before its weight and after it, and one over its size). Where they are blockwise the feed-forward keeps nothing, and the norms
+          2·(2·e·h), what they and the projections read.
         """
         e, q, k = self.element_bytes, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if mode == "full":
             return e * self.hidden
         if mode == "attention_output":
             return e * (self.hidden + q) + 4 * self.heads
-        norms = 2 * (4 * self.hidden + 2 * e * self.hidden + 4)
         attention = e * (2 * q + 2 * k) + 4 * self.heads
-        return norms + attention + (0 if blockwise else 4 * e * self.intermediate)
+        if blockwise:
+            return attention + 4 * e * self.hidden
+        return attention + 2 * (4 * self.hidden + 2 * e * self.hidden + 4) + 4 * e * self.intermediate
 
     def feed_forward_bytes(self) -> int:
         """Bytes that a chunk of the feed-forward works in for one token: its four intermediates, and as many gradients."""

@@ -13,10 +13,10 @@ from ringspan.attention import ContextParallel
 from ringspan.attention.checks import problem_of
 from ringspan.errors import RingspanError
 from ringspan.transformer.axes import Group, Names, find_axes
-from ringspan.transformer.feed_forward import blockwise_feed_forward, check_position_wise
+from ringspan.transformer.blockwise import blockwise, check_position_wise, norms_of
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
-from ringspan.transformer.layers import causal_model, decoder_layers, feed_forward_of
+from ringspan.transformer.layers import causal_model, decoder, decoder_layers, feed_forward_of
 from ringspan.transformer.memory import (
     auto_feed_forward_chunk,
     auto_loss_tile,
@@ -80,8 +80,8 @@ def parallelize(
         weights: for layout `weighted`.
         kv_heads_per_stage: key heads computed at a time.
         options: the strategy's own.
-        feed_forward_chunk: tokens that a feed-forward layer computes at a time; `auto`: what works in 1/32 of the device's memory; None:
-            the layer as it is.
+        feed_forward_chunk: tokens that a feed-forward part, or a norm, computes at a time; `auto`: what works in 1/32 of the device's
+            memory; None: all, as the model does.
         loss_tile: tokens whose logits exist at a time; `auto`: what works in 1/16 of it; None: the model's own logits.
         rematerialise: one of `ringspan.transformer.MODES`, or `auto`: see `auto_rematerialise`; it needs `tokens_per_rank`.
         offload: layer checkpoints in host memory.
@@ -163,8 +163,12 @@ def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None) ->
     inner: Any = causal_model(model)
     inner.set_attn_implementation(ATTENTION_NAME)
     layers = decoder_layers(model)
-    for layer in layers if chosen.feed_forward_chunk is not None else ():
-        blockwise_feed_forward(feed_forward_of(layer), chosen.feed_forward_chunk)
+    if chosen.feed_forward_chunk is not None:
+        for layer in layers:
+            for part in (feed_forward_of(layer), *norms_of(layer)):
+                blockwise(part, chosen.feed_forward_chunk)
+        for norm in norms_of(decoder(model)):
+            blockwise(norm, chosen.feed_forward_chunk)
     attention_outputs = chosen.offload is not None and chosen.offload.attention_outputs
     make_rematerialised(layers, chosen.rematerialise, store, attention_outputs=attention_outputs)
     prepare_loss(model)

@@ -1,4 +1,4 @@
-"""Blockwise feed-forward (Blockwise Parallel Transformer, 2305.19370): the wide layer exists for a few tokens at a time, both ways."""
+"""Blockwise parts of a layer (Blockwise Parallel Transformer, 2305.19370): what is wide exists for a few tokens at a time, both ways."""
 
 from __future__ import annotations
 
@@ -18,58 +18,64 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 _NORMS = ("RMSNorm", "LayerNorm")
 
 
-def blockwise_feed_forward(feed_forward: nn.Module, chunk: int | None) -> None:
-    """Makes a feed-forward part run `chunk` tokens at a time, forward and backward. In place; None takes it back.
+def blockwise(module: nn.Module, chunk: int | None) -> None:
+    """Makes a feed-forward part or a norm run `chunk` tokens at a time, forward and backward. In place; None takes it back.
 
-    The forward keeps the input and nothing else. The backward recomputes one chunk after the other, so that the intermediate exists for
-    `chunk` tokens whatever the length; the parameters' gradients are summed over the chunks in float32 and rounded once. Nothing else
-    changes: the output is the same function of the same weights, and parameters without a gradient, adapters among them, stay so.
-    The backward costs one forward more, as under any rematerialisation; in a layer that is itself rematerialised it costs none more than
-    that where the layer's output is the plain sum of this part's and the residual (Llama, Qwen, Mistral): recomputing the layer stops
-    before this part runs.
+    The forward keeps the input and nothing else. The backward recomputes one chunk after the other, so that a feed-forward's intermediate,
+    or the float32 that transformers computes norms in, exists for `chunk` tokens whatever the length. The parameters' gradients are summed
+    over the chunks in float32 and rounded once. Nothing else changes: the output is the same function of the same weights, and parameters
+    without a gradient, adapters among them, stay so.
+
+    The backward costs one forward more, as under any rematerialisation. In a layer that is itself computed again a feed-forward costs none
+    more than that where the layer's output is the plain sum of this part's and the residual (Llama, Qwen, Mistral): computing the layer
+    again stops before this part runs. Where a norm follows it (Gemma) it runs once more.
 
     Args:
-        feed_forward: a module that maps every position of `[batch, seq, hidden]` by itself.
+        module: maps every position of `[batch, seq, hidden]` by itself, to the same shape.
         chunk: tokens, batch × positions.
 
     Raises:
         RingspanError: for a chunk below 1.
-        UnsupportedError: for a part that holds anything but linear maps, activations and norms, or dropout that is on.
+        UnsupportedError: for a module that holds anything but linear maps, activations and norms, or dropout that is on.
     """
     if chunk is None:
-        restore_forward(feed_forward)
-        vars(feed_forward).pop(_CHUNK, None)
+        restore_forward(module)
+        vars(module).pop(_CHUNK, None)
         return
     if type(chunk) is not int or chunk < 1:
-        raise RingspanError(
-            f"feed_forward_chunk={chunk!r}", "", "A chunk is a whole number of at least one token", "feed_forward_chunk=4096"
-        )
-    check_position_wise(feed_forward)
-    setattr(feed_forward, _CHUNK, chunk)
-    replace_forward(feed_forward, _forward)
+        rule = "A chunk is a whole number of at least one token"
+        raise RingspanError(f"feed_forward_chunk={chunk!r}", "", rule, "feed_forward_chunk=4096")
+    check_position_wise(module)
+    setattr(module, _CHUNK, chunk)
+    replace_forward(module, _forward)
 
 
-def check_position_wise(feed_forward: nn.Module) -> None:
+def norms_of(module: nn.Module) -> list[nn.Module]:
+    """The norms among a layer's or a decoder's own parts: those of hidden states, and not of heads."""
+    return [part for part in module.children() if type(part).__name__.endswith(_NORMS)]
+
+
+def check_position_wise(module: nn.Module) -> None:
     """That every part of a module maps each position by itself, as far as its types tell.
 
     Raises:
         UnsupportedError: naming the part that is not known to.
     """
-    for name, part in feed_forward.named_modules():
+    for name, part in module.named_modules():
         if isinstance(part, nn.Dropout) and part.p > 0:
-            raise _unsupported(feed_forward, f"{name} drops {part.p} of the elements", "its dropout set to 0")
-        if next(part.children(), None) is not None or part is feed_forward:
+            raise _unsupported(module, f"{name} drops {part.p} of the elements", "its dropout set to 0")
+        if next(part.children(), None) is not None:
             if next(part.parameters(recurse=False), None) is not None:
-                raise _unsupported(feed_forward, f"{name or 'itself'} is a {type(part).__name__} with parameters of its own")
+                raise _unsupported(module, f"{name or 'itself'} is a {type(part).__name__} with parameters of its own")
             continue
         known = isinstance(part, nn.Linear | nn.Identity | nn.Dropout) or type(part).__name__.endswith(_NORMS)
         if not (known or type(part).__module__.startswith(_ACTIVATIONS)):
-            raise _unsupported(feed_forward, f"{name} is a {type(part).__name__}")
+            raise _unsupported(module, f"{name or 'itself'} is a {type(part).__name__}")
 
 
-def _unsupported(feed_forward: nn.Module, found: str, nearest: str = "feed_forward_chunk=None") -> UnsupportedError:
+def _unsupported(module: nn.Module, found: str, nearest: str = "feed_forward_chunk=None") -> UnsupportedError:
     return UnsupportedError(
-        f"a blockwise {type(feed_forward).__name__}", found, "What runs by chunks is known to map every position by itself", nearest
+        f"a blockwise {type(module).__name__}", found, "What runs by chunks is known to map every position by itself", nearest
     )
 
 
@@ -80,17 +86,17 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
         return _run(self, x, chunk)
     # Two nodes, so that what is saved is saved before anything runs: a checkpoint around the layer, which stops recomputing once it has
     # all that was saved, then never runs the feed-forward for nothing. The gradient of the output passes unchanged through the second.
-    return _Run.apply(_Keep.apply(x, self, chunk, *parameters), self, chunk)
+    return _Run.apply(_Keep.apply(x, self, chunk, *parameters), x.detach(), self, chunk)
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, module: nn.Module, chunk: int) -> Tensor:
+    def forward(ctx, carrier: Tensor, x: Tensor, module: nn.Module, chunk: int) -> Tensor:
         return _run(module, x, chunk)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        return gradients[0], None, None
+        return gradients[0], None, None, None
 
 
 class _Keep(torch.autograd.Function):
@@ -100,7 +106,11 @@ class _Keep(torch.autograd.Function):
     def forward(ctx, x: Tensor, module: nn.Module, chunk: int, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.module, ctx.chunk, ctx.autocast = module, chunk, _autocast(x.device.type)
-        return x.view_as(x)
+        dtype = x.dtype
+        for parameter in module.parameters():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        # What it returns carries a gradient back and no values. Of the output's dtype, or autograd would round that gradient.
+        return x.view_as(x) if dtype == x.dtype else torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
