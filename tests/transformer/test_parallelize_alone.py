@@ -118,6 +118,40 @@ def test_a_prepared_model_still_answers_with_logits():
     assert relative(found.loss.detach(), expected.loss.detach()) <= BUDGET
 
 
+def test_the_names_of_weights_are_those_of_the_model_so_that_its_checkpoints_go_on_loading():
+    model, expected = tiny_llama(), list(tiny_llama().state_dict())
+    ringspan.parallelize(model, rematerialise="full", offload=Offload())
+    assert list(model.state_dict()) == expected and [name for name, _ in model.named_parameters()] == expected
+
+
+class Wrapped(torch.nn.Module):
+    """A model with another one around it, as peft's are."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.base_model(*arguments, **keywords)
+
+
+def test_a_model_that_is_wrapped_as_peft_wraps_it_is_prepared_within():
+    batch = make_batch(2, 13)
+    expected = tiny_llama()
+    loss = expected(**batch).loss
+    loss.backward()
+    model = Wrapped(tiny_llama())
+    parallel = ringspan.parallelize(model, feed_forward_chunk=5, loss_tile=4)
+    found = parallel.loss(parallel.shard_batch(batch))
+    found.backward()
+    assert relative(found.detach(), loss.detach()) <= BUDGET
+    for name, gradient in gradients(expected).items():
+        assert relative(gradients(model.base_model)[name], gradient) <= BUDGET, name
+
+
 def test_auto_settles_numbers_and_says_why():
     parallel = ringspan.parallelize(tiny_llama(), rematerialise="auto", tokens_per_rank=1 << 17, memory_bytes=1 << 30, offload=Offload())
     chosen = parallel.chosen
