@@ -171,7 +171,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "a dtype without shards": ({"compute_dtype": torch.bfloat16}, "not sharded"),
     "parameters on the host without shards": ({"parameters_on_host": True}, "not sharded"),
     "smoothing beyond 1": ({"label_smoothing": 2.0}, "a share of 1"),
-    "offload in no flight": ({"offload": Offload(in_flight=0)}, "At least one tensor"),
+    "offload in no flight": ({"offload": Offload(in_flight=0)}, "At least one layer"),
     "an unknown layout": ({"layout": "wild"}, "layout"),
     "scores that are kept": ({"strategy": "ring_self_attention"}, "keeps its scores"),
 }

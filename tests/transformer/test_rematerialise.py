@@ -207,6 +207,22 @@ def test_the_next_tensors_are_on_their_way_back_before_they_are_asked_for_and_ne
     assert store.bytes_used == 0
 
 
+def test_all_that_a_layer_needs_is_asked_for_with_the_first_of_it_and_nothing_twice():
+    copier = Recorder()
+    store = HostStore(copier, Offload(in_flight=1))
+    layers = []
+    for index in range(4):
+        number = store.new_layer()
+        layers.append([store.put(torch.full((2,), 10.0 * index + part), number) for part in range(3)])
+    for index in reversed(range(4)):
+        for part in (0, 2, 1):
+            assert torch.equal(layers[index][part](), torch.full((2,), 10.0 * index + part))
+            there = {each.layer for layer in layers for each in layer if each.here is not None}
+            assert len(there - {index + 1}) <= 1
+        layers.pop()
+    assert copier.log == ["out"] * 12 + ["back"] * 9
+
+
 def test_buffers_are_used_again_in_the_next_step():
     made = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Offload:
     Attributes:
         host_bytes: of host memory that this rank may fill; what does not fit stays on the device, the last layers' first, which are needed
             first. None for no bound.
-        in_flight: tensors that are on their way at once, out or back; each holds its device memory meanwhile.
+        in_flight: layers whose tensors are on their way at once, out or back; they hold their device memory meanwhile.
         attention_outputs: whether the outputs that `rematerialise='attention_output'` keeps go too.
     """
 
@@ -33,7 +33,7 @@ class Offload:
         if self.host_bytes is not None and (type(self.host_bytes) is not int or self.host_bytes < 0):
             raise RingspanError(f"host_bytes={self.host_bytes!r}", "", "It is a number of bytes", "host_bytes=100 << 30, or None")
         if type(self.in_flight) is not int or self.in_flight < 1:
-            raise RingspanError(f"in_flight={self.in_flight!r}", "", "At least one tensor is on its way", "in_flight=2")
+            raise RingspanError(f"in_flight={self.in_flight!r}", "", "At least one layer is on its way", "in_flight=2")
 
 
 class Copier(Protocol):
@@ -114,11 +114,12 @@ class CudaCopier:
 class Parked:
     """A tensor that a `HostStore` keeps. Called, it gives the tensor back on its device, as often as wanted."""
 
-    def __init__(self, store: HostStore, tensor: Tensor, host: Tensor | None) -> None:
-        self._store, self._host = store, host
+    def __init__(self, store: HostStore, tensor: Tensor, host: Tensor | None, layer: int) -> None:
+        self._store, self._host, self.layer = store, host, layer
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         self.here: Tensor | None = tensor
         self.mark: Any = None
+        self.was_taken = False
 
     def __call__(self) -> Tensor:
         """The tensor."""
@@ -153,28 +154,35 @@ class HostStore:
         settings.check()
         self._copier, self._settings = copier, settings
         self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._leaving: deque[Parked] = deque()
+        self._leaving: list[Parked] = []
         self._coming: list[Parked] = []
+        self._layers = 0
         self._order: list[weakref.ref[Parked]] = []
         self.bytes_used = 0
         self.most_bytes_used = 0
 
-    def put(self, tensor: Tensor) -> Parked:
-        """Keeps `tensor`, which must not be written to from now on; the caller may drop it."""
+    def new_layer(self) -> int:
+        """The number of a layer, for `put`."""
+        self._layers += 1
+        return self._layers
+
+    def put(self, tensor: Tensor, layer: int | None = None) -> Parked:
+        """Keeps `tensor`, which must not be written to from now on; the caller may drop it. Without a layer it is one of its own."""
+        layer = self.new_layer() if layer is None else layer
         size = tensor.numel() * tensor.element_size()
         room = self._settings.host_bytes is None or self.bytes_used + size <= self._settings.host_bytes
         if not (size and room):
-            return Parked(self, tensor, None)
+            return Parked(self, tensor, None, layer)
         self.bytes_used += size
         self.most_bytes_used = max(self.most_bytes_used, self.bytes_used)
         free = self._free[size]
         host = free.pop() if free else self._copier.host_buffer(size)
-        parked = Parked(self, tensor.contiguous(), host)
+        parked = Parked(self, tensor.contiguous(), host, layer)
         assert parked.here is not None
         parked.mark = self._copier.out(_as_bytes(parked.here), host)
         self._leaving.append(parked)
-        while len(self._leaving) > self._settings.in_flight:
-            left = self._leaving.popleft()
+        while len({each.layer for each in self._leaving}) > self._settings.in_flight:
+            left = self._leaving.pop(0)
             # Its device memory is used again by what is queued from here on, and not before the copy has ended.
             self._copier.wait(left.mark)
             left.here = None
@@ -196,23 +204,25 @@ class HostStore:
                 parked.fetch(self._copier)
             self._copier.wait(parked.mark)
             tensor = parked.here
-        parked.here = None
+        parked.here, parked.was_taken = None, True
         self._coming = [each for each in self._coming if each.here is not None and each is not parked]
-        self._fetch_before(parked)
+        self._fetch_up_to(parked.layer)
         assert tensor is not None
         return tensor
 
-    def _fetch_before(self, parked: Parked) -> None:
-        places = [place for place, reference in enumerate(self._order) if reference() is parked]
-        if not places:
-            return
-        for reference in reversed(self._order[: places[0]]):
-            if len(self._coming) + len(self._leaving) >= self._settings.in_flight:
-                return
-            earlier = reference()
-            if earlier is not None and earlier.here is None:
-                earlier.fetch(self._copier)
-                self._coming.append(earlier)
+    def _fetch_up_to(self, layer: int) -> None:
+        """Starts what else this layer needs, and what the layers before it do."""
+        under_way = {each.layer for each in (*self._coming, *self._leaving)} - {layer}
+        for reference in reversed(self._order):
+            parked = reference()
+            if parked is None or parked.layer > layer or parked.here is not None or parked.was_taken:
+                continue
+            if parked.layer != layer and parked.layer not in under_way:
+                if len(under_way) >= self._settings.in_flight:
+                    return
+                under_way.add(parked.layer)
+            parked.fetch(self._copier)
+            self._coming.append(parked)
 
     def give_back(self, parked: Parked, host: Tensor) -> None:
         """The buffer of a tensor that nobody wants any more: used again for the next of its size."""

@@ -98,25 +98,26 @@ def _forward(self: nn.Module, hidden_states: Tensor, *arguments: Any, **keywords
             "model(…, use_cache=False)",
         )
     settings: _Settings = getattr(self, _SETTINGS)
-    contexts = _no_contexts
+    contexts, store = _no_contexts, settings.store
+    number = 0 if store is None else store.new_layer()
     if settings.mode == "attention_output":
-        keep = settings.store.put if settings.store is not None and settings.keep_outputs_on_host else keep_here
+        keep = partial(store.put, layer=number) if store is not None and settings.keep_outputs_on_host else keep_here
         contexts = partial(_tape_contexts, Tape(keep))
     # Random numbers are drawn by dropout alone.
     random = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
     options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": random}
-    if settings.store is None:
+    if store is None:
         return checkpoint(layer, hidden_states, *arguments, **options, **keywords)
-    return checkpoint(_Input(hidden_states, settings.store).run, layer, *arguments, **options, **keywords)
+    return checkpoint(_Input(hidden_states, store, number).run, layer, *arguments, **options, **keywords)
 
 
 class _Input:
     """A layer's input, which the checkpoint knows only by this object: here while the layer runs, in a store until it runs again."""
 
-    def __init__(self, hidden_states: Tensor, store: HostStore) -> None:
+    def __init__(self, hidden_states: Tensor, store: HostStore, number: int) -> None:
         self._here: Tensor | None = hidden_states
         self._needs_gradient = hidden_states.requires_grad
-        self._kept = store.put(hidden_states.detach())
+        self._kept = store.put(hidden_states.detach(), number)
 
     def run(self, layer: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         hidden_states, self._here = self._here, None
