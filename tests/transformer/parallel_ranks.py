@@ -160,6 +160,7 @@ CASES: dict[int, list[Case]] = {
         Case({"shard": 2, "context": 2}, "tied llama", "packed", {**SMALL, "rematerialise": "full", "offload": Offload()}),
         Case({"replicate": 2, "context": 2}, "gemma 2", how={**SMALL, "layout": "striped"}),
         Case({"replicate": 2, "shard": 2}, "qwen 3", how=SMALL),
+        Case({"replicate": 2, "shard": 1, "context": 2}, how=SMALL),
         Case({"context": 4}, "llama", "packed", {**SMALL, "strategy": "two_dimensional", "options": {"ulysses": 2}}),
         Case({"shard": 2, "context": 2}, "frozen", "nothing on one", SMALL),
     ],
