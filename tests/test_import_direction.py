@@ -39,7 +39,7 @@ NARROWER = {"planner": {"errors", "geometry", "schedule", "strategies"}}
 # Special files at the top: the package itself, which shows the core's public names and (late, when asked) the alias `transformers`;
 # that alias of the transformer room; `python -m ringspan`.
 SPECIAL = {
-    "__init__": {*ROOMS[: ROOMS.index("attention") + 1], "transformer", "transformers"},
+    "__init__": {*ROOMS[: ROOMS.index("attention") + 1], "transformers"},
     "transformers": {"transformer"},
     "__main__": {"cli"},
 }

@@ -10,7 +10,7 @@ from ringspan.attention.functional import attention, attention_varlen, scaled_do
 from ringspan.errors import RankFailure, RingspanError, ScheduleError, UnsupportedError
 from ringspan.geometry import LAYOUTS as _LAYOUTS
 from ringspan.geometry import Mask, block_sparse, causal, documents, full, mask_mod, parse_mask, prefix_lm, sliding_window
-from ringspan.transformer import parallelize
+from ringspan.transformers import parallelize
 from ringspan.transport import run_in_process
 
 __version__ = "0.1.0"
