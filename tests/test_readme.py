@@ -35,7 +35,7 @@ from ringspan.viz.study import piece_sizes, study
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-GUIDES = ("adding_a_strategy", "compile", "exactness", "gallery", "masks", "tracing", "training")
+GUIDES = ("adding_a_strategy", "compile", "exactness", "gallery", "masks", "tracing", "training", "training_longer")
 PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 COLUMNS = 118
 SIZES = piece_sizes(heads=32, kv_heads=8, head_dim=128, dtype_bytes=2)

@@ -1,7 +1,7 @@
 """Exact attention over sequences longer than one device holds.
 
-Start with `ContextParallel`, with `attention` where flash-attn's stood, or with `ringspan.transformers.register()` for a Hugging Face
-model.
+Start with `ContextParallel`, with `attention` where flash-attn's stood, with `parallelize` to train a Hugging Face model, or with
+`ringspan.transformers.register()` for its attention alone.
 """
 
 from ringspan import transformers
@@ -10,6 +10,7 @@ from ringspan.attention.functional import attention, attention_varlen, scaled_do
 from ringspan.errors import RankFailure, RingspanError, ScheduleError, UnsupportedError
 from ringspan.geometry import LAYOUTS as _LAYOUTS
 from ringspan.geometry import Mask, block_sparse, causal, documents, full, mask_mod, parse_mask, prefix_lm, sliding_window
+from ringspan.transformers import parallelize
 from ringspan.transport import run_in_process
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "full",
     "layouts",
     "mask_mod",
+    "parallelize",
     "parse_mask",
     "prefix_lm",
     "run_in_process",

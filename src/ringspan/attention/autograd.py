@@ -19,6 +19,7 @@ from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
+from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype
 from ringspan.transport import PeerMemory, Transport
@@ -74,7 +75,11 @@ class DistributedAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if exchange is not None:
             q, k, v = exchange.inputs_to_heads(q, k, v)
-        out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
+        weights: list[Tensor] = []
+        if plan.materialised:
+            out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
+        else:
+            out, lse = remembered(lambda: _forward(q, k, v, _own(sinks, plan), plan)[:2])
         ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
         lse = lse if return_lse else None
         return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])

@@ -19,7 +19,7 @@ def shift_labels(labels: Tensor) -> Tensor:
     return shifted
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The sum over the ranks, whose gradient is this rank's own: every rank back-propagates its share, and the shares are summed later."""
 
     @staticmethod
@@ -48,5 +48,5 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor, transport: Transport, ign
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     count = (labels != ignore_index).sum().to(wide)
-    total, count = _SumOverRanks.apply(torch.stack((total, count)), transport).unbind()
+    total, count = SumOverRanks.apply(torch.stack((total, count)), transport).unbind()
     return total / count.detach().clamp(min=1)

@@ -1,0 +1,215 @@
+"""Whole training steps of a Llama-shaped model: seconds, MFU and peak memory at a context, with each part of `parallelize` or without it.
+
+    torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --json step.json
+    torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --without tiled_loss
+    torchrun --nproc-per-node 2 benchmarks/training_step.py --context 16384 --plain
+
+Weights and tokens are random: speed and memory do not depend on them. One JSON line a run; an out-of-memory is a result as well. `--plain`
+is transformers with sdpa, FSDP2 and gradient checkpointing, each rank a whole sequence of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ringspan
+from ringspan.transformer import LayerShape, Offload, layer_shape
+
+PARTS = ("feed_forward", "tiled_loss", "rematerialise", "offload")
+SIZES: dict[str, dict[str, Any]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+def model_flops(shape: LayerShape, tokens: int) -> float:
+    """Of one step on one sequence: causal pairs counted once, the backward twice the forward, nothing for computing again."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = 2 * shape.hidden * queries + 2 * shape.hidden * keys + 3 * shape.hidden * shape.intermediate
+    products = 6.0 * tokens * (shape.layers * layer + shape.vocabulary * shape.hidden)
+    # Two products of 2·q flops a pair, tokens²/2 pairs, three times that with the backward.
+    return products + 3 * shape.layers * 2.0 * tokens * tokens * queries
+
+
+def make_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+    """Without memory, to be sharded before it has any."""
+    vocabulary = 512 if arguments.model == "tiny" else 128256
+    config = LlamaConfig(**SIZES[arguments.model], vocab_size=vocabulary, max_position_embeddings=max(8192, arguments.context))
+    if arguments.layers:
+        config.num_hidden_layers = arguments.layers
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(getattr(torch, arguments.masters))
+
+
+def materialise(model: LlamaForCausalLM, device: torch.device, parameters_on_host: bool) -> None:
+    """Gives every shard its memory and random values."""
+    model.to_empty(device="cpu" if parameters_on_host else device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.normal_(0.0, 0.02) if parameter.ndim > 1 else local.fill_(1.0)
+    for module in model.modules():
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(model.config).to(device)
+
+
+def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Callable[[], float]]:
+    """The model, and a forward and backward that returns the loss."""
+    without = set(arguments.without)
+    mode = "none" if "rematerialise" in without else arguments.rematerialise
+    offloads = "offload" not in without and mode in ("full", "attention_output") and arguments.offload
+    host_bytes = None if arguments.host_gib is None else int(arguments.host_gib * 2**30)
+    model = make_model(arguments)
+    parallel = ringspan.parallelize(
+        model,
+        init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("context",)),
+        strategy=arguments.strategy,
+        kernel=arguments.kernel,
+        kv_heads_per_stage=arguments.kv_heads_per_stage,
+        feed_forward_chunk=None if "feed_forward" in without else arguments.feed_forward_chunk or "auto",
+        loss_tile=None if "tiled_loss" in without else arguments.loss_tile or "auto",
+        rematerialise=mode,
+        offload=Offload(host_bytes=host_bytes) if offloads else None,
+        compute_dtype=None if arguments.masters == "bfloat16" else torch.bfloat16,
+        parameters_on_host=arguments.parameters_on_host,
+    )
+    materialise(model, device, arguments.parameters_on_host)
+    if dist.get_rank() == 0:
+        print(parallel.chosen, flush=True)
+    ids = torch.randint(shape.vocabulary, (1, arguments.context), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def work() -> float:
+        loss = parallel.loss(parallel.shard_batch({"input_ids": ids, "labels": ids}))
+        loss.backward()
+        return float(loss.detach())
+
+    return model, work
+
+
+def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Callable[[], float]]:
+    """What one would do without this package."""
+    model = make_model(arguments)
+    model.set_attn_implementation("sdpa")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    materialise(model, device, False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    ids = torch.randint(shape.vocabulary, (1, arguments.context), generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
+
+    def work() -> float:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+    return model, work
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Times every step, the first ones included and marked as warm-up."""
+    shape = layer_shape(make_model(arguments))
+    model, work = (plain if arguments.plain else ours)(arguments, device, shape)
+    optimizer = None
+    if arguments.optimizer != "none":
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[arguments.optimizer](model.parameters(), lr=1e-5)
+    on_gpu = device.type == "cuda"
+    seconds, losses, peak = [], [], 0
+    for _ in range(arguments.warmup + arguments.steps):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        dist.barrier()
+        began = time.perf_counter()
+        losses.append(work())
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+            peak = max(peak, torch.cuda.max_memory_allocated())
+        seconds.append(time.perf_counter() - began)
+    timed = sorted(seconds[arguments.warmup :])
+    middle = timed[len(timed) // 2]
+    ranks = dist.get_world_size()
+    sequences = ranks if arguments.plain else 1
+    flops = model_flops(shape, arguments.context) * sequences
+    return {
+        "seconds": seconds,
+        "warmup": arguments.warmup,
+        "losses": losses,
+        "tokens_per_second": sequences * arguments.context / middle,
+        "tflops_per_gpu": flops / middle / ranks / 1e12,
+        "mfu": flops / middle / ranks / 1e12 / arguments.peak_tflops,
+        "peak_gib": peak / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+    }
+
+
+def main() -> None:
+    """One run, one JSON line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=SIZES, default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--strategy", default="ring")
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--kv-heads-per-stage", type=int)
+    parser.add_argument("--feed-forward-chunk", type=int)
+    parser.add_argument("--loss-tile", type=int)
+    parser.add_argument("--rematerialise", default="attention_output")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--host-gib", type=float, help="of host memory for checkpoints, a rank")
+    parser.add_argument("--parameters-on-host", action="store_true")
+    parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd", "none"), default="adamw")
+    parser.add_argument("--without", nargs="*", default=(), choices=PARTS, help="parts that are turned off")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU: 989 for H100 and H200 in bfloat16")
+    parser.add_argument("--json", help="a file to which the line is added")
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if on_gpu else "cpu"
+    line = {"commit": commit, "torch": torch.__version__, "gpu": gpu, "ranks": dist.get_world_size(), **vars(arguments)}
+    try:
+        line |= measure(arguments, device)
+    except torch.OutOfMemoryError as error:
+        # The other ranks wait for this one: it ends all of them.
+        print(json.dumps({**line, "out_of_memory": str(error).splitlines()[0]}), flush=True)
+        os._exit(3)
+    if dist.get_rank() == 0:
+        print(json.dumps(line), flush=True)
+        if arguments.json:
+            with Path(arguments.json).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Parameters sharded by FSDP2 over all ranks that compute with them, and gradients summed over these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from ringspan.transformer.layers import causal_model, decoder_layers
+
+
+def shard_parameters(
+    model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None, on_host: bool, reshard_after_forward: bool
+) -> None:
+    """Shards layers, embeddings and the rest of `model` with `fully_shard`, in place.
+
+    FSDP divides gradients by the size of its group, as if every rank's loss were a mean. Here it is a share of one mean, and shares add up:
+    the divisor is set to 1, and the reduction is a plain sum, which every backend has.
+
+    Args:
+        model: a causal language model.
+        mesh: `(shards,)` or `(replicas, shards)`.
+        compute_dtype: what parameters are cast to; gradients are then reduced in float32. None: as they are.
+        on_host: whether shards live in host memory.
+        reshard_after_forward: whether a layer's parameters are given up until its backward.
+    """
+    keywords: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if on_host else OffloadPolicy(),
+    }
+    for layer in decoder_layers(model):
+        fully_shard(layer, **keywords, reshard_after_forward=reshard_after_forward)
+    inner: Any = causal_model(model)
+    embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is not None and embeddings.weight is not head.weight:
+        # Where they are tied they are gathered together, with the whole model's group.
+        fully_shard(embeddings, **keywords, reshard_after_forward=reshard_after_forward)
+        # The head's backward follows its forward at once.
+        fully_shard(head, **keywords, reshard_after_forward=False)
+    fully_shard(model, **keywords)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,178 @@
+"""A prepared model, and what a training loop needs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ringspan.attention import ContextParallel
+from ringspan.attention.batch import SEQUENCE_KEYWORD
+from ringspan.attention.checks import check_sequence, problem_of
+from ringspan.attention.gradients import sum_gradients
+from ringspan.attention.loss import SumOverRanks
+from ringspan.errors import RingspanError
+from ringspan.geometry import Mask, causal
+from ringspan.transformer.head import LossRequest
+from ringspan.transformer.offload import HostStore, Offload
+from ringspan.transformer.tiled_loss import LossTerms
+from ringspan.transport import Transport
+
+TOTAL_KEYWORD = "ringspan_total"
+"""The key of a part under which it carries the number of labelled tokens of the whole step, over all replicas and micro-batches."""
+_INPUTS = ("input_ids", "inputs_embeds", "position_ids", SEQUENCE_KEYWORD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What `parallelize` settled: every `auto` as a number or a name, and why.
+
+    Attributes:
+        feed_forward_chunk: tokens, or None where the feed-forward is left as it is.
+        loss_tile: tokens, or None where the model makes its own logits.
+        rematerialise: the mode.
+        reason: why this mode.
+        offload: what goes to the host, or None.
+    """
+
+    feed_forward_chunk: int | None
+    loss_tile: int | None
+    rematerialise: str
+    reason: str
+    offload: Offload | None
+
+
+class ParallelModel:
+    """A prepared model, and what a training loop needs beside it. Made by `parallelize`.
+
+    Attributes:
+        model: the model that was given, prepared in place; its parameters are `DTensor`s where they are sharded.
+        context: the `ContextParallel` of its sequences.
+        chosen: what was settled.
+        store: where checkpoints go, or None.
+        num_replicas: how many different batches are computed at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: ContextParallel,
+        everyone: Transport,
+        chosen: Chosen,
+        terms: LossTerms,
+        *,
+        store: HostStore | None,
+        num_replicas: int,
+        is_sharded: bool,
+    ) -> None:
+        self.model, self.context, self.chosen, self.store, self.num_replicas = model, context, chosen, store, num_replicas
+        self._everyone, self._terms, self._is_sharded = everyone, terms, is_sharded
+        self._members: list[int] = context.transport.gather_objects(everyone.rank)
+
+    def shard_batch(self, batch: Mapping[str, Any], mask: Mask | None = None) -> dict[str, Any]:
+        """This rank's part of the only micro-batch of a step: `shard_batches([batch], [mask])[0]`."""
+        return self.shard_batches([batch], None if mask is None else [mask])[0]
+
+    def shard_batches(self, batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None = None) -> list[dict[str, Any]]:
+        """This rank's parts of a step's micro-batches. Collective over all ranks.
+
+        Each part carries the number of labelled tokens of the whole step, over all micro-batches and replicas: the loss of a token weighs
+        the same wherever it is, and no average is ever averaged.
+
+        Args:
+            batches: what this replica computes, whole, the same on all ranks of its context; of any lengths, but as many on every replica.
+                What a batch holds: see `ringspan.attention.batch.shard_batch`.
+            masks: of each batch; causal if not given.
+
+        Returns:
+            For each batch what `loss` takes.
+
+        Raises:
+            RingspanError: on every rank, where a batch is wrong on one of them, or replicas have different numbers of micro-batches.
+        """
+        asked: list[tuple[int, Mask]] = []
+        problem = problem_of(lambda: asked.extend(_wanted(batches, masks)))
+        # First what to cut by, since agreeing on a new sequence is a matter of its context alone, and the others would wait elsewhere.
+        said = self._everyone.gather_objects((self._members, [(length, str(mask)) for length, mask in asked], problem))
+        _raise_first(problem, [other for *_, other in said])
+        _check_alike(said)
+        sequences = [self.context.sequence(length, mask) for length, mask in asked]
+        parts: list[dict[str, Any]] = []
+        problem = problem_of(
+            lambda: parts.extend(sequence.shard_batch(batch) for sequence, batch in zip(sequences, batches, strict=True)),
+        )
+        count = sum(int(part["num_items_in_batch"]) for part in parts)
+        counts = self._everyone.gather_objects((count, problem))
+        _raise_first(problem, [other for _, other in counts])
+        # Every rank of a context has counted the same tokens.
+        total = sum(each for each, _ in counts) // self.context.num_ranks
+        return [{**part, TOTAL_KEYWORD: total} for part in parts]
+
+    def loss(self, part: Mapping[str, Any]) -> Tensor:
+        """A micro-batch's share of the step's loss, on every rank: the shares of all micro-batches add up to it. Collective.
+
+        `backward()` of each, and `sum_gradients()` once, leave the gradients of the unsplit model on the mean over all labelled tokens of
+        all replicas and micro-batches. Under `torch.no_grad()` it validates.
+
+        Args:
+            part: from `shard_batches`.
+
+        Raises:
+            RingspanError: for a part that has no count.
+        """
+        if TOTAL_KEYWORD not in part or "labels" not in part:
+            raise RingspanError(
+                "a loss",
+                "this part knows no number of tokens",
+                "A token's weight is one in all of the step's",
+                "parallel.shard_batch(batch)",
+            )
+        labels: Tensor = part["labels"]
+        request = LossRequest(labels=labels, scale=1 / max(1, part[TOTAL_KEYWORD]), terms=self._terms, tile=self.chosen.loss_tile)
+        inputs = {name: part[name] for name in _INPUTS if name in part}
+        share = self.model(**inputs, use_cache=False, ringspan_loss=request)
+        return SumOverRanks.apply(share, self._everyone)
+
+    def sum_gradients(self) -> None:
+        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
+        if not self._is_sharded:
+            sum_gradients(self.model.parameters(), self._everyone)
+
+
+def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:
+    """The length and mask of each batch."""
+    if not batches or (masks is not None and len(masks) != len(batches)):
+        found = f"{len(batches)} batches" if masks is None else f"{len(batches)} batches with {len(masks)} masks"
+        raise RingspanError(found, "", "There is at least one batch a step, and one mask a batch", "masks=None, for causal ones")
+    found = []
+    for batch, mask in zip(batches, masks or [causal()] * len(batches), strict=True):
+        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+        if "labels" not in batch or not isinstance(tokens, Tensor) or tokens.ndim < 2:
+            rule = "A loss needs tokens and labels, both [batch, length]"
+            raise RingspanError("a batch to train on", f"it has {', '.join(map(str, batch)) or 'nothing'}", rule, "labels=input_ids")
+        check_sequence(tokens.shape[1], mask)
+        found.append((tokens.shape[1], mask))
+    return found
+
+
+def _raise_first(problem: RingspanError | None, others: list[RingspanError | None]) -> None:
+    if problem is not None:
+        raise problem
+    for rank, other in enumerate(others):
+        if other is not None:
+            raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
+
+
+def _check_alike(said: list[tuple[list[int], list[tuple[int, str]], Any]]) -> None:
+    """As many micro-batches on all ranks, of the same lengths and masks within each context."""
+    for other, (members, asked, _) in enumerate(said):
+        if len(asked) != len(said[0][1]):
+            rule = "Every replica has as many micro-batches a step, since all take part in gathering the parameters"
+            found = f"rank 0 has {len(said[0][1])}, rank {other} has {len(asked)}"
+            raise RingspanError("micro-batches of one step", found, rule, "one whose labels are all −100 for who has none left")
+        if asked != said[members[0]][1]:
+            found = f"rank {members[0]} has {said[members[0]][1]}, rank {other} has {asked}"
+            rule = "Ranks that share a sequence are given the same whole batches"
+            raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context axis")

@@ -1,0 +1,221 @@
+"""`parallelize`: an unmodified Hugging Face decoder, its context, parameters and batches spread over the ranks of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringspan.attention import ContextParallel
+from ringspan.attention.checks import problem_of
+from ringspan.errors import RingspanError
+from ringspan.transformer.axes import Group, Names, find_axes
+from ringspan.transformer.blockwise import blockwise, check_position_wise, norms_of
+from ringspan.transformer.head import loss_terms, prepare_loss
+from ringspan.transformer.hook import ATTENTION_NAME, register
+from ringspan.transformer.layers import causal_model, decoder, decoder_layers, feed_forward_of
+from ringspan.transformer.memory import (
+    auto_feed_forward_chunk,
+    auto_loss_tile,
+    auto_rematerialise,
+    device_bytes,
+    layer_shape,
+)
+from ringspan.transformer.offload import HostStore, Offload, make_store
+from ringspan.transformer.parallel_model import Chosen, ParallelModel
+from ringspan.transformer.rematerialise import check_mode
+from ringspan.transformer.rematerialise import rematerialise as make_rematerialised
+from ringspan.transformer.tiled_loss import LossTerms
+from ringspan.transport import agree, make_transport
+
+Auto = Literal["auto"]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Group = None,
+    *,
+    context: Names = "context",
+    shard: Names = "shard",
+    replicate: Names = "replicate",
+    tensor: Names = "tensor",
+    strategy: str = "ring",
+    layout: str = "zigzag",
+    kernel: str = "auto",
+    weights: tuple[float, ...] | None = None,
+    kv_heads_per_stage: int | None = None,
+    options: Mapping[str, int | str] | None = None,
+    feed_forward_chunk: int | Auto | None = "auto",
+    loss_tile: int | Auto | None = "auto",
+    rematerialise: str = "attention_output",
+    offload: Offload | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shard_parameters: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    parameters_on_host: bool = False,
+    reshard_after_forward: bool = True,
+    tokens_per_rank: int | None = None,
+    memory_bytes: int | None = None,
+) -> ParallelModel:
+    """Makes a Hugging Face decoder long-context, in place: attention over all ranks, and nothing else that grows with the length.
+
+    The loss and every gradient are those of the unsplit model, whatever the mix of context, replicas, shards, accumulation, padding and
+    packed documents.
+
+    Args:
+        model: a causal language model of a family that transformers 5 and `ringspan.transformers.register` know; on the CPU, on its
+            device, or on `meta` (then materialise it after this). Its weights are the same on every rank.
+        mesh: a `DeviceMesh` with named axes; or, where all ranks share sequences and parameters stay whole, what `ContextParallel` takes.
+        context: the axis (or axes, flattened) whose ranks share a sequence.
+        shard: the axis whose ranks have different batches and share the parameters. Parameters are sharded over it and `context` together.
+        replicate: the axis of whole copies of that.
+        tensor: refused where it has more than one rank.
+        strategy: see `ContextParallel`, as `layout`, `kernel`, `weights`, `kv_heads_per_stage`.
+        layout: who owns which positions.
+        kernel: of attention.
+        weights: for layout `weighted`.
+        kv_heads_per_stage: key heads computed at a time.
+        options: the strategy's own.
+        feed_forward_chunk: tokens that a feed-forward part, or a norm, computes at a time; `auto`: what works in 1/32 of the device's
+            memory; None: all, as the model does.
+        loss_tile: tokens whose logits exist at a time; `auto`: what works in 1/16 of it; None: the model's own logits.
+        rematerialise: one of `ringspan.transformer.MODES`, or `auto`: see `auto_rematerialise`; it needs `tokens_per_rank`.
+        offload: layer checkpoints in host memory.
+        label_smoothing: of the loss.
+        z_loss: weight of the squared log of the logits' normaliser.
+        shard_parameters: whether FSDP2 shards parameters, gradients and optimizer; otherwise they are whole on every rank.
+        compute_dtype: what parameters are cast to for computing, e.g. `torch.bfloat16` over float32 masters; gradients are then reduced in
+            float32. None: as they are.
+        parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; their step is the CPU's.
+        reshard_after_forward: whether a layer's parameters are given up between its forward and its backward.
+        tokens_per_rank: batch × positions of this rank, for `rematerialise="auto"`.
+        memory_bytes: what `auto` chooses for; the device's whole memory if not given.
+
+    Raises:
+        RingspanError: on every rank, where an argument is wrong or the ranks disagree.
+    """
+    axes = find_axes(mesh, context=context, shard=shard, replicate=replicate, tensor=tensor, shard_parameters=shard_parameters)
+    everyone = make_transport(axes.everyone)
+    device = _device(mesh, model)
+    prepared: list[tuple[Chosen, LossTerms]] = []
+
+    def prepare() -> None:
+        register()
+        check_mode("full" if rematerialise == "auto" else rematerialise, strategy=strategy, offloads=offload is not None)
+        if (parameters_on_host or compute_dtype is not None) and axes.sharding is None:
+            asked = "parameters_on_host=True" if parameters_on_host else f"compute_dtype={compute_dtype}"
+            rule = "It is FSDP that keeps parameters elsewhere, or in another dtype, than they are computed with"
+            raise RingspanError(asked, "the parameters are not sharded", rule, "a DeviceMesh with shard_parameters=True; model.to(dtype)")
+        chosen = _choose(
+            model,
+            device,
+            feed_forward_chunk=feed_forward_chunk,
+            loss_tile=loss_tile,
+            mode=rematerialise,
+            offload=offload,
+            tokens=tokens_per_rank,
+            memory_bytes=memory_bytes,
+            num_shards=1 if axes.sharding is None else axes.sharding.shape[-1],
+            compute_dtype=compute_dtype,
+        )
+        terms = loss_terms(model, tiled=chosen.loss_tile is not None, label_smoothing=label_smoothing, z_loss=z_loss)
+        if chosen.feed_forward_chunk is not None:
+            for layer in decoder_layers(model):
+                check_position_wise(feed_forward_of(layer))
+        prepared.append((chosen, terms))
+
+    problem = problem_of(prepare)
+    asked = f"{sum(parameter.numel() for parameter in model.parameters())} parameters, rematerialise={rematerialise!r}"
+    agree(everyone, "parallelize", f"{asked} {prepared[0][1] if prepared else ''}", problem)
+    chosen, terms = prepared[0]
+    more: dict[str, Any] = dict(options or {})
+    cp = ContextParallel(
+        axes.context,
+        strategy=strategy,
+        layout=layout,
+        kernel=kernel,
+        weights=weights,
+        kv_heads_per_stage=kv_heads_per_stage,
+        **more,
+    )
+    store = None if chosen.offload is None else make_store(device, chosen.offload)
+    _prepare_model(model, chosen, store)
+    if axes.sharding is not None:
+        # Late: whoever shards nothing need not load FSDP.
+        from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
+
+        shard_with_fsdp(
+            model,
+            axes.sharding,
+            compute_dtype=compute_dtype,
+            on_host=parameters_on_host,
+            reshard_after_forward=reshard_after_forward,
+        )
+    return ParallelModel(
+        model, cp, everyone, chosen, terms, store=store, num_replicas=axes.num_replicas, is_sharded=axes.sharding is not None
+    )
+
+
+def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None) -> None:
+    inner: Any = causal_model(model)
+    inner.set_attn_implementation(ATTENTION_NAME)
+    layers = decoder_layers(model)
+    if chosen.feed_forward_chunk is not None:
+        for layer in layers:
+            for part in (feed_forward_of(layer), *norms_of(layer)):
+                blockwise(part, chosen.feed_forward_chunk)
+        for norm in norms_of(decoder(model)):
+            blockwise(norm, chosen.feed_forward_chunk)
+    attention_outputs = chosen.offload is not None and chosen.offload.attention_outputs
+    make_rematerialised(layers, chosen.rematerialise, store, attention_outputs=attention_outputs)
+    prepare_loss(model)
+
+
+def _choose(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    feed_forward_chunk: int | Auto | None,
+    loss_tile: int | Auto | None,
+    mode: str,
+    offload: Offload | None,
+    tokens: int | None,
+    memory_bytes: int | None,
+    num_shards: int,
+    compute_dtype: torch.dtype | None,
+) -> Chosen:
+    for name, value in (("feed_forward_chunk", feed_forward_chunk), ("loss_tile", loss_tile)):
+        if not (value is None or value == "auto" or (type(value) is int and value >= 1)):
+            rule = f"{name} is a whole number of at least one token, 'auto' or None"
+            raise RingspanError(f"{name}={value!r}", "", rule, f"{name}=2048")
+    if offload is not None:
+        offload.check()
+    automatic = "auto" in (feed_forward_chunk, loss_tile, mode)
+    reason = "as asked"
+    if automatic:
+        sample = next(model.parameters())
+        shape = layer_shape(model, (compute_dtype or sample.dtype).itemsize)
+        memory = memory_bytes if memory_bytes is not None else device_bytes(device)
+        feed_forward_chunk = auto_feed_forward_chunk(shape, memory) if feed_forward_chunk == "auto" else feed_forward_chunk
+        loss_tile = auto_loss_tile(shape, memory) if loss_tile == "auto" else loss_tile
+        if mode == "auto":
+            if type(tokens) is not int or tokens < 1:
+                rule = "Memory is a matter of how many tokens a rank computes at once"
+                raise RingspanError("rematerialise='auto'", f"tokens_per_rank={tokens!r}", rule, "tokens_per_rank=batch * length // ranks")
+            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // num_shards
+            host = 0 if offload is None else offload.host_bytes
+            found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory, host_bytes=host)
+            mode, reason = found.mode, found.reason
+            offload = None if mode == "none" else offload
+    assert feed_forward_chunk != "auto" and loss_tile != "auto"
+    return Chosen(feed_forward_chunk=feed_forward_chunk, loss_tile=loss_tile, rematerialise=mode, reason=reason, offload=offload)
+
+
+def _device(mesh: Group, model: nn.Module) -> torch.device:
+    """Where the model will compute."""
+    kind = mesh.device_type if isinstance(mesh, DeviceMesh) else next(model.parameters()).device.type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

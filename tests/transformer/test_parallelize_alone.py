@@ -1,0 +1,237 @@
+"""`parallelize` on ranks of one process and on one rank: families, refusals, and what a loop sees."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import ringspan
+from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.transformer import Offload, head
+from tests.support.errors import relative
+from tests.support.models import VOCABULARY, gradients, make_batch, seeded, tiny_llama
+from tests.transformer.parallel_ranks import MODELS, Case, step, whole
+
+BUDGET = 2e-6  # as in law 6
+_SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager",
+}  # fmt: skip
+_WIDE = {**_SMALL, "head_dim": 4}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _SMALL),
+    "mistral": ("Mistral", _SMALL),
+    "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen2": ("Qwen2", _SMALL),
+    "qwen3": ("Qwen3", _WIDE),
+    "smollm3": ("SmolLM3", _SMALL),
+    "olmo2": ("Olmo2", _SMALL),
+    "phi3": ("Phi3", _SMALL),
+    "gemma": ("Gemma", _WIDE),
+    "gemma2": ("Gemma2", {**_WIDE, "query_pre_attn_scalar": 4, "final_logit_softcapping": 1.5}),
+    "gemma3_text": ("Gemma3", {**_WIDE, "query_pre_attn_scalar": 4, "final_logit_softcapping": 2.0}),
+    "granite": ("Granite", {**_SMALL, "logits_scaling": 3.0}),
+    "cohere": ("Cohere", {**_SMALL, "logit_scale": 0.3}),
+    "cohere2": ("Cohere2", {**_SMALL, "logit_scale": 0.3}),
+    "gpt_oss": ("GptOss", {**_WIDE, "num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+EXPERTS = ("mixtral", "gpt_oss")
+
+
+def family(name: str) -> Any:
+    kind, sizes = FAMILIES[name]
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")(**sizes)
+    # Grouped products of experts are not there in float64.
+    return seeded(getattr(transformers, f"{kind}ForCausalLM"), config, torch.float32 if name in EXPERTS else torch.float64)
+
+
+@pytest.mark.parametrize("name", head.FAMILIES)
+def test_the_tiled_loss_of_a_family_is_the_models_own_with_its_scales_and_softcaps(name: str):
+    model, batch = family(name), make_batch(2, 11)
+    plain = copy.deepcopy(model)
+    expected = plain(**batch).loss
+    expected.backward()
+    chunk = None if name in EXPERTS else 4
+    parallel = ringspan.parallelize(model, loss_tile=3, feed_forward_chunk=chunk, rematerialise="full", kernel="reference")
+    loss = parallel.loss(parallel.shard_batch(batch))
+    loss.backward()
+    assert relative(loss.detach(), expected.detach()) <= BUDGET
+    for key, gradient in gradients(plain).items():
+        assert relative(gradients(model)[key], gradient) <= (10 if name in EXPERTS else 2) * BUDGET, key
+
+
+def test_a_scale_that_is_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(head.FAMILIES, "granite", lambda config: (1.0, None))
+    with pytest.raises(AssertionError):
+        test_the_tiled_loss_of_a_family_is_the_models_own_with_its_scales_and_softcaps("granite")
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "bfloat16 llama"])
+@pytest.mark.parametrize("data", ["padded", "packed"])
+def test_on_ranks_of_one_process_loss_and_gradients_are_those_of_the_unsplit_model(model: str, data: str):
+    case = Case({"context": 2}, model, data)
+    expected_loss, expected = whole(case)
+
+    def run(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        mine = copy.deepcopy(MODELS[model]())
+        parallel = ringspan.parallelize(mine, group, feed_forward_chunk=5, loss_tile=4)
+        return step(parallel, case.batches(0)), gradients(mine)
+
+    for loss, found in ringspan.run_in_process(2, run):
+        assert relative(loss, expected_loss) <= BUDGET
+        for name, gradient in expected.items():
+            assert (found[name] is None) == (gradient is None)
+            assert gradient is None or relative(found[name], gradient) <= BUDGET, name
+
+
+def test_validation_needs_no_gradients_and_gives_the_same_loss():
+    model = tiny_llama()
+    parallel = ringspan.parallelize(model, loss_tile=4, feed_forward_chunk=5)
+    part = parallel.shard_batch(make_batch(2, 13))
+    with torch.no_grad():
+        validated = parallel.loss(part)
+    assert relative(validated, parallel.loss(part).detach()) <= 1e-12 and not validated.requires_grad
+
+
+def test_smoothing_and_z_loss_are_the_same_with_tiles_and_without():
+    losses = []
+    for tile in (3, None):
+        parallel = ringspan.parallelize(tiny_llama(), loss_tile=tile, feed_forward_chunk=None, label_smoothing=0.1, z_loss=0.01)
+        losses.append(parallel.loss(parallel.shard_batch(make_batch(2, 13))).detach())
+    plain = ringspan.parallelize(tiny_llama(), loss_tile=3, feed_forward_chunk=None)
+    assert relative(losses[0], losses[1]) <= 1e-12
+    assert abs(float(losses[0]) - float(plain.loss(plain.shard_batch(make_batch(2, 13))).detach())) > 1e-3
+
+
+def test_a_prepared_model_still_answers_with_logits():
+    model = tiny_llama()
+    parallel = ringspan.parallelize(model, feed_forward_chunk=5, loss_tile=4)
+    part = parallel.context.sequence(9).shard_batch(make_batch(1, 9))
+    expected = tiny_llama()(**make_batch(1, 9))
+    found = model(**part, use_cache=False)
+    assert relative(found.logits.detach(), expected.logits.detach()) <= BUDGET
+    assert relative(found.loss.detach(), expected.loss.detach()) <= BUDGET
+
+
+def test_the_names_of_weights_are_those_of_the_model_so_that_its_checkpoints_go_on_loading():
+    model, expected = tiny_llama(), list(tiny_llama().state_dict())
+    ringspan.parallelize(model, rematerialise="full", offload=Offload())
+    assert list(model.state_dict()) == expected and [name for name, _ in model.named_parameters()] == expected
+
+
+class Wrapped(torch.nn.Module):
+    """A model with another one around it, as peft's are."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.base_model(*arguments, **keywords)
+
+
+def test_a_model_that_is_wrapped_as_peft_wraps_it_is_prepared_within():
+    batch = make_batch(2, 13)
+    expected = tiny_llama()
+    loss = expected(**batch).loss
+    loss.backward()
+    model = Wrapped(tiny_llama())
+    parallel = ringspan.parallelize(model, feed_forward_chunk=5, loss_tile=4)
+    found = parallel.loss(parallel.shard_batch(batch))
+    found.backward()
+    assert relative(found.detach(), loss.detach()) <= BUDGET
+    for name, gradient in gradients(expected).items():
+        assert relative(gradients(model.base_model)[name], gradient) <= BUDGET, name
+
+
+def test_auto_settles_numbers_and_says_why():
+    parallel = ringspan.parallelize(tiny_llama(), rematerialise="auto", tokens_per_rank=1 << 17, memory_bytes=1 << 30, offload=Offload())
+    chosen = parallel.chosen
+    assert chosen.rematerialise == "attention_output" and "layers keep 0.0 GiB" in chosen.reason and chosen.offload == Offload()
+    assert chosen.feed_forward_chunk == 12288 and chosen.loss_tile == 52736
+    assert parallel.store is not None
+    roomy = ringspan.parallelize(tiny_llama(), rematerialise="auto", tokens_per_rank=8, offload=Offload())
+    assert roomy.chosen.rematerialise == "none" and roomy.store is None
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "a chunk of nothing": ({"feed_forward_chunk": 0}, "at least one token"),
+    "a tile of nothing": ({"loss_tile": 2.5}, "at least one token"),
+    "an unknown mode": ({"rematerialise": "some"}, "none, selective, attention_output, full"),
+    "offload of nothing": ({"rematerialise": "none", "offload": Offload()}, "no layer checkpoints are made"),
+    "auto without tokens": ({"rematerialise": "auto"}, "tokens_per_rank="),
+    "a dtype without shards": ({"compute_dtype": torch.bfloat16}, "not sharded"),
+    "parameters on the host without shards": ({"parameters_on_host": True}, "not sharded"),
+    "smoothing beyond 1": ({"label_smoothing": 2.0}, "a share of 1"),
+    "offload in no flight": ({"offload": Offload(in_flight=0)}, "At least one layer"),
+    "an unknown layout": ({"layout": "wild"}, "layout"),
+    "scores that are kept": ({"strategy": "ring_self_attention"}, "keeps its scores"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_makes_no_sense_is_refused_on_every_rank_also_where_one_alone_asks_for_it(name: str):
+    arguments, words = REFUSALS[name]
+
+    def run(group: Any) -> str:
+        # Strategies and layouts are agreed on by ContextParallel itself; the rest is asked for by one rank alone.
+        alone = arguments if group.rank == 1 or name == "an unknown layout" else {}
+        with pytest.raises(RingspanError) as caught:
+            ringspan.parallelize(tiny_llama(), group, **alone)
+        return str(caught.value)
+
+    assert all(words in message for message in ringspan.run_in_process(2, run, timeout_seconds=30.0))
+
+
+def test_models_whose_logits_are_not_known_are_refused_and_go_without_tiles():
+    model = tiny_llama()
+    model.config.model_type = "unheard_of"
+    with pytest.raises(UnsupportedError, match="loss_tile=None"):
+        ringspan.parallelize(model)
+    parallel = ringspan.parallelize(model, loss_tile=None)
+    assert (
+        relative(parallel.loss(parallel.shard_batch(make_batch(1, 9))).detach(), tiny_llama()(**make_batch(1, 9)).loss.detach()) <= BUDGET
+    )
+
+
+def test_a_balancing_loss_of_experts_is_refused():
+    model = family("mixtral")
+    model.config.output_router_logits = True
+    with pytest.raises(UnsupportedError, match="output_router_logits=False"):
+        ringspan.parallelize(model, feed_forward_chunk=None)
+
+
+def test_experts_are_no_feed_forward_that_runs_by_chunks():
+    with pytest.raises(UnsupportedError, match="feed_forward_chunk=None"):
+        ringspan.parallelize(family("mixtral"))
+
+
+def test_a_batch_that_one_rank_cannot_compute_is_refused_on_every_rank():
+    def run(group: Any) -> list[str]:
+        parallel = ringspan.parallelize(tiny_llama(), group)
+        said = []
+        for batch in ({"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, {**make_batch(1, 9), "extra": 1}, make_batch(1, 11)):
+            with pytest.raises(RingspanError) as caught:
+                parallel.shard_batch(batch if group.rank else make_batch(1, 9))
+            said.append(str(caught.value))
+        with pytest.raises(RingspanError, match="as many micro-batches"):
+            parallel.shard_batches([make_batch(1, 9)] * (1 + group.rank))
+        parallel.shard_batch(make_batch(1, 9))
+        return said
+
+    for said in ringspan.run_in_process(2, run, timeout_seconds=30.0):
+        assert "labels" in said[0] and "nothing is ignored" in said[1] and "the same whole batches" in said[2]
+
+
+def test_a_loss_of_a_part_that_was_not_counted_is_refused():
+    parallel = ringspan.parallelize(tiny_llama())
+    with pytest.raises(RingspanError, match=r"parallel\.shard_batch"):
+        parallel.loss(parallel.context.sequence(9).shard_batch(make_batch(1, 9)))

@@ -1,0 +1,267 @@
+"""Rematerialised layers have the gradients of plain ones; what is said not to run again does not; checkpoints go to the host and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import ringspan
+from ringspan.attention.tape import Tape
+from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.kernels.reference import Reference
+from ringspan.transformer import MODES, HostStore, Offload, PlainCopier, blockwise, decoder_layers, rematerialise
+from ringspan.transformer.layers import feed_forward_of
+from tests.support.errors import relative
+from tests.support.models import VOCABULARY, gradients, make_batch, seeded, tiny_llama, with_attention
+
+BUDGET = 1e-12
+"""Computing a layer again gives the same bits, but for sums over chunks of the feed-forward. float64."""
+
+_SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": tiny_llama,
+    "qwen 3": lambda: seeded(Qwen3ForCausalLM, Qwen3Config(**_SMALL)),
+    "gemma 2, with windows and softcaps": lambda: seeded(
+        Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=7, query_pre_attn_scalar=4, attn_logit_softcapping=5.0)
+    ),
+    "gpt-oss, with sinks": lambda: seeded(
+        GptOssForCausalLM, GptOssConfig(**_SMALL, sliding_window=7, num_local_experts=2, num_experts_per_tok=1), torch.float32
+    ),
+}
+
+
+def run(model: Any, mode: str, ranks: int = 2, chunk: int | None = None, offload: Offload | None = None, **how: Any) -> list[Any]:
+    """For each rank: loss, gradients after `sum_gradients`, bytes sent in the backward, and the store."""
+    how = {"kernel": "reference", **how}
+
+    def rank(group: Any) -> Any:
+        context = ringspan.ContextParallel(group, **how)
+        mine = with_attention(model, "ringspan")
+        store = None if offload is None else HostStore(PlainCopier(), offload)
+        for layer in decoder_layers(mine):
+            if chunk:
+                blockwise(feed_forward_of(layer), chunk)
+        rematerialise(decoder_layers(mine), mode, store)
+        sequence = context.sequence(19)
+        part = sequence.shard_batch(make_batch(2, 19))
+        loss = sequence.loss(mine(**part, use_cache=False).logits, part["shift_labels"])
+        before = sum(context.transport.bytes_sent.values())
+        loss.backward()
+        sent = sum(context.transport.bytes_sent.values()) - before
+        context.sum_gradients(mine)
+        return loss.detach(), gradients(mine), sent, store
+
+    return ringspan.run_in_process(ranks, rank)
+
+
+def check(found: list[Any], expected: list[Any], budget: float = BUDGET) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours[0], theirs[0]) <= budget
+        for name, gradient in theirs[1].items():
+            assert relative(ours[1][name], gradient) <= budget, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_mode_gives_the_gradients_of_layers_that_keep_everything(model: str, mode: str):
+    made = MODELS[model]()
+    check(run(made, mode), run(made, "none"))
+
+
+@pytest.mark.parametrize(
+    "how", [{"strategy": "ulysses"}, {"kv_heads_per_stage": 1}, {"strategy": "balanced", "layout": "contiguous"}], ids=str
+)
+def test_attention_output_goes_with_other_strategies(how: dict[str, Any]):
+    model = tiny_llama()
+    check(run(model, "attention_output", 3, **how), run(model, "none", 3, **how))
+
+
+@pytest.mark.parametrize("mode", ["full", "attention_output"])
+def test_it_goes_with_the_blockwise(mode: str):
+    model = tiny_llama()
+    check(run(model, mode, chunk=4), run(model, "none"))
+
+
+def count_kernel(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each half of the reference kernel runs from now on."""
+    counts: Counter[str] = Counter()
+    for half in ("forward", "backward"):
+        right = getattr(Reference, half)
+
+        def counted(self: Any, *arguments: Any, right: Any = right, half: str = half) -> Any:
+            counts[half] += 1
+            return right(self, *arguments)
+
+        monkeypatch.setattr(Reference, half, counted)
+    return counts
+
+
+@pytest.mark.parametrize("how", [{}, {"strategy": "ulysses"}, {"kv_heads_per_stage": 1}], ids=str)
+def test_under_attention_output_the_kernel_runs_once_forward_and_never_again(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model, counts = tiny_llama(), count_kernel(monkeypatch)
+    calls = {}
+    for mode in ("none", "attention_output", "full"):
+        counts.clear()
+        run(model, mode, 3, **how)
+        calls[mode] = dict(counts)
+    assert calls["attention_output"] == calls["none"]
+    assert calls["full"]["forward"] == 2 * calls["none"]["forward"] > 0
+    assert calls["full"]["backward"] == calls["none"]["backward"]
+
+
+def test_under_attention_output_no_message_of_the_ring_is_sent_again():
+    model = tiny_llama()
+    sent = {mode: sum(result[2] for result in run(model, mode, 3)) for mode in ("none", "attention_output", "full")}
+    assert sent["attention_output"] == sent["none"] < sent["full"]
+
+
+def test_it_fails_where_the_tape_gives_back_something_else(monkeypatch: pytest.MonkeyPatch):
+    right = Tape.result
+
+    def worn_tape(self: Tape, compute: Any) -> Any:
+        replayed = self._place is not None
+        out, lse = right(self, compute)
+        return (out * 1.01, lse) if replayed else (out, lse)
+
+    monkeypatch.setattr(Tape, "result", worn_tape)
+    model = tiny_llama()
+    with pytest.raises(AssertionError):
+        check(run(model, "attention_output", kv_heads_per_stage=1), run(model, "none"))
+
+
+@pytest.mark.parametrize("mode", ["full", "attention_output"])
+@pytest.mark.parametrize(
+    "offload", [Offload(), Offload(in_flight=1), Offload(in_flight=100), Offload(host_bytes=6000), Offload(host_bytes=0)], ids=str
+)
+def test_checkpoints_that_went_to_the_host_give_the_same_gradients(mode: str, offload: Offload):
+    model = tiny_llama(num_hidden_layers=5)
+    found = run(model, mode, offload=offload)
+    check(found, run(model, "none"))
+    for *_, store in found:
+        assert store.most_bytes_used <= (offload.host_bytes if offload.host_bytes is not None else 1 << 20)
+        assert store.most_bytes_used > 0 or offload.host_bytes == 0
+
+
+def test_both_backwards_through_one_graph_see_the_same_checkpoints():
+    model = with_attention(tiny_llama(), "ringspan")
+    store = HostStore(PlainCopier(), Offload())
+    rematerialise(decoder_layers(model), "attention_output", store)
+    part = ringspan.ContextParallel().sequence(9).shard_batch(make_batch(1, 9))
+    loss = model(**part, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    first = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    loss.backward()
+    assert all(relative(gradient, 2 * first[name]) <= BUDGET for name, gradient in gradients(model).items())
+
+
+class Recorder(PlainCopier):
+    """A copier that tells what it did, and copies nothing before it is waited for: an early use reads poison."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.pending: dict[int, Any] = {}
+
+    def _start(self, what: str, source: Tensor, target: Tensor) -> int:
+        self.log.append(what)
+        target.fill_(0xAB)
+        self.pending[len(self.log)] = (source, target)
+        return len(self.log)
+
+    def out(self, tensor: Tensor, host: Tensor) -> int:  # type: ignore[override]
+        return self._start("out", tensor, host)
+
+    def back(self, host: Tensor, tensor: Tensor) -> int:  # type: ignore[override]
+        return self._start("back", host, tensor)
+
+    def wait(self, mark: int) -> None:
+        # One stream: everything that was started before has ended, too.
+        for earlier in sorted(self.pending):
+            if earlier <= mark:
+                source, target = self.pending.pop(earlier)
+                target.copy_(source)
+
+
+def test_the_next_tensors_are_on_their_way_back_before_they_are_asked_for_and_never_more_than_so_many():
+    copier = Recorder()
+    store = HostStore(copier, Offload(in_flight=2))
+    tensors = [torch.full((3,), float(index)) for index in range(7)]
+    parked = [store.put(tensor.clone()) for tensor in tensors]
+    assert sum(each.here is not None for each in parked) == 2, "no more device memory than what is in flight"
+    for index in reversed(range(7)):
+        started = len([word for word in copier.log if word == "back"])
+        assert torch.equal(parked[index](), tensors[index])
+        parked.pop()
+        waiting = sum(each.here is not None for each in parked)
+        assert waiting <= 2
+        if index < 5:
+            assert started >= 5 - index, "it had been asked for before"
+    assert copier.log == ["out"] * 7 + ["back"] * 5, "the last two had not left yet"
+    assert store.bytes_used == 0
+
+
+def test_all_that_a_layer_needs_is_asked_for_with_the_first_of_it_and_nothing_twice():
+    copier = Recorder()
+    store = HostStore(copier, Offload(in_flight=1))
+    layers = []
+    for index in range(4):
+        number = store.new_layer()
+        layers.append([store.put(torch.full((2,), 10.0 * index + part), number) for part in range(3)])
+    for index in reversed(range(4)):
+        for part in (0, 2, 1):
+            assert torch.equal(layers[index][part](), torch.full((2,), 10.0 * index + part))
+            there = {each.layer for layer in layers for each in layer if each.here is not None}
+            assert len(there - {index + 1}) <= 1
+        layers.pop()
+    assert copier.log == ["out"] * 12 + ["back"] * 9
+
+
+def test_buffers_are_used_again_in_the_next_step():
+    made = []
+
+    class Counting(PlainCopier):
+        def host_buffer(self, size: int) -> Tensor:
+            made.append(size)
+            return super().host_buffer(size)
+
+    store = HostStore(Counting(), Offload())
+    for _ in range(3):
+        parked = [store.put(torch.ones(4, 2)) for _ in range(5)]
+        for each in reversed(parked):
+            each()
+        del parked, each
+    assert made == [32] * 5
+
+
+def test_a_cache_of_keys_is_refused():
+    model = with_attention(tiny_llama(), "ringspan")
+    rematerialise(decoder_layers(model), "full")
+    part = ringspan.ContextParallel().sequence(9).shard_batch(make_batch(1, 9))
+    with pytest.raises(RingspanError, match="use_cache=False"):
+        model(**part, use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "store", "error", "said"),
+    [
+        ("some", None, RingspanError, "none, selective, attention_output, full"),
+        ("none", HostStore(PlainCopier(), Offload()), RingspanError, "no layer checkpoints are made"),
+    ],
+)
+def test_modes_that_are_unknown_or_have_nothing_to_offload_are_refused(mode: str, store: Any, error: Any, said: str):
+    with pytest.raises(error, match=said):
+        rematerialise(decoder_layers(tiny_llama()), mode, store)
+
+
+def test_a_strategy_that_keeps_scores_is_not_called_selective():
+    from ringspan.transformer.rematerialise import check_mode
+
+    with pytest.raises(UnsupportedError, match="keeps its scores"):
+        check_mode("selective", strategy="ring_self_attention")
