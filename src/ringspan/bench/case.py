@@ -188,6 +188,7 @@ class Grid:
         strategies: as `parse_strategy` reads them.
         ablate: beside them the experiment that takes one thing away at a time.
         peers: names of `ringspan.bench.PEERS` to time beside.
+        baselines: kernels to time on one device; empty for all that can.
     """
 
     num_ranks: int
@@ -205,6 +206,7 @@ class Grid:
     launches: tuple[str, ...] = ("eager",)
     ablate: bool = False
     peers: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
 
     def check(self, device: str) -> None:
         """That every entry is one that exists, on `device` (`cpu` or `cuda`).
@@ -233,6 +235,7 @@ class Grid:
             ("--transport", self.transports, TRANSPORTS),
             ("--launch", self.launches, LAUNCHES),
             ("--peers", self.peers, tuple(PEERS)),
+            ("--one-device", self.baselines, tuple(KERNELS)),
         ):
             _require(option, values, lambda value, known=known: value in known, f"There are {', '.join(known)}", known[0] if known else "")
         if "graph" in self.launches and device != "cuda":
@@ -284,7 +287,7 @@ def ablations(whole: Setting, num_ranks: int) -> list[Setting]:
 
 def _require(option: str, values: Iterable, passes, rule: str, nearest: str) -> None:
     values = tuple(values)
-    if not values and option != "--peers":
+    if not values and option not in ("--peers", "--one-device"):
         raise RingspanError(f"{option} with an empty list", "", "Something is timed", f"{option} {nearest}")
     for value in values:
         if not passes(value):

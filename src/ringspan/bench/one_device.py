@@ -24,8 +24,8 @@ from ringspan.transport import SingleRank
 from ringspan.verify import Inputs
 
 aten = torch.ops.aten
-TOO_SLOW = ("reference",)
-"""Kernels that are no baseline, unless they are asked for: the reference materialises all scores."""
+TOO_SLOW = ("flex", "reference")
+"""Kernels that are no baseline where another can be, unless they are asked for: one is compiled anew for each mask, one keeps all scores."""
 
 
 class Whole(Protocol):
@@ -176,7 +176,7 @@ def capable_kernels(shape: Shape, device: torch.device, asked: tuple[str, ...] =
     reasons = {name: refusal(kernel, problem) or "" for name, kernel in KERNELS.items()}
     for name in TOO_SLOW:
         if not reasons.get(name) and name not in asked and any(not reasons[other] for other in reasons if other not in TOO_SLOW):
-            reasons[name] = "it is the specification, too slow to compare with unless it is asked for"
+            reasons[name] = "it is too slow to compare with, unless it is asked for"
     return reasons
 
 

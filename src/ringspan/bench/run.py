@@ -110,7 +110,7 @@ class _Problem:
         asked = tuple(dict.fromkeys(setting.kernel for setting in settings))
         launches = tuple(dict.fromkeys(setting.launch for setting in settings))
         for kernel, reason in capable_kernels(self.shape, self.device, asked).items():
-            if not reason:
+            if not reason and kernel in (self.grid.baselines or (kernel,)):
                 self._one_device(kernel, inputs, launches)
         for setting in settings:
             self._setting(setting, inputs)

@@ -46,6 +46,7 @@ def command(
     kernel: Annotated[str | None, _option(_SOLVERS, f"Kernels, {_LIST}.", "auto")] = None,
     transport: Annotated[str | None, _option(_SOLVERS, f"auto, process_group, peer_memory, {_LIST}.", "auto")] = None,
     peers: Annotated[str | None, _option(_SOLVERS, f"Peers to time beside, {_LIST}; all or none.", "all")] = None,
+    one_device: Annotated[str | None, _option(_SOLVERS, f"Kernels to time on one device, {_LIST}.", "all that can")] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also take away one thing at a time: overlap, balance, stages.", rich_help_panel=_SOLVERS)
     ] = False,
@@ -77,6 +78,7 @@ def command(
         "kernels": names("--kernel", kernel),
         "transports": names("--transport", transport),
         "peers": _peers(peers),
+        "baselines": names("--one-device", one_device),
         "launches": names("--launch", launch),
         "num_ranks": ranks,
         "ablate": ablate,

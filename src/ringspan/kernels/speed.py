@@ -22,7 +22,8 @@ SHORTEST, LONGEST = 128, 8192
 """Tokens of the problem that is timed: a few milliseconds on a GPU at most, and beyond them the order of the kernels stays."""
 TIE = 0.02
 """Below so much difference between two kernels the one that is declared first is taken."""
-_SLOW = "reference"
+_LAST = ("flex", "reference")
+"""Not timed beside others: one is compiled for tens of seconds, one keeps all scores. They are there for what no other computes."""
 
 
 class ShapeClass(NamedTuple):
@@ -81,18 +82,19 @@ class Speeds:
         return tuple(name for name, kernel in self.kernels.items() if kernel.refusal(problem) is None)
 
     def compare(self, problem: Problem, length: int, among: tuple[str, ...]) -> Comparison:
-        """Which of the kernels `among` is fastest. The reference, a specification, is never timed beside others and taken last."""
+        """Which of the kernels `among` is fastest. FlexAttention and the reference are never timed beside others."""
         key = shape_class(problem, length), among
         if key not in self._found:
             self._found[key] = self._compare(problem, key[0].tokens, among)
         return self._found[key]
 
     def _compare(self, problem: Problem, tokens: int, among: tuple[str, ...]) -> Comparison:
-        candidates = [name for name in among if name != _SLOW] or list(among)
+        candidates = [name for name in among if name not in _LAST] or [name for name in _LAST if name in among][:1]
         if problem.device not in self.devices:
             return Comparison(tokens, {}, {}, candidates[0], f"on {problem.device} nothing is timed; it is the first of the table that can")
         if len(candidates) == 1:
-            others = "no other can" if len(among) == 1 else "only the reference can, too"
+            rest = [name for name in among if name not in candidates]
+            others = f"only {' and '.join(rest)} can, too, and slower" if rest else "no other can"
             return Comparison(tokens, {}, {}, candidates[0], others)
         seconds, failed = {}, {}
         for name in candidates:
