@@ -25,7 +25,7 @@ from tests.support.split import Split, split_attention, weights_for
 __all__ = ["poisoned"]
 
 CARRIED = [name for name, (strategy, _) in VARIANTS.items() if strategy not in ("ulysses", "two_dimensional", "ring_self_attention")]
-ROW_BYTES = {"q": (24,), "kv": (40,), "o": (48, 4), "do": (24, 24, 4, 4), "dq": (48,), "dkv": (80,)}
+ROW_BYTES = {"q": (24,), "kv": (20, 20), "o": (48, 4), "do": (24, 24, 4, 4), "dq": (48,), "dkv": (40, 40)}
 
 
 def schedules_of(variant: str, layout: str, mask: str, ranks: int, length: int) -> list[Schedule]:

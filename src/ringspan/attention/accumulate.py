@@ -47,8 +47,9 @@ class Partial:
         self._held = into or self._held
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
-        """`out` and `lse` of the rows in the accumulator's dtype, to be sent."""
-        self._settle()
+        """`out` and `lse` of the rows, views, as wide as they need to be."""
+        if self._held is None:
+            self._settle()
         assert self._held is not None
         return [tensor[start - self.piece.start : stop - self.piece.start] for tensor in self._held]
 

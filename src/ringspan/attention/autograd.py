@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
-from ringspan.attention.mail import Courier, TransportCourier
+from ringspan.attention.mail import Courier, TransportCourier, Wire
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
 from ringspan.attention.outbox import Outbox
@@ -52,10 +52,11 @@ class Plan:
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
         wide = accumulator_dtype(q.dtype)
+        wire = Wire(wide, q.dtype if self.kernel.rounds and not self.materialised else wide)
         if self.peers is None:
-            return TransportCourier(self.transport, wide)
+            return TransportCourier(self.transport, wire)
         memory, outboxes = self.peers
-        return PeerCourier(outboxes[direction], memory, self.transport, wide)
+        return PeerCourier(outboxes[direction], memory, self.transport, wire)
 
 
 class DistributedAttention(torch.autograd.Function):

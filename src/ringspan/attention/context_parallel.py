@@ -227,7 +227,7 @@ class Sequence:
             )
         return make_schedules(context.strategy, self.layout, self.mask, **context.options)
 
-    def _choose(self, q: Tensor, k: Tensor) -> Schedules:
+    def _choose(self, q: Tensor, k: Tensor, kernel: Kernel) -> Schedules:
         """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
         context = self.context
         sizes = PieceBytes(
@@ -237,6 +237,7 @@ class Sequence:
             head_dim=q.shape[3],
             element_bytes=q.element_size(),
             accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
+            single_bytes=q.element_size() if kernel.rounds else None,
         )
         strategy, options = context.strategy, context.options
         if strategy == "auto":
@@ -357,7 +358,7 @@ class Sequence:
         transport = self.context.transport
         asked = checks.kernel_problem(q, k, features, deterministic)
         kernel = self.kernel = choose_kernel(self.context.kernel, asked, max(self.layout.shard_lengths), transport)
-        schedules = self._schedules = self._choose(q, k)
+        schedules = self._schedules = self._choose(q, k, kernel)
         exchange, first_head = None, 0
         shapes = frozenset({"band"}) if materialised else kernel.shapes
         if (grid := schedules.grid) is not None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator, Partial
-from ringspan.attention.mail import Component, Courier
+from ringspan.attention.mail import Courier
 from ringspan.attention.observe import Observer, watch
 from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
@@ -47,7 +46,7 @@ class Pass:
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
                     outgoing = [self._outgoing(send) for send in batch.sends]
-                    incoming = [self._incoming(receive) for receive in batch.receives]
+                    incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
                     pending = self.courier.post(batch, outgoing, incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             for launch in step.launches:
@@ -64,22 +63,16 @@ class Pass:
                 self.shelf.drop(piece)
         self.courier.finish()
 
-    def _outgoing(self, send: Send) -> list[Component]:
-        if LANES[send.piece.kind] == 0:
-            return self.held(send.piece)
-        return self.partial(send.piece)
+    def _outgoing(self, send: Send) -> list[Tensor]:
+        return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
 
-    def _incoming(self, receive: Receive) -> list[Tensor]:
-        tensors = self.empty(receive.piece)
+    def _incoming(self, receive: Receive, single: bool) -> list[Tensor]:
+        tensors = self.empty(receive.piece, single)
         if LANES[receive.piece.kind] == 0:
             self.shelf.put(receive.piece, tensors)
         else:
             self._arrived[(receive.piece, receive.peer)] = tensors
         return tensors
-
-    def held(self, piece: Piece) -> list[Component]:
-        """What of `piece` is on the shelf, as it travels."""
-        return list(self.shelf.view(piece))
 
     def attend(self, launch: Launch) -> None:
         """Computes one tile into this rank's accumulators."""
@@ -89,12 +82,12 @@ class Pass:
         """Takes in a partial that came from elsewhere."""
         raise NotImplementedError
 
-    def partial(self, piece: Piece) -> list[Component]:
+    def partial(self, piece: Piece) -> list[Tensor]:
         """What this rank has accumulated of `piece`, to be sent."""
         raise NotImplementedError
 
-    def empty(self, piece: Piece) -> list[Tensor]:
-        """Buffers for `piece` to arrive in."""
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
+        """Buffers for `piece` to arrive in; `single`: as the kernel gave it."""
         raise NotImplementedError
 
 
@@ -109,42 +102,30 @@ class _FlashPass(Pass):
         self._q, self._k = q, k
         rank = program.rank
         self.shelf.put(Piece("q", rank, 0, q.shape[1]), [rows_first(q)])
-        # Own keys and values stay where they are; visiting ones lie in one buffer.
         self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [rows_first(k), rows_first(v)])
-        self._packed: Tensor | None = None
-
-    def held(self, piece: Piece) -> list[Component]:
-        """As it lies on the shelf; own keys and values side by side, those that are sent at all packed once."""
-        if piece.kind != "kv" or piece.owner != self.program.rank:
-            return super().held(piece)
-        start, stop = self.program.sent["kv"]
-        if self._packed is None:
-            k, v = self.shelf.view(Piece("kv", piece.owner, start, stop))
-            buffer = self.courier.own_buffer("kv", (stop - start, 2, *k.shape[1:]), k.dtype)
-            self._packed = torch.stack((k, v), 1) if buffer is None else torch.stack((k, v), 1, out=buffer)
-        return [self._packed[piece.start - start : piece.stop - start]]
 
     def keys(self, owner: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """k and v `[batch, keys, kv_heads, head_dim]` of the rows of `owner`."""
-        tensors = self.shelf.view(Piece("kv", owner, start, stop))
-        k, v = tensors if len(tensors) == 2 else (tensors[0][:, 0], tensors[0][:, 1])
+        k, v = self.shelf.view(Piece("kv", owner, start, stop))
         return batch_first(k), batch_first(v)
 
-    def empty(self, piece: Piece) -> list[Tensor]:
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
         """Buffers for what visits."""
+        result = self._q.dtype if single and self.kernel.rounds else self.wide
         batch, heads, head_dim = self._q.shape[0], *self._q.shape[2:]
-        query, key = (len(piece), batch, heads, head_dim), (len(piece), 2, batch, *self._k.shape[2:])
+        query, key = (len(piece), batch, heads, head_dim), (len(piece), batch, *self._k.shape[2:])
         match piece.kind:
             case "kv":
-                return [self._k.new_empty(key)]
+                # Apart: a kernel that reads one of two interleaved tensors loses up to 4%.
+                return [self._k.new_empty(key) for _ in range(2)]
             case "dkv":
-                return [self._k.new_empty(key, dtype=self.wide)]
+                return [self._k.new_empty(key, dtype=result) for _ in range(2)]
             case "q":
                 return [self._q.new_empty(query)]
             case "dq":
-                return [self._q.new_empty(query, dtype=self.wide)]
+                return [self._q.new_empty(query, dtype=result)]
             case "o":
-                return [self._q.new_empty(query, dtype=self.wide), self._q.new_empty(query[:3], dtype=self.wide)]
+                return [self._q.new_empty(query, dtype=result), self._q.new_empty(query[:3], dtype=self.wide)]
         own = self.shelf.view(Piece("do", self.program.rank, 0, 0))
         return [self._q.new_empty(query[: tensor.ndim], dtype=tensor.dtype) for tensor in own]
 
@@ -175,9 +156,9 @@ class ForwardPass(_FlashPass):
         """Merges a partial that another rank computed."""
         self._partials[piece.owner].add(piece.start, piece.stop, *arrived)
 
-    def partial(self, piece: Piece) -> list[Component]:
+    def partial(self, piece: Piece) -> list[Tensor]:
         """`out` and `lse` of the rows of `piece`."""
-        return list(self._partials[piece.owner].rows(piece.start, piece.stop))
+        return self._partials[piece.owner].rows(piece.start, piece.stop)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
@@ -225,13 +206,11 @@ class BackwardPass(_FlashPass):
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
-        parts = arrived if piece.kind == "dq" else [arrived[0][:, 0], arrived[0][:, 1]]
-        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *parts)
+        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *arrived)
 
-    def partial(self, piece: Piece) -> list[Component]:
+    def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""
-        first, *second = self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
-        return [(first, second[0])] if second else [first]
+        return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""

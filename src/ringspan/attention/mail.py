@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.program import Batch
+from ringspan.schedule import Receive, Send
 from ringspan.transport import Parcel, Pending, Transport, works
 
-Component = Tensor | tuple[Tensor, Tensor]
-"""`[rows, …]`, or two such (keys and values), which travel side by side as one `[rows, 2, …]`."""
+Pieces = Sequence[Sequence[Tensor]]
+"""For each piece its components, `[rows, …]` each: k and v of `kv`, dk and dv of `dkv`, out and lse of `o`, …"""
 
 
 class Courier(Protocol):
     """Carries the batches of one pass."""
 
-    def own_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Where this rank's own inputs of `kind`, all that it sends of them, best lie; None where it makes no difference."""
-        ...
-
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """Starts a batch and returns at once; what it returns waits until it is over.
 
         Args:
             batch: what is sent and received.
-            outgoing: for each send its components; results go out in the accumulator's dtype.
+            outgoing: for each send its components, which travel in the dtype that `Wire` says.
             incoming: for each receive its contiguous buffers.
         """
         ...
@@ -37,38 +35,33 @@ class Courier(Protocol):
         ...
 
 
-def wire_shape(component: Component, dtype: torch.dtype | None = None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype in which a component travels; `dtype` where it is to be another than its own."""
-    if isinstance(component, Tensor):
-        return tuple(component.shape), dtype or component.dtype
-    first = component[0]
-    return (first.shape[0], 2, *first.shape[1:]), dtype or first.dtype
+@dataclass(frozen=True)
+class Wire:
+    """In which dtype results travel.
+
+    A sum travels in the accumulator's. What one attend alone gave is as the kernel rounded it, and loses nothing if it travels so.
+
+    Args:
+        wide: the accumulator's dtype.
+        kernel: the dtype that the kernel's results are rounded to.
+    """
+
+    wide: torch.dtype
+    kernel: torch.dtype
+
+    def dtype(self, batch: Batch, transfer: Send | Receive, tensor: Tensor) -> torch.dtype:
+        """Of a component of a piece."""
+        if batch.lane == 0:
+            return tensor.dtype
+        # lse, which has no last dimension, is never rounded.
+        return self.kernel if transfer in batch.singles and tensor.ndim == 4 else self.wide
 
 
-def write(component: Component, target: Tensor) -> None:
-    """Copies a component into a contiguous `target` of its wire shape, whose dtype may be wider."""
-    if isinstance(component, Tensor):
-        target.copy_(component)
-        return
-    for index, part in enumerate(component):
-        target[:, index].copy_(part)
+class UnderWay:
+    """Transfers, with the tensors that live as long."""
 
-
-def contiguous(component: Component, dtype: torch.dtype | None = None) -> Tensor:
-    """A component as it travels, copied only where it does not lie so already."""
-    shape, dtype = wire_shape(component, dtype)
-    if isinstance(component, Tensor):
-        return component.to(dtype).contiguous()
-    target = component[0].new_empty(shape, dtype=dtype)
-    write(component, target)
-    return target
-
-
-class _UnderWay:
-    """A transport's transfers, with the parcels that live as long."""
-
-    def __init__(self, pending: Pending, parcels: tuple[Sequence[Parcel], ...]) -> None:
-        self._pending, self._parcels = pending, parcels
+    def __init__(self, pending: Pending, kept: object) -> None:
+        self._pending, self._kept = pending, kept
 
     @property
     def works(self) -> Sequence[Pending]:
@@ -84,25 +77,21 @@ class TransportCourier:
 
     Args:
         transport: carries them.
-        wide: the accumulator's dtype, in which results travel.
+        wire: in which dtypes.
     """
 
-    def __init__(self, transport: Transport, wide: torch.dtype) -> None:
-        self._transport, self._wide = transport, wide
+    def __init__(self, transport: Transport, wire: Wire) -> None:
+        self._transport, self._wire = transport, wire
 
-    def own_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """See `Courier.own_buffer`."""
-        return None
-
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""
         sends = [
-            Parcel(contiguous(component, self._wide if batch.lane else None), send.peer)
-            for send, components in zip(batch.sends, outgoing, strict=True)
-            for component in components
+            Parcel(tensor.to(self._wire.dtype(batch, send, tensor)).contiguous(), send.peer)
+            for send, tensors in zip(batch.sends, outgoing, strict=True)
+            for tensor in tensors
         ]
         receives = [Parcel(tensor, receive.peer) for receive, tensors in zip(batch.receives, incoming, strict=True) for tensor in tensors]
-        return _UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
+        return UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
 
     def finish(self) -> None:
         """Every batch has been waited for."""

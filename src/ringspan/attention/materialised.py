@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator
 from ringspan.attention.executor import Pass
-from ringspan.attention.mail import Component, Courier
+from ringspan.attention.mail import Courier
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.errors import UnsupportedError
@@ -34,7 +34,7 @@ class _MaterialisedPass(Pass):
         self.shelf.put(Piece("v", rank, 0, v.shape[1]), [rows_first(v)])
         self.lengths = scores.shard_lengths
 
-    def empty(self, piece: Piece) -> list[Tensor]:
+    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
         """Buffers for visiting k and v, and for gradients."""
         like = self._q if piece.kind in ("q", "dq", "o") else self._k
         dtype = like.dtype if piece.kind in ("q", "k", "v") else self.wide
@@ -145,9 +145,9 @@ class MaterialisedBackward(_MaterialisedPass):
         """Adds a gradient that came from elsewhere."""
         self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, arrived[0])
 
-    def partial(self, piece: Piece) -> list[Component]:
+    def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""
-        return list(self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop))
+        return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of this rank's shard, in the accumulator's precision."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringspan.attention.mail import Component, wire_shape, write
+from ringspan.attention.mail import Pieces, UnderWay, Wire
 from ringspan.attention.outbox import Message, Outbox, Place
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
+from ringspan.schedule import Send
 from ringspan.transport import PeerMemory, Pending, Transport
 
 
@@ -21,42 +22,25 @@ class PeerCourier:
         outbox: this rank's part in it.
         memory: the ranks' outboxes and signals.
         transport: counts what is sent.
-        wide: the accumulator's dtype, in which results travel.
+        wire: in which dtypes results travel.
     """
 
-    def __init__(self, outbox: Outbox, memory: PeerMemory, transport: Transport, wide: torch.dtype) -> None:
-        self._outbox, self._memory, self._transport, self._wide = outbox, memory, transport, wide
+    def __init__(self, outbox: Outbox, memory: PeerMemory, transport: Transport, wire: Wire) -> None:
+        self._outbox, self._memory, self._transport, self._wire = outbox, memory, transport, wire
         self._mine = memory.outbox(transport.rank)
         self._written: set[tuple[str, int, int]] = set()
 
-    def own_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """See `Courier.own_buffer`: where the readers look for it."""
-        if kind not in self._outbox.own:
-            return None
-        _, (place, *others) = self._outbox.own[kind]
-        assert not others
-        return _tensor(self._mine, place, shape, dtype)
-
-    def post(self, batch: Batch, outgoing: Sequence[Sequence[Component]], incoming: Sequence[Sequence[Tensor]]) -> Pending:
-        """See `Courier.post`."""
+    def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
+        """See `Courier.post`. Copies into the outbox are made beside the computing too, which begins at once."""
         posting, memory = self._outbox.postings[batch.index], self._memory
-        for message in posting.awaited:
-            memory.wait(message.peer, _free(message))
-        for send, components, places in zip(batch.sends, outgoing, posting.written, strict=True):
-            piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
-            there = own and (piece.kind, piece.start, piece.stop) in self._written
-            for component, place in zip(components, places, strict=False):
-                shape, dtype = wire_shape(component, self._wide if batch.lane else None)
-                target = _tensor(self._mine, place, shape, dtype)
-                if not (there or (isinstance(component, Tensor) and component.data_ptr() == target.data_ptr())):
-                    write(component, target)
-                self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
-            if own:
-                self._written.add((piece.kind, piece.start, piece.stop))
-        for message in posting.ready:
-            memory.signal(message.peer, _ready(message))
-        if not posting.read:
-            return _Nothing()
+
+        def write() -> None:
+            for message in posting.awaited:
+                memory.wait(message.peer, _free(message))
+            for send, tensors, places in zip(batch.sends, outgoing, posting.written, strict=True):
+                self._write(batch, send, tensors, places)
+            for message in posting.ready:
+                memory.signal(message.peer, _ready(message))
 
         def read() -> None:
             for message, parts in posting.read:
@@ -64,10 +48,22 @@ class PeerCourier:
                 theirs = memory.outbox(message.peer)
                 for position, places in parts:
                     for target, place in zip(incoming[position], places, strict=False):
-                        target.copy_(_tensor(theirs, place, tuple(target.shape), target.dtype))
+                        target.copy_(_tensor(theirs, place, target.shape, target.dtype))
                 memory.signal(message.peer, _free(message))
 
-        return memory.aside(batch.lane, read)
+        # What is copied beside the computing must not be freed before.
+        return UnderWay(memory.aside(batch.lane, write, read), (outgoing, incoming))
+
+    def _write(self, batch: Batch, send: Send, tensors: Sequence[Tensor], places: tuple[Place, ...]) -> None:
+        piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
+        there = own and (piece.kind, piece.start, piece.stop) in self._written
+        for tensor, place in zip(tensors, places, strict=False):
+            target = _tensor(self._mine, place, tensor.shape, self._wire.dtype(batch, send, tensor))
+            if not there:
+                target.copy_(tensor)
+            self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
+        if own:
+            self._written.add((piece.kind, piece.start, piece.stop))
 
     def finish(self) -> None:
         """See `Courier.finish`: who reads this rank's outbox is done with it."""
@@ -79,21 +75,16 @@ def row_bytes(q: Tensor, k: Tensor) -> dict[str, tuple[int, ...]]:
     """The bytes of a row of each component of each kind of piece, for `q` and `k [batch, shard, heads, head_dim]`."""
     batch, _, heads, head_dim = q.shape
     element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
-    query, key, stats = batch * heads * head_dim, 2 * batch * k.shape[2] * head_dim, batch * heads
+    query, key, stats = batch * heads * head_dim, batch * k.shape[2] * head_dim, batch * heads
     return {
         "q": (query * element,),
-        "kv": (key * element,),
+        "kv": (key * element, key * element),
         "o": (query * wide, stats * wide),
         # dO, out, lse, and the gradient of lse where there is one.
         "do": (query * element, query * element, stats * wide, stats * wide),
         "dq": (query * wide,),
-        "dkv": (key * wide,),
+        "dkv": (key * wide, key * wide),
     }
-
-
-class _Nothing:
-    def wait(self) -> None:
-        """Nothing is read here: there is nothing to wait for."""
 
 
 def _ready(message: Message) -> int:
@@ -104,10 +95,8 @@ def _free(message: Message) -> int:
     return 2 * message.index + 1
 
 
-def _tensor(outbox: Tensor, place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _tensor(outbox: Tensor, place: Place, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """`place` as a tensor."""
-    nbytes = dtype.itemsize
-    for size in shape:
-        nbytes *= size
-    assert nbytes == place.nbytes, f"{shape} of {dtype} in a place of {place.nbytes} bytes"
+    nbytes = shape.numel() * dtype.itemsize
+    assert nbytes <= place.nbytes, f"{shape} of {dtype} in a place of {place.nbytes} bytes"
     return outbox[place.offset : place.offset + nbytes].view(dtype).view(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
 from ringspan.kernels import lowered
@@ -28,13 +28,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Transfers that are posted together, on one lane, and due together; the `index`-th of its rank."""
+    """Transfers that are posted together, on one lane, and due together; the `index`-th of its rank.
+
+    `singles` are the pieces among them, each with the peer, that are results of one attend: they travel as the kernel gave them.
+    """
 
     index: int
     lane: int
     due: int
     sends: tuple[Send, ...]
     receives: tuple[Receive, ...]
+    singles: frozenset[Send | Receive] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,12 @@ class RankProgram:
         steps: in order.
         accumulators: the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`.
         additions: how often each is added to: the last addition may round.
-        sent: of each of its own pieces the span that is sent at all: `sent[kind] = (start, stop)`.
     """
 
     rank: int
     steps: tuple[Step, ...]
     accumulators: dict[tuple[str, int], tuple[int, int]]
     additions: Counter[tuple[str, int]]
-    sent: dict[str, tuple[int, int]]
 
 
 def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int) -> RankProgram:
@@ -85,7 +87,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
     for action in actions:
         cells[action.step].append(action)
     steps: list[Step] = []
-    batches = rank_batches(actions)
+    batches = {step: tuple(_marked(batch, schedule, rank) for batch in found) for step, found in rank_batches(actions).items()}
     for step in range(schedule.num_steps):
         cell = cells[step]
         launches = []
@@ -103,7 +105,18 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
-    return RankProgram(rank, tuple(steps), spans, additions, sent_spans(actions, rank))
+    return RankProgram(rank, tuple(steps), spans, additions)
+
+
+def _marked(batch: Batch, schedule: Schedule, rank: int) -> Batch:
+    """`batch` with its singles. What arrives is one where its sender says so."""
+    if batch.lane == 0:
+        return batch
+    sends = (send for send in batch.sends if (rank, send) in schedule.singles)
+    receives = (
+        receive for receive in batch.receives if (receive.peer, Send(receive.step, receive.piece, rank, receive.due)) in schedule.singles
+    )
+    return replace(batch, singles=frozenset((*sends, *receives)))
 
 
 def sent_spans(actions: tuple[Action, ...], rank: int) -> dict[str, tuple[int, int]]:

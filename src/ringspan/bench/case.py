@@ -13,7 +13,7 @@ from ringspan.attention.checks import features
 from ringspan.bench.documents import parse_documents, realistic_lengths
 from ringspan.errors import RingspanError
 from ringspan.geometry import LAYOUTS, Mask, Workload, documents, make_layout, parse_mask
-from ringspan.kernels import KERNELS, Problem, accumulator_dtype
+from ringspan.kernels import KERNELS, Kernel, Problem, accumulator_dtype
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import strategy_options
 from ringspan.verify import DTYPES
@@ -92,6 +92,11 @@ class Shape:
             batch=self.batch, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             element_bytes=self.torch_dtype.itemsize, accumulator_bytes=accumulator_dtype(self.torch_dtype).itemsize,
         )  # fmt: skip
+
+    def sizes_with(self, kernel: Kernel | None) -> PieceBytes:
+        """The same, where what `kernel` gave travels as it rounded it."""
+        rounds = kernel is not None and kernel.rounds
+        return replace(self.sizes, single_bytes=self.torch_dtype.itemsize if rounds else None)
 
     @property
     def forward_flops(self) -> int:

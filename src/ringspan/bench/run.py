@@ -164,7 +164,8 @@ class _Problem:
             results = passes.both()
             assert sequence.kernel is not None
             sent = sum((Counter(sequence.context.transport.bytes_sent) - before).values())
-            schedules, layout, sizes = sequence.schedules, sequence.layout, self.shape.sizes
+            schedules, layout = sequence.schedules, sequence.layout
+            sizes = self.shape.sizes_with(sequence.kernel)
             promised = sum(sum(link_bytes(schedules, layout, sizes, direction).values()) for direction in ("forward", "backward"))
             at_once = staged(sizes, parse_strategy(setting.strategy)[1].get("kv_heads_per_stage"))
             forward, backward = (promise(schedules, layout, at_once, transport.rank, direction) for direction in ("forward", "backward"))

@@ -47,6 +47,7 @@ class Capabilities:
         head_dims: (narrowest, widest) heads, multiples of 8; None for any.
         compute_capability: the oldest GPU, where `device` is `cuda`.
         lse_gradient: whether the backward takes a gradient of lse; else it is given one as columns, see `lse_gradient`.
+        rounds: whether out, dq, dk and dv always come in the dtype of q, so that they lose nothing by travelling in it.
         float32_partials: whether partial outputs come in float32 or wider, whatever the inputs' dtype.
         determinism: of the backward's bits on one machine: `always` the same, the same `on request` (`Scores.deterministic`, at some
             cost), or `never` promised.
@@ -63,6 +64,7 @@ class Capabilities:
     head_dims: tuple[int, int] | None = None
     compute_capability: tuple[int, int] = (8, 0)
     lse_gradient: bool = False
+    rounds: bool = False
     float32_partials: bool = False
     determinism: Determinism = "always"
     graph_capture: bool = False
@@ -118,6 +120,11 @@ class Declared:
     def lse_gradient(self) -> bool:
         """See `Capabilities.lse_gradient`."""
         return self.can.lse_gradient
+
+    @property
+    def rounds(self) -> bool:
+        """See `Capabilities.rounds`."""
+        return self.can.rounds
 
     def missing(self) -> str | None:
         """Why what the kernel is made of is not on this machine, or None where it is."""

@@ -48,6 +48,7 @@ class Flash4(Declared):
         lse_gradient=True,
         determinism="on request",
         graph_capture=True,
+        rounds=True,
     )
 
     def missing(self) -> str | None:

@@ -83,6 +83,11 @@ class Kernel(Protocol):
         """Short for `can.lse_gradient`."""
         ...
 
+    @property
+    def rounds(self) -> bool:
+        """Short for `can.rounds`."""
+        ...
+
     def missing(self) -> str | None:
         """Why what the kernel is made of is not on this machine, or None where it is."""
         ...

@@ -116,6 +116,7 @@ class CuDnn(Declared):
         # Torch says so of it, and takes another kernel in its deterministic mode.
         determinism="never",
         graph_capture=True,
+        rounds=True,
     )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -155,6 +156,7 @@ class Flash2(Declared):
         head_dims=(8, 256),
         determinism="on request",
         graph_capture=True,
+        rounds=True,
     )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ringspan.schedule.actions import (
     parse_schedule,
 )
 from ringspan.schedule.lifetime import lifetimes
-from ringspan.schedule.traffic import PieceBytes, sent_bytes, traffic
+from ringspan.schedule.traffic import PieceBytes, send_bytes, sent_bytes, traffic
 from ringspan.schedule.validate import Report, validate
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Send",
     "lifetimes",
     "parse_schedule",
+    "send_bytes",
     "sent_bytes",
     "traffic",
     "validate",

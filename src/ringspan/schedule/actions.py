@@ -6,6 +6,7 @@ A step has four phases, the same on every rank: combine what has arrived, post t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,23 @@ class Schedule:
         """Every (rank, send) of the schedule."""
         for rank, program in enumerate(self.programs):
             yield from ((rank, action) for action in program if isinstance(action, Send))
+
+    @cached_property
+    def singles(self) -> frozenset[tuple[int, Send]]:
+        """The (rank, send) that carry a result to which one attend of one piece has given: no sum yet."""
+        found = set()
+        for rank, program in enumerate(self.programs):
+            given: Counter[tuple[str, int]] = Counter()
+            for action in program:
+                if isinstance(action, Attend):
+                    for kv in action.kvs:
+                        for kind in RESULTS[(self.direction, kv.kind)]:
+                            given[(kind, action.q.owner if kind in ("o", "dq") else kv.owner)] += 1
+                elif isinstance(action, Combine):
+                    given[(action.piece.kind, action.piece.owner)] += 1
+                elif isinstance(action, Send) and given[(action.piece.kind, action.piece.owner)] == 1:
+                    found.add((rank, action))
+        return frozenset(found)
 
     def __str__(self) -> str:
         lines = [f"{self.name} {self.direction} lengths={','.join(map(str, self.lengths))}"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ringspan.schedule.actions import Schedule
+from ringspan.schedule.actions import Schedule, Send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class PieceBytes:
             out and lse, of which kernels compute what they need.
         lse_gradient: whether a gradient through lse travels with dO.
         accumulator_bytes: 4 for float32, 8 where the inputs are float64.
+        single_bytes: of an element of a partial output or a gradient that one attend alone gave: those of the inputs where the kernel
+            rounds its results to them, so that nothing is lost on the way; else, and if not given, `accumulator_bytes`.
     """
 
     batch: int = 1
@@ -30,6 +32,7 @@ class PieceBytes:
     head_dim: int = 1
     element_bytes: int = 2
     accumulator_bytes: int = 4
+    single_bytes: int | None = None
     lse_gradient: bool = False
 
     def of(self, kind: str) -> int:
@@ -49,12 +52,26 @@ class PieceBytes:
             "dv": kv * self.accumulator_bytes // 2,
         }[kind]
 
+    def of_single(self, kind: str) -> int:
+        """Bytes of one position of a result of `kind` that one attend alone gave."""
+        if self.single_bytes is None:
+            return self.of(kind)
+        # The lse of a partial output stays as it is.
+        statistics = self.batch * self.heads * (self.accumulator_bytes - self.single_bytes) if kind == "o" else 0
+        return replace(self, accumulator_bytes=self.single_bytes).of(kind) + statistics
+
+
+def send_bytes(schedule: Schedule, rank: int, send: Send, sizes: PieceBytes) -> int:
+    """Bytes of one send of `rank`."""
+    kind = send.piece.kind
+    return len(send.piece) * (sizes.of_single(kind) if (rank, send) in schedule.singles else sizes.of(kind))
+
 
 def traffic(schedule: Schedule, sizes: PieceBytes) -> Mapping[tuple[int, int], int]:
     """Bytes over each link, as `{(source, target): bytes}`; links that carry nothing are absent."""
     links: dict[tuple[int, int], int] = defaultdict(int)
     for rank, send in schedule.sends():
-        links[(rank, send.peer)] += len(send.piece) * sizes.of(send.piece.kind)
+        links[(rank, send.peer)] += send_bytes(schedule, rank, send, sizes)
     return dict(links)
 
 

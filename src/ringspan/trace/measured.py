@@ -136,7 +136,7 @@ def _parcels(record: RankRecord, mark: Mark, sizes: PieceBytes) -> Iterator[tupl
         for sent, transfers in ((True, mark.what.sends), (False, mark.what.receives)):
             for transfer in transfers:
                 piece = _renamed(transfer.piece, record.members)
-                size = len(piece) * sizes.of(piece.kind)
+                size = len(piece) * (sizes.of_single if transfer in mark.what.singles else sizes.of)(piece.kind)
                 yield sent, str(piece), piece.owner, is_result(piece.kind), record.members[transfer.peer], size
 
 

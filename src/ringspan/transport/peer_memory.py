@@ -21,7 +21,7 @@ from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
 
-Read = Callable[[], None]
+Work = Callable[[], None]
 
 
 class PeerMemory(Protocol):
@@ -51,8 +51,11 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, read: Read) -> Pending:
-        """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
+        """Has `write` done and then `read`, beside what follows, lane by lane in order; what it returns waits until both are done.
+
+        No `write` waits for a `read` of another rank.
+        """
         ...
 
 
@@ -114,7 +117,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, read: Read) -> Pending:
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -123,6 +126,7 @@ class SymmetricMemory:
         stream = self._streams[lane]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
+            write()
             read()
         done = torch.cuda.Event()
         done.record(stream)
@@ -130,7 +134,7 @@ class SymmetricMemory:
 
 
 class _WhenNeeded:
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Work) -> None:
         self._read = read
 
     def wait(self) -> None:
@@ -183,8 +187,9 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, read: Read) -> Pending:
-        """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
+    def aside(self, lane: int, write: Work, read: Work) -> Pending:
+        """See `PeerMemory.aside`: a thread writes at once, and reads when it needs what it reads."""
+        write()
         return _WhenNeeded(read)
 
 

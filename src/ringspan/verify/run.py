@@ -131,6 +131,7 @@ def _run_rank(case: Case, context: ContextParallel, device: torch.device) -> _Pa
     seconds = time.perf_counter() - began
     sent = {peer: size - before.get(peer, 0) for peer, size in transport.bytes_sent.items()}
     wide = 8 if case.dtype == "float64" else 4
+    rounds = case.strategy != "ring_self_attention" and sequence.kernel is not None and sequence.kernel.rounds
     sizes = PieceBytes(
         batch=case.batch,
         heads=case.heads,
@@ -138,6 +139,7 @@ def _run_rank(case: Case, context: ContextParallel, device: torch.device) -> _Pa
         head_dim=case.head_dim,
         element_bytes=DTYPES[case.dtype].itemsize,
         accumulator_bytes=wide,
+        single_bytes=DTYPES[case.dtype].itemsize if rounds else None,
     )
     # lse is brought back in the forward, and no gradient goes through it in the backward.
     promised = link_bytes(sequence.schedules, sequence.layout, sizes, "forward", return_lse=True)
