@@ -9,10 +9,13 @@ import pytest
 from ringspan.attention.observe import AFTER, BEFORE
 from ringspan.attention.program import Batch, Launch
 from ringspan.geometry import Tile, causal, make_layout
+from ringspan.kernels import KERNELS, Kernel
+from ringspan.kernels.reference import Reference
 from ringspan.schedule import Piece, PieceBytes, Receive, Send
 from ringspan.strategies import make_schedules
-from ringspan.trace import Mark, RankRecord, measured_timeline
-from tests.trace.support import MACHINE
+from ringspan.trace import Mark, RankRecord, TraceCase, measured_timeline
+from tests.strategies.test_singles import Rounding
+from tests.trace.support import MACHINE, trace_with
 
 SCHEDULES = make_schedules("ring", make_layout("contiguous", 8, 2), causal())
 SIZES = PieceBytes(heads=2, kv_heads=2, head_dim=5, element_bytes=4)
@@ -106,3 +109,29 @@ def test_ranks_of_a_context_group_are_named_by_their_number_among_all():
     found = measured_timeline([replace(first, members=(4, 6), rank=4), replace(second, members=(4, 6), rank=6)], SCHEDULES, SIZES, MACHINE)
     assert [(flight.source, flight.target, flight.label) for flight in found.flights] == [(4, 6, "kv4[0:4]")]
     assert found.events[1].label == "q4[0:4]×kv4[0:4]"
+
+
+def test_of_several_tiles_in_one_launch_the_pairs_are_theirs_and_not_those_of_the_rectangle_around_them():
+    parts = (Tile(0, 2, 0, 2, 0), Tile(2, 4, 2, 4, 0))
+    launch = Launch(0, 0, Tile(0, 4, 0, 4), parts=parts)
+    record = RankRecord(0, (0, 1), (Mark("forward", 0, "attend", launch, 0.0, 1.0, None, -1),))
+    (event,) = measured_timeline([record, RankRecord(1, (0, 1), ())], SCHEDULES, SIZES, MACHINE).events
+    assert event.pairs == 6
+
+
+@pytest.mark.parametrize("kernel", [Reference(), Rounding()], ids=["wide", "rounding"])
+@pytest.mark.parametrize("strategy", ["ring", "balanced", "ring_self_attention"])
+def test_flights_weigh_what_the_transport_counts_measured_and_predicted(strategy: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(KERNELS, "reference", kernel)
+    ranks = []
+
+    def counting(rank):
+        ranks.append(rank)
+        return rank
+
+    case = TraceCase(num_ranks=3, strategy=strategy, length=37, heads=4, kv_heads=2, head_dim=8, dtype="bfloat16", kernel="reference")
+    found = trace_with(case, counting)
+    # A run to warm up, and the one that is traced.
+    counted = sum(rank.bytes_sent.total() for rank in ranks)
+    for timeline in (found.measured, found.predicted):
+        assert 2 * sum(flight.size for flight in timeline.flights) == counted

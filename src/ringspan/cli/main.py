@@ -38,9 +38,12 @@ def main() -> None:
     try:
         app()
     except RingspanError as error:
-        _leave(_fail(error))
-    except SystemExit as end:
-        _leave(end.code)
+        sys.exit(_fail(error))
+
+
+def _fail(error: RingspanError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def _leave(status: str | int | None) -> None:
@@ -53,10 +56,8 @@ def _leave(status: str | int | None) -> None:
     sys.exit(status)
 
 
-def _fail(error: RingspanError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        _leave(end.code)

@@ -52,16 +52,19 @@ class PieceBytes:
             "dv": kv * self.accumulator_bytes // 2,
         }[kind]
 
+    def of_single(self, kind: str) -> int:
+        """Bytes of one position of a result of `kind` that one attend alone gave."""
+        if self.single_bytes is None:
+            return self.of(kind)
+        # The lse of a partial output stays as it is.
+        statistics = self.batch * self.heads * (self.accumulator_bytes - self.single_bytes) if kind == "o" else 0
+        return replace(self, accumulator_bytes=self.single_bytes).of(kind) + statistics
+
 
 def send_bytes(schedule: Schedule, rank: int, send: Send, sizes: PieceBytes) -> int:
     """Bytes of one send of `rank`."""
-    position = sizes.of(send.piece.kind)
-    if sizes.single_bytes is not None and (rank, send) in schedule.singles:
-        narrow = replace(sizes, accumulator_bytes=sizes.single_bytes)
-        # The lse of a partial output stays as it is.
-        statistics = sizes.batch * sizes.heads * (sizes.accumulator_bytes - sizes.single_bytes) if send.piece.kind == "o" else 0
-        position = narrow.of(send.piece.kind) + statistics
-    return len(send.piece) * position
+    kind = send.piece.kind
+    return len(send.piece) * (sizes.of_single(kind) if (rank, send) in schedule.singles else sizes.of(kind))
 
 
 def traffic(schedule: Schedule, sizes: PieceBytes) -> Mapping[tuple[int, int], int]:

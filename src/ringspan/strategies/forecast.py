@@ -40,13 +40,17 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A transfer of a forecast, in seconds from the start: both ends have posted it at `ready`, its first byte leaves at `begins`."""
+    """A transfer of a forecast, of `size` bytes, in seconds from the start.
+
+    Both ends have posted it at `ready`, and its first byte leaves at `begins`.
+    """
 
     step: int
     source: int
     target: int
     piece: Piece
     due: int
+    size: int
     ready: float
     begins: float
     arrives: float
@@ -129,9 +133,10 @@ def forecast(schedule: Schedule, layout: Layout, mask: Mask, sizes: PieceBytes, 
             for send in _sends(cells[(rank, step)]):
                 ready = max(starts[rank], starts[send.peer])
                 begins = max(ready, leaves[rank], enters[send.peer])
-                leaves[rank] = enters[send.peer] = begins + send_bytes(schedule, rank, send, sizes) / machine.link_bytes_per_second
+                size = send_bytes(schedule, rank, send, sizes)
+                leaves[rank] = enters[send.peer] = begins + size / machine.link_bytes_per_second
                 there = leaves[rank] + machine.latency_seconds
-                transfers.append(Carried(step, rank, send.peer, send.piece, send.due, ready, begins, there))
+                transfers.append(Carried(step, rank, send.peer, send.piece, send.due, size, ready, begins, there))
                 arrives[(send.peer, send.due)] = max(arrives[(send.peer, send.due)], there)
         clock = [starts[rank] + sum(map(prices.seconds, cells[(rank, step)])) for rank in ranks]
         begun.append(tuple(starts))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ringspan.attention.checks import features
 from ringspan.errors import RingspanError
 from ringspan.geometry import LAYOUTS, Layout, Mask, make_layout, parse_mask
-from ringspan.kernels import KERNELS, Problem, accumulator_dtype, select_kernel
+from ringspan.kernels import KERNELS, Kernel, Problem, accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import STRATEGIES, make_schedules
 from ringspan.verify import DTYPES
@@ -107,9 +107,14 @@ class TraceCase:
             features=features(self.parsed_mask, None),
         )
 
+    def sizes_with(self, kernel: Kernel) -> PieceBytes:
+        """What one position of each kind of piece weighs, where what `kernel` gave travels as it rounded it."""
+        materialised = "ring_self_attention" in (self.strategy, self.options.get("inner"))
+        return replace(self.sizes, single_bytes=DTYPES[self.dtype].itemsize if kernel.rounds and not materialised else None)
+
     @property
     def sizes(self) -> PieceBytes:
-        """What one position of each kind of piece weighs."""
+        """The same, whatever the kernel does: all that is accumulated in the accumulator's dtype."""
         dtype = DTYPES[self.dtype]
         return PieceBytes(
             batch=self.batch,

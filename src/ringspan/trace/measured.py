@@ -108,7 +108,7 @@ def _event(record: RankRecord, mark: Mark, step: int, shift: float) -> Event:
         tile, members = mark.what.tile, record.members
         q = Piece("q", members[mark.what.q_owner], tile.q_start, tile.q_stop)
         kv = Piece(mark.what.kind, members[mark.what.kv_owner], tile.k_start, tile.k_stop)
-        label, owner, pairs = f"{q}×{kv}", visitor(record.rank, q, kv).owner, tile.pairs
+        label, owner, pairs = f"{q}×{kv}", visitor(record.rank, q, kv).owner, sum(part.pairs for part in mark.what.parts or (tile,))
     elif isinstance(mark.what, Combine):
         piece = _renamed(mark.what.piece, record.members)
         label, owner = f"+{piece}←{record.members[mark.what.peer]}", piece.owner
@@ -136,7 +136,7 @@ def _parcels(record: RankRecord, mark: Mark, sizes: PieceBytes) -> Iterator[tupl
         for sent, transfers in ((True, mark.what.sends), (False, mark.what.receives)):
             for transfer in transfers:
                 piece = _renamed(transfer.piece, record.members)
-                size = len(piece) * sizes.of(piece.kind)
+                size = len(piece) * (sizes.of_single if transfer in mark.what.singles else sizes.of)(piece.kind)
                 yield sent, str(piece), piece.owner, is_result(piece.kind), record.members[transfer.peer], size
 
 

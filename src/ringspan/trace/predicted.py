@@ -98,7 +98,7 @@ def _add(
         flights.append(
             Flight(
                 schedule.direction, flight.step, str(piece), piece.owner, members[flight.source], members[flight.target],
-                len(piece) * prices.sizes.of(piece.kind), begin + flight.ready, begin + flight.ready, begin + flight.arrives,
+                flight.size, begin + flight.ready, begin + flight.ready, begin + flight.arrives,
                 is_result(piece.kind), -1, batch(flight.target, flight.due),
             )
         )  # fmt: skip

@@ -193,6 +193,7 @@ def put_together(case: TraceCase, records: list[RankRecord], observed: Observed,
     schedules, choice = sequence.schedules, sequence.choice
     if choice is not None:
         case = replace(case, strategy=choice.strategy, options=dict(choice.options))
+    sizes = case.sizes_with(sequence.kernel)
     in_process = transport == "in-process"
     local_ranks = case.num_ranks if in_process else int(os.environ.get("LOCAL_WORLD_SIZE", case.num_ranks))
     gpus = 0 if device.type == "cpu" else 1 if in_process else min(local_ranks, torch.cuda.device_count())
@@ -209,8 +210,8 @@ def put_together(case: TraceCase, records: list[RankRecord], observed: Observed,
         case=case,
         setting=setting,
         machine=machine,
-        measured=measured_timeline(records, schedules, case.sizes, machine, copied=in_process),
-        predicted=predicted_timeline(schedules, sequence.layout, case.parsed_mask, case.sizes, machine),
+        measured=measured_timeline(records, schedules, sizes, machine, copied=in_process),
+        predicted=predicted_timeline(schedules, sequence.layout, case.parsed_mask, sizes, machine),
         schedules=schedules,
         reason="" if choice is None else choice.reason,
     )
