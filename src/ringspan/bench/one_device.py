@@ -25,7 +25,7 @@ from ringspan.verify import Inputs
 
 aten = torch.ops.aten
 TOO_SLOW = ("flex", "reference")
-"""Kernels that are no baseline where another can be, unless they are asked for: one is compiled anew for each mask, one keeps all scores."""
+"""Kernels that are no baseline where another can be, unless they are asked for: one is compiled for each mask, one keeps all scores."""
 
 
 class Whole(Protocol):
