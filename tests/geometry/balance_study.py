@@ -99,7 +99,7 @@ Under a plain causal mask, zigzag gives every rank the same work. Under packed d
 have many keys, a short one's few, and where they fall is an accident. `layout="auto"` looks at the mask.
 
 What it promises: the sequence is cut into 8 chunks a rank, all of one size up to a token; every rank gets 8; and no rank has more work
-than another by more than the heaviest chunk has more than the lightest. Where contiguous or zigzag is within a hundredth as even, it
+than another by more than the heaviest chunk has more than the lightest. Where contiguous or zigzag is within a tenth as even, it
 takes that, whose tiles are larger.
 
 Measured on real lengths: the files of CPython 3.11.7's standard library, one byte a token, in random order, packed one after the other

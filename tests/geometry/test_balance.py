@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringspan.geometry import Mask, Workload, block_sparse, causal, documents, full, make_layout, prefix_lm, sliding_window
-from ringspan.geometry.balance import _dealt, balanced_layout, query_pairs
+from ringspan.geometry.balance import EVEN_ENOUGH, _dealt, balanced_layout, query_pairs
 from ringspan.geometry.span import split_evenly
 from tests.geometry.balance_study import LAYOUTS, PAGE, page, study
 from tests.support.sizes import examples
@@ -54,11 +54,11 @@ def test_dealt_chunks_differ_in_work_by_at_most_the_heaviest_minus_the_lightest(
 
 @examples(100)
 @given(data=st.data(), length=st.integers(1, 300), ranks=st.integers(1, 9))
-def test_auto_is_as_even_as_contiguous_zigzag_and_dealt_chunks_up_to_a_hundredth(data: st.DataObject, length: int, ranks: int):
+def test_auto_is_as_even_as_contiguous_zigzag_and_dealt_chunks_up_to_what_is_even_enough(data: st.DataObject, length: int, ranks: int):
     mask = data.draw(masks(length))
     auto = Workload(balanced_layout(length, ranks, mask), mask).imbalance
     for other in (make_layout("contiguous", length, ranks), make_layout("zigzag", length, ranks), _dealt(length, ranks, mask, 8)):
-        assert auto <= Workload(other, mask).imbalance + 0.01
+        assert auto <= Workload(other, mask).imbalance + EVEN_ENOUGH + 1e-9
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -76,6 +76,6 @@ def test_on_real_documents_auto_is_at_least_as_even_as_zigzag_and_the_page_says_
             for auto, zigzag, contiguous in zip(
                 shared, *(study()[(length, ranks, other)] for other in ("zigzag", "contiguous")), strict=True
             ):
-                assert auto.imbalance <= min(zigzag.imbalance, contiguous.imbalance, 1.02)
+                assert auto.imbalance <= min(zigzag.imbalance, contiguous.imbalance, 1.02) + EVEN_ENOUGH
     assert {name for *_, name in study()} == set(LAYOUTS)
     assert PAGE.read_text(encoding="utf-8") == page(), "to write it anew: python -m tests.geometry.balance_study"

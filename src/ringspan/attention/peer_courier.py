@@ -14,7 +14,6 @@ from ringspan.kernels import accumulator_dtype
 from ringspan.schedule import Send
 from ringspan.transport import PeerMemory, Pending, Transport
 
-
 AT_ONCE_BYTES = 16 << 20
 """Up to so much is copied into the outbox before the computing begins: it takes ten microseconds, and beside a kernel that fills the GPU it
 would wait longer for a place than the peer can spare (at 2,048 tokens a rank 34 of 165 µs, measured on two H100)."""

@@ -12,10 +12,13 @@ from ringspan.geometry.workload import Workload
 
 CHUNKS_PER_RANK = 8
 """Chunks that a rank gets: more balance better, and cut the work into smaller tiles."""
+EVEN_ENOUGH = 0.1
+"""So much imbalance is cheaper than smaller tiles and more keys on the way: on two H100, 131,072 tokens of documents took 10.9 ms forward
+and backward in contiguous shards (imbalance 1.07) and 14.9 ms in dealt chunks (1.00)."""
 
 
 def balanced_layout(length: int, num_ranks: int, mask: Mask, chunks_per_rank: int = CHUNKS_PER_RANK) -> Layout:
-    """The most even of contiguous, zigzag, and chunks dealt by weight; of equals the first, which has the larger tiles.
+    """The first of contiguous, zigzag, and chunks dealt by weight that is within `EVEN_ENOUGH` of the most even of them.
 
     The sequence is cut into `chunks_per_rank × num_ranks` chunks of one size (up to one token). Sorted by their pairs, they are dealt in
     rounds, each round to the ranks with the least work first: every rank gets as many chunks as any other, and no rank's work exceeds
@@ -24,9 +27,9 @@ def balanced_layout(length: int, num_ranks: int, mask: Mask, chunks_per_rank: in
     """
     plain = [contiguous(length, num_ranks), zigzag(length, num_ranks)]
     dealt = _dealt(length, num_ranks, mask, chunks_per_rank)
-    # A hundredth of imbalance is not worth the smaller tiles.
-    best = min((*plain, dealt), key=lambda layout: round(Workload(layout, mask).imbalance, 2))
-    return Layout("auto", length, best.shards)
+    imbalances = {layout: Workload(layout, mask).imbalance for layout in (*plain, dealt)}
+    taken = next(layout for layout, found in imbalances.items() if found <= min(imbalances.values()) + EVEN_ENOUGH)
+    return Layout("auto", length, taken.shards)
 
 
 def make_layout(name: str, length: int, num_ranks: int, weights: tuple[float, ...] | None = None, mask: Mask | None = None) -> Layout:
