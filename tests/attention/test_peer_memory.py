@@ -168,7 +168,7 @@ def test_an_unknown_transport_is_refused_on_every_rank():
 
 
 def test_a_broken_outbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
-    from ringspan.attention import context_parallel
+    from ringspan.attention import planning
 
     def shifted(schedule, rank, sizes):
         box = outbox(schedule, rank, sizes)
@@ -184,7 +184,7 @@ def test_a_broken_outbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
         )
         return replace(box, postings=moved)
 
-    monkeypatch.setattr(context_parallel, "outbox", shifted)
+    monkeypatch.setattr(planning, "outbox", shifted)
     tensors = make_tensors(40, heads=2, kv_heads=2, head_dim=4, seed=0)
     split = Split(num_ranks=4, mask=ringspan.causal(), strategy="balanced", layout="contiguous", options={"transport": "peer_memory"})
     with pytest.raises(AssertionError):

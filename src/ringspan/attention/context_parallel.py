@@ -14,27 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import shard_batch
-from ringspan.attention.choice import choose_kernel
 from ringspan.attention.decode import decode
 from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
-from ringspan.attention.materialised import check_materialised
 from ringspan.attention.observe import Observer
-from ringspan.attention.outbox import Outbox, outbox
-from ringspan.attention.peer_courier import row_bytes
-from ringspan.attention.program import resolve
-from ringspan.attention.reshard import make_exchange
-from ringspan.attention.scoring import Scoring, TileScores
+from ringspan.attention.planning import make_plan
 from ringspan.attention.sharding import Unshard, take_shard
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
-from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal, select_kernel
-from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
-from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, make_transport, peer_memory
+from ringspan.kernels import Kernel, select_kernel
+from ringspan.strategies import Choice, Schedules, make_schedules
+from ringspan.transport import InProcessTransport, agree, make_transport
 
 KEPT = 64
 """Sequences that a `ContextParallel` keeps, and shapes that a `Sequence` keeps plans for: the last ones asked for."""
@@ -227,29 +220,6 @@ class Sequence:
             )
         return make_schedules(context.strategy, self.layout, self.mask, **context.options)
 
-    def _choose(self, q: Tensor, k: Tensor, kernel: Kernel) -> Schedules:
-        """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
-        context = self.context
-        sizes = PieceBytes(
-            batch=q.shape[0],
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            head_dim=q.shape[3],
-            element_bytes=q.element_size(),
-            accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
-            single_bytes=q.element_size() if kernel.rounds else None,
-        )
-        strategy, options = context.strategy, context.options
-        if strategy == "auto":
-            self.choice = choose(self.layout, self.mask, sizes, MACHINES[q.device.type], make_schedules)
-            strategy, options = self.choice.strategy, dict(self.choice.options)
-        schedules = make_schedules(strategy, self.layout, self.mask, **options)
-        if strategy == "ring" and "rotate" not in options:
-            queries = make_schedules(strategy, self.layout, self.mask, rotate="queries")
-            keys_bytes, queries_bytes = (link_bytes(each, self.layout, sizes, "backward").total() for each in (schedules, queries))
-            return queries if queries_bytes < keys_bytes else schedules
-        return schedules
-
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor, along `dim`. Local and differentiable.
 
@@ -341,79 +311,9 @@ class Sequence:
         return out, lse
 
     def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
-        features, deterministic = checks.features(self.mask, softcap), self.context.deterministic
-        materialised = "ring_self_attention" in (self.context.strategy, self.context.options.get("inner"))
-
-        def check() -> None:
-            checks.check_attention(
-                q, k, v, sinks, scale, softcap, self.shard_length, self.rank, self.context.kernel, features, deterministic
-            )
-            checks.check_device(q.device.type, self.context.transport.devices, self.num_ranks)
-            checks.check_mask_mod(self.mask, self.length, q.device)
-            if materialised:
-                check_materialised(self.context.kernel, softcap, sinks)
-
-        problem = checks.problem_of(check)
-        agree(self.context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
-        transport = self.context.transport
-        asked = checks.kernel_problem(q, k, features, deterministic)
-        if materialised:
-            kernel = KERNELS["reference"]
-        else:
-            kernel = choose_kernel(self.context.kernel, asked, max(self.layout.shard_lengths), transport)
-        self.kernel = kernel
-        schedules = self._schedules = self._choose(q, k, kernel)
-        exchange, first_head = None, 0
-        shapes = frozenset({"band"}) if materialised else kernel.shapes
-        varlen = kernel.can.varlen and q.shape[0] == 1 and self.mask.mod is None
-        if (grid := schedules.grid) is not None:
-            exchange = make_exchange(transport, grid, self.layout, schedules.layout, q.shape[2], k.shape[2])
-            transport = Subgroup(transport, grid.context_group(exchange.place))
-            first_head = exchange.share.q_start
-        forward, backward = (
-            resolve(schedule, schedules.layout, self.mask, shapes, transport.rank, varlen)
-            for schedule in (schedules.forward, schedules.backward)
-        )
-        peers = self._peers(q, k, schedules, transport.rank, materialised)
-        scoring = Scoring(
-            scale=float(scale or 0.0), softcap=softcap, mask_mod=self.mask.mod, first_head=first_head, deterministic=deterministic
-        )
-        return Plan(
-            forward,
-            backward,
-            kernel,
-            transport,
-            TileScores(scoring, schedules.layout, q.device),
-            exchange,
-            materialised,
-            self.context.kv_heads_per_stage,
-            None if materialised else lse_gradient_refusal(kernel, asked),
-            peers,
-        )
-
-    def _peers(
-        self, q: Tensor, k: Tensor, schedules: Schedules, rank: int, materialised: bool
-    ) -> tuple[PeerMemory, dict[str, Outbox]] | None:
-        """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
-        context = self.context
-        wanted = context.carrier
-        threads = isinstance(context.transport, InProcessTransport)
-        if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
-            return None
-        reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
-        memory = peer_memory(context.transport, q.device) if reason is None else reason
-        if not isinstance(memory, str):
-            sizes = row_bytes(q, k)
-            outboxes = {each.direction: outbox(each, rank, sizes) for each in (schedules.forward, schedules.backward)}
-            if 2 * max(each.messages for each in outboxes.values()) <= memory.channels:
-                memory.reserve(max(each.nbytes for each in outboxes.values()))
-                return memory, outboxes
-            memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
-        if wanted == "peer_memory":
-            raise UnsupportedError(
-                "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
-            )
-        return None
+        planned = make_plan(self, q, k, v, sinks, scale, softcap)
+        self.kernel, self._schedules, self.choice = planned.plan.kernel, planned.schedules, planned.choice
+        return planned.plan
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""

@@ -89,6 +89,8 @@ class SymmetricMemory:
         self._group, self._device, self._size = transport.group, device, transport.size
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
         self._outboxes: list[Tensor] = []
+        # Outboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
+        self._captured, self._retired = False, []
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
@@ -99,7 +101,9 @@ class SymmetricMemory:
             return
         # Nobody reads an old outbox any more: a pass ends when its readers are done, and all ranks are between passes.
         torch.cuda.synchronize(self._device)
-        self._outboxes = []
+        if self._captured:
+            self._retired.append((self._mine, self._handle, self._outboxes))
+        self._outboxes, self._captured = [], False
         nbytes = -(-nbytes >> 21) << 21
         self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
         self._handle = self._module.rendezvous(self._mine, self._group)
@@ -111,6 +115,7 @@ class SymmetricMemory:
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
+        self._captured = self._captured or torch.cuda.is_current_stream_capturing()
         self._handle.put_signal(peer, channel, self._timeout_ms)
 
     def wait(self, peer: int, channel: int) -> None:

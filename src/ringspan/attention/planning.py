@@ -1,0 +1,141 @@
+"""What is settled at the first call with new shapes: agreed on by all ranks; then kernel, schedules, programs, and who carries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from ringspan.attention import checks
+from ringspan.attention.autograd import Plan
+from ringspan.attention.choice import choose_kernel
+from ringspan.attention.materialised import check_materialised
+from ringspan.attention.outbox import Outbox, outbox
+from ringspan.attention.peer_courier import row_bytes
+from ringspan.attention.program import resolve
+from ringspan.attention.reshard import make_exchange
+from ringspan.attention.scoring import Scoring, TileScores
+from ringspan.errors import UnsupportedError
+from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
+from ringspan.schedule import PieceBytes
+from ringspan.strategies import MACHINES, Choice, Schedules, choose, link_bytes, make_schedules
+from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
+
+if TYPE_CHECKING:
+    from ringspan.attention.context_parallel import Sequence
+
+Peers = tuple[PeerMemory, dict[str, Outbox]]
+
+
+class Planned(NamedTuple):
+    """A plan, the schedules that it runs, and what strategy `auto` chose where it did."""
+
+    plan: Plan
+    schedules: Schedules
+    choice: Choice | None
+
+
+def make_plan(
+    sequence: Sequence, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None
+) -> Planned:
+    """The plan of attention of these tensors on `sequence`. Collective. See `Sequence.attention` for the arguments.
+
+    Raises:
+        RingspanError: on every rank, where something is wrong on any rank or the ranks disagree.
+    """
+    context = sequence.context
+    features, deterministic = checks.features(sequence.mask, softcap), context.deterministic
+    materialised = "ring_self_attention" in (context.strategy, context.options.get("inner"))
+
+    def check() -> None:
+        checks.check_attention(
+            q, k, v, sinks, scale, softcap, sequence.shard_length, sequence.rank, context.kernel, features, deterministic
+        )
+        checks.check_device(q.device.type, context.transport.devices, sequence.num_ranks)
+        checks.check_mask_mod(sequence.mask, sequence.length, q.device)
+        if materialised:
+            check_materialised(context.kernel, softcap, sinks)
+
+    problem = checks.problem_of(check)
+    agree(context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
+    transport = context.transport
+    asked = checks.kernel_problem(q, k, features, deterministic)
+    if materialised:
+        kernel = KERNELS["reference"]
+    else:
+        kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
+    schedules, choice = _choose(sequence, q, k, kernel)
+    exchange, first_head = None, 0
+    shapes = frozenset({"band"}) if materialised else kernel.shapes
+    varlen = kernel.can.varlen and q.shape[0] == 1 and sequence.mask.mod is None
+    if (grid := schedules.grid) is not None:
+        exchange = make_exchange(transport, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
+        transport = Subgroup(transport, grid.context_group(exchange.place))
+        first_head = exchange.share.q_start
+    forward, backward = (
+        resolve(schedule, schedules.layout, sequence.mask, shapes, transport.rank, varlen)
+        for schedule in (schedules.forward, schedules.backward)
+    )
+    scoring = Scoring(
+        scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
+    )
+    plan = Plan(
+        forward,
+        backward,
+        kernel,
+        transport,
+        TileScores(scoring, schedules.layout, q.device),
+        exchange,
+        materialised,
+        context.kv_heads_per_stage,
+        None if materialised else lse_gradient_refusal(kernel, asked),
+        _peers(sequence, q, k, schedules, transport.rank, materialised),
+    )
+    return Planned(plan, schedules, choice)
+
+
+def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[Schedules, Choice | None]:
+    """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
+    context, layout, mask = sequence.context, sequence.layout, sequence.mask
+    sizes = PieceBytes(
+        batch=q.shape[0],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        element_bytes=q.element_size(),
+        accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
+        single_bytes=q.element_size() if kernel.rounds else None,
+    )
+    strategy, options, choice = context.strategy, context.options, None
+    if strategy == "auto":
+        choice = choose(layout, mask, sizes, MACHINES[q.device.type], make_schedules)
+        strategy, options = choice.strategy, dict(choice.options)
+    schedules = make_schedules(strategy, layout, mask, **options)
+    if strategy == "ring" and "rotate" not in options:
+        queries = make_schedules(strategy, layout, mask, rotate="queries")
+        keys_bytes, queries_bytes = (link_bytes(each, layout, sizes, "backward").total() for each in (schedules, queries))
+        return (queries if queries_bytes < keys_bytes else schedules), choice
+    return schedules, choice
+
+
+def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, materialised: bool) -> Peers | None:
+    """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
+    context = sequence.context
+    wanted = context.carrier
+    threads = isinstance(context.transport, InProcessTransport)
+    if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
+        return None
+    reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
+    memory = peer_memory(context.transport, q.device) if reason is None else reason
+    if not isinstance(memory, str):
+        sizes = row_bytes(q, k)
+        outboxes = {each.direction: outbox(each, rank, sizes) for each in (schedules.forward, schedules.backward)}
+        if 2 * max(each.messages for each in outboxes.values()) <= memory.channels:
+            memory.reserve(max(each.nbytes for each in outboxes.values()))
+            return memory, outboxes
+        memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
+    if wanted == "peer_memory":
+        raise UnsupportedError(
+            "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
+        )
+    return None
