@@ -29,7 +29,13 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     function = "tests.distributed.ranks:" + ("four" if count == 4 else "everything")
 
     def run(folder: Path) -> tuple[list[Any], list[Any]]:
-        return results(run_processes(count, function, folder)), ringspan.run_in_process(count, ranks.everything)
+        before = torch.get_num_threads()
+        # As many as each process has: sums are cut by threads.
+        torch.set_num_threads(1)
+        try:
+            return results(run_processes(count, function, folder)), ringspan.run_in_process(count, ranks.everything)
+        finally:
+            torch.set_num_threads(before)
 
     return count, *once(tmp_path_factory, f"gloo-{count}", run)
 

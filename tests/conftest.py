@@ -1,0 +1,31 @@
+"""The order of the suite: what takes long begins first, on both workers, so that none is left alone with it at the end. And its threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_after_a_test_as_before() -> Iterator[None]:
+    """A command that runs its rank in this process takes as many as are a rank's, and sums are cut by threads."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist deals the first half of the list to one worker and the second to the other, and idle ones steal from the ends."""
+    # The longest have the most time allowed.
+    slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: -_seconds(item))
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    half = (len(items) + 1) // 2 - len(slow[0::2])
+    items[:] = [*slow[0::2], *fast[:half], *slow[1::2], *fast[half:]]
+
+
+def _seconds(item: pytest.Item) -> float:
+    allowed = item.get_closest_marker("timeout")
+    return float(allowed.args[0]) if allowed and allowed.args else 0.0
