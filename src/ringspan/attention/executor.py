@@ -116,7 +116,7 @@ class _FlashPass(Pass):
         query, key = (len(piece), batch, heads, head_dim), (len(piece), batch, *self._k.shape[2:])
         match piece.kind:
             case "kv":
-                # Apart: a kernel that reads one of two interleaved tensors loses up to 4%.
+                # Apart, so that nothing is packed and kernels read contiguous rows.
                 return [self._k.new_empty(key) for _ in range(2)]
             case "dkv":
                 return [self._k.new_empty(key, dtype=result) for _ in range(2)]

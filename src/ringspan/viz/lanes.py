@@ -204,20 +204,26 @@ def _draw_steps(axes: Axes, timeline: Timeline, scaled: Scale, points_per_pair: 
     axes.set_xticks(list(ticks.values()), [short_count(real) for real in ticks])
 
 
-def _label_lanes(axes: Axes, timeline: Timeline, points_per_lane: float, letter: str) -> None:
+def label_ranks(axes: Axes, num_ranks: int, middle: float, points_per_lane: float, letter: str = "r") -> range:
+    """Names the lanes of a timeline, as many as fit, in their colours where there is room; returns which. `middle`: of a lane's bar."""
     every = 1
     while every * points_per_lane < 9:
         every *= 2
-    lanes = range(0, timeline.num_ranks, every)
-    middle = sum(_BAR) / 2
+    lanes = range(0, num_ranks, every)
     axes.set_yticks([lane + middle for lane in lanes], [f"{letter}{lane}" for lane in lanes])
     for lane, label in zip(lanes, axes.get_yticklabels(), strict=True):
         label.set_fontweight("bold")
         if points_per_lane >= 12:
-            colour = rank_colours(timeline.num_ranks)[lane]
+            colour = rank_colours(num_ranks)[lane]
             label.set_bbox({"facecolor": colour, "edgecolor": "none", "boxstyle": "round,pad=0.25"})
             label.set_color(text_on(colour))
     axes.tick_params(axis="y", length=0, labelsize=min(9, max(5, 0.8 * points_per_lane * every)), pad=6)
+    return lanes
+
+
+def _label_lanes(axes: Axes, timeline: Timeline, points_per_lane: float, letter: str) -> None:
+    middle = sum(_BAR) / 2
+    lanes = label_ranks(axes, timeline.num_ranks, middle, points_per_lane, letter)
     axes.tick_params(axis="x", length=2, labelsize=8, colors="#555555", pad=2)
     apart = any(bar.kv.kind == "k" for bar in timeline.bars)
     axes.set_xlabel(

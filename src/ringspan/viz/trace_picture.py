@@ -12,6 +12,7 @@ from ringspan.trace import Story, Timeline, Trace
 from ringspan.trace.chrome import backward_offset, rows_of
 from ringspan.trace.numbers import count_text, percent, seconds_text
 from ringspan.trace.timeline import DIRECTIONS, Event
+from ringspan.viz.lanes import label_ranks
 from ringspan.viz.palette import rank_colours, text_on
 from ringspan.viz.picture import check_picture_path
 
@@ -162,18 +163,8 @@ def _draw_flights(axes: Axes, timeline: Timeline, offsets: dict[str, float], poi
 def _label(axes: Axes, timeline: Timeline, offsets: dict[str, float], points_per_lane: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    every = 1
-    while every * points_per_lane < 9:
-        every *= 2
-    lanes, middle = range(0, timeline.num_ranks, every), sum(_BAR) / 2
-    axes.set_yticks([lane + middle for lane in lanes], [f"r{lane}" for lane in lanes])
-    for lane, label in zip(lanes, axes.get_yticklabels(), strict=True):
-        label.set_fontweight("bold")
-        if points_per_lane >= 12:
-            colour = rank_colours(timeline.num_ranks)[lane]
-            label.set_bbox({"facecolor": colour, "edgecolor": "none", "boxstyle": "round,pad=0.25"})
-            label.set_color(text_on(colour))
-    axes.tick_params(axis="y", length=0, labelsize=min(9, max(5, 0.8 * points_per_lane * every)), pad=6)
+    middle = sum(_BAR) / 2
+    lanes = label_ranks(axes, timeline.num_ranks, middle, points_per_lane)
     axes.tick_params(axis="x", length=2, labelsize=8, colors=_FAINT, pad=2)
     # Time begins anew in each direction, at the same distance between its marks.
     places = MaxNLocator(12).tick_values(0, axes.get_xlim()[1])
