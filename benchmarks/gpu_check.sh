@@ -1,41 +1,78 @@
 #!/usr/bin/env bash
-# Everything that a machine with GPUs must show, each part within its seconds.
-# usage: gpu_check.sh OUT_FOLDER [exact|kernels|speed|long|masks|heads|soak|train ...]
+# Everything that a machine with GPUs must show, each part within its seconds; each part leaves one archive of its files.
+# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps ...]
 set -uo pipefail
-out=$1; shift
-parts=${*:-exact kernels speed long masks heads soak train}
-mkdir -p "$out"
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+kept=$1; shift
+parts=${*:-correct speed long masks heads auto ablate soak steps}
+out=$(mktemp -d)
+mkdir -p "$kept"
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count())'
 kernel=${KERNEL:-flash4}
-over_nccl() { torchrun --nproc-per-node "$gpus" "$@"; }
 # Rows of tables and verdicts alone; everything is in the files.
 bench() {
   local name=$1 seconds=$2; shift 2
-  timeout "$seconds" python3 -m ringspan.cli.main bench --device cuda --kernel "$kernel" --one-device "$kernel" --json "$out/$name.json" \
-    --markdown "$out/$name.md" --png "$out/$name.png" "$@" 2>&1 | grep -E '^(ring|direct|auto|one device|rfa|yunch|pytorch|error|passed|refused|wrong|failed)|tokens a device on' | cut -c1-150
-  echo "bench $name: ${PIPESTATUS[0]}"
+  timeout "$seconds" python3 -m ringspan.cli.main bench --device cuda --one-device "$kernel" --json "$out/$name.json" \
+    --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1
+  echo "bench $name: $?"
+  grep -E '^(ring|direct|all_gather|ulysses|pass_query|auto|one device|rfa|yunch|pytorch|error|passed|refused|wrong|failed)|tokens a device on' "$out/$name.log" | cut -c1-150
+}
+# step SECONDS ARGUMENTS: whole training steps; the line without its settings.
+step() {
+  local seconds=$1; shift
+  timeout "$seconds" torchrun --nproc-per-node "${GPUS:-$gpus}" benchmarks/training_step.py --json "$out/steps.jsonl" "$@" > "$out/step.log" 2>&1
+  local status=$?
+  cat "$out/step.log" >> "$out/steps.log"
+  echo "step $*: $status"
+  if grep -q '^{' "$out/step.log"; then
+    grep '^{' "$out/step.log" | tail -1 | python3 -c 'import json, sys
+line = json.loads(sys.stdin.read())
+print({k: line.get(k) for k in ("seconds", "forward_and_backward_seconds", "losses", "mfu", "peak_gib", "reserved_gib", "out_of_memory") if k in line})'
+  else
+    grep -vE '^(W|\[rank|\*|$)' "$out/step.log" | tail -6 | cut -c1-300
+  fi
 }
 for part in $parts; do
   began=$SECONDS
   case $part in
-    exact)
+    correct)
+      # Each with a GPU of its own, beside what needs all of them.
+      CUDA_VISIBLE_DEVICES=0 timeout 400 python3 -m pytest -q tests/gpu -p no:cacheprovider --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
+      (for tool in memcheck racecheck; do
+        CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py -k fused_merge -p no:cacheprovider
+      done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
       timeout 120 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main verify --device cuda --dtype bfloat16,float32 --length 61,1000 --head-dim 64 \
-        --most 160 --json "$out/verify.json" 2>&1 | tail -4 ;;
-    kernels)
-      timeout 240 python3 -m pytest -q tests/gpu -p no:cacheprovider 2>&1 | tail -15
-      timeout 90 compute-sanitizer --tool memcheck python3 -m pytest -q tests/gpu -k "fused_merge_is" -p no:cacheprovider 2>&1 | tail -3 ;;
-    speed) bench speed 300 --strategy ring --length 2048,8192,32768 --launch graph,eager ;;
-    long) bench long 120 --strategy ring --length 131072 --peers none ;;
+        --most 160 --json "$out/verify.json" 2>&1 | tail -4
+      timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -8
+      rm -rf "$out"/run/checkpoint*
+      timeout 60 python3 -m ringspan.cli.main doctor 2>&1 | tail -40
+      timeout 90 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main trace ring --device cuda --length 65536 --heads 32 --kv-heads 8 --head-dim 128 \
+        --png "$out/trace.png" --chrome "$out/trace.chrome.json" --json "$out/trace.json" 2>&1 | tail -25
+      for how in "" "--offload" "--parameters-on-host" "--rematerialise full --offload" "--plain"; do
+        # shellcheck disable=SC2086
+        step 60 --model 1b --layers 4 --context 32768 --steps 2 $how
+      done
+      wait $tests; echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"
+      wait $sanitizer; echo "sanitizer: $?"; grep -E '=====.*(SUMMARY|ERROR|Error)|passed|failed' "$out/sanitizer.log" | tail -12 ;;
+    speed) bench speed 300 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --launch graph,eager ;;
+    long) bench long 200 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     masks)
-      bench window 90 --strategy direct --layout contiguous --length 65536 --mask window:4095 --peers none
-      bench documents 90 --strategy direct --layout contiguous,auto --length 65536 --documents realistic:1 --peers none ;;
+      bench window 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --mask window:4095 --launch graph --peers none
+      bench documents 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --documents realistic:1 --launch graph --peers none ;;
     heads)
-      bench heads 90 --strategy ring --length 8192,32768 --heads 64/8,32/32 --launch graph --peers none
-      bench narrow 60 --strategy ring --length 8192,32768 --head-dim 64 --launch graph --peers none ;;
+      bench heads 120 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
+      bench narrow 60 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+    auto)
+      bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
+      bench kernels 90 --kernel "flash4,cudnn,flash2,auto" --strategy ring --length 2048,8192,32768 --launch graph --peers none ;;
+    ablate) bench ablation 120 --kernel "$kernel" --strategy ring --length 8192,32768 --ablate --peers none ;;
     soak) timeout 150 torchrun --nproc-per-node "$gpus" benchmarks/soak.py --steps "${STEPS:-1000}" 2>&1 | grep -v -i warn | tail -4 ;;
-    train) timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -6 ;;
+    steps)
+      export OMP_NUM_THREADS=14
+      step 120 --context 32768 --parameters-on-host --steps 2
+      step 200 --context 131072 --parameters-on-host --steps 2 --offload ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
+  tar czf "$kept/$part.tgz" -C "$out" .
 done
