@@ -1,8 +1,10 @@
 """Where the device's time goes: every kernel and copy of one forward and backward, on one device and over the ranks.
 
     torchrun --nproc-per-node 2 benchmarks/kernel_times.py --lengths 2048,8192 --kernel flash4 --strategies ring,direct
+    torchrun --nproc-per-node 2 benchmarks/kernel_times.py --lengths 8192 --heads 32/32 --graph --timeline
 
 Each length is tokens per GPU. Times are microseconds a call on rank 0, summed over launches of the same name; what overlaps counts twice.
+With `--timeline` each rank lists what one call does in the order in which it begins.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import ringspan
+from ringspan.bench.graph import captured
 
 REPEATS = 5
+SHORTEST_US = 1.5
+"""What is shorter is left out of a timeline."""
 
 
-def show(title: str, work, rank: int) -> None:
-    """Prints the kernels of `work`, the longest first."""
+def show(title: str, work, rank: int, timeline: bool) -> None:
+    """Prints the kernels of `work`, the longest first, or in order."""
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -30,15 +35,31 @@ def show(title: str, work, rank: int) -> None:
         for _ in range(REPEATS):
             work()
         torch.cuda.synchronize()
-    spans = [event for event in recorded.events() if event.device_time_total > 0]
-    totals: dict[str, list[float]] = defaultdict(list)
-    for event in spans:
-        totals[event.name].append(event.device_time_total)
-    if rank == 0:
-        length = (max(event.time_range.end for event in spans) - min(event.time_range.start for event in spans)) / REPEATS
-        print(f"\n{title}: {length:,.0f} us from the first kernel to the last, a call")
-        for name, times in sorted(totals.items(), key=lambda entry: -sum(entry[1]))[:14]:
-            print(f"  {sum(times) / REPEATS:10,.1f} us  {len(times) / REPEATS:5.1f} x  {name[:120]}")
+    spans = sorted((event for event in recorded.events() if event.device_time_total > 0), key=lambda event: event.time_range.start)
+    length = (max(event.time_range.end for event in spans) - spans[0].time_range.start) / REPEATS
+    said = [f"\n{title}: {length:,.0f} us from the first kernel to the last, a call"]
+    if timeline:
+        # The calls follow each other: the middle one, by count.
+        each = len(spans) // REPEATS
+        call = spans[2 * each : 3 * each]
+        zero = call[0].time_range.start
+        said += [
+            f"  {event.time_range.start - zero:9,.1f} {event.device_time_total:9,.1f} us  {event.name[:70]}"
+            for event in call
+            if event.device_time_total >= SHORTEST_US
+        ]
+    else:
+        totals: dict[str, list[float]] = defaultdict(list)
+        for event in spans:
+            totals[event.name].append(event.device_time_total)
+        said += [
+            f"  {sum(times) / REPEATS:10,.1f} us  {len(times) / REPEATS:5.1f} x  {name[:120]}"
+            for name, times in sorted(totals.items(), key=lambda entry: -sum(entry[1]))[:14]
+        ]
+    for speaker in range(dist.get_world_size() if timeline else 1):
+        dist.barrier()
+        if rank == speaker:
+            print("\n".join([f"rank {rank}", *said] if timeline else said), flush=True)
 
 
 def main() -> None:
@@ -48,7 +69,11 @@ def main() -> None:
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--lengths", default="8192")
+    parser.add_argument("--heads", default="32/8", help="query/KV heads")
+    parser.add_argument("--graph", action="store_true", help="replay a CUDA graph")
+    parser.add_argument("--timeline", action="store_true")
     arguments = parser.parse_args()
+    heads, kv_heads = map(int, arguments.heads.split("/"))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
@@ -63,19 +88,21 @@ def main() -> None:
             sequence = context.sequence(length)
             torch.manual_seed(0)
             q, k, v, dout = (
-                torch.randn(1, sequence.shard_length, heads, 128, device=device, dtype=torch.bfloat16) for heads in (32, 8, 8, 32)
+                torch.randn(1, sequence.shard_length, number, 128, device=device, dtype=torch.bfloat16)
+                for number in (heads, kv_heads, kv_heads, heads)
             )
-            leaves = [x.requires_grad_() for x in (q, k, v)]
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
-            def forward(sequence=sequence, tensors=(q, k, v)) -> object:
+            def forward(sequence=sequence, tensors=(q, k, v)) -> tuple[torch.Tensor, ...]:
                 with torch.no_grad():
-                    return sequence.attention(*tensors)
+                    return (sequence.attention(*tensors),)
 
-            def both(sequence=sequence, leaves=leaves, dout=dout) -> object:
+            def both(sequence=sequence, leaves=leaves, dout=dout) -> tuple[torch.Tensor, ...]:
                 return torch.autograd.grad(sequence.attention(*leaves), leaves, dout)
 
-            show(f"{name}, {per_rank} tokens a GPU, forward", forward, rank)
-            show(f"{name}, {per_rank} tokens a GPU, forward + backward", both, rank)
+            for what, work in (("forward", forward), ("forward + backward", both)):
+                call = captured(work) if arguments.graph else work
+                show(f"{name}, {per_rank} tokens a GPU, {arguments.heads} heads, {what}", call, rank, arguments.timeline)
     dist.destroy_process_group()
 
 

@@ -123,6 +123,35 @@ def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape
     return model, work
 
 
+KINDS = {
+    "attention": ("flash", "fmha", "sdpa"), "matrix products": ("nvjet", "gemm", "cutlass", "xmma"), "messages": ("nccl",),
+    "copies": ("Memcpy", "memcpy"), "fills": ("Memset", "FillFunctor"), "fused": ("triton",),
+}  # fmt: skip
+"""What kernels belong to, by what their names hold; the rest is elementwise work."""
+
+
+def profiled(work: Callable[[], object]) -> None:
+    """Prints where the device's time goes, by kind and by kernel, in milliseconds. What runs beside something else counts as well."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = {}
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in recorded.events():
+        if (took := event.device_time_total / 1e3) > 0:
+            kind = next((kind for kind, words in KINDS.items() if any(word in event.name for word in words)), "elementwise")
+            kinds[kind] = kinds.get(kind, 0.0) + took
+            name = f"{kind:16} {event.name[:150]}"
+            before, count = kernels.get(name, (0.0, 0))
+            kernels[name] = (before + took, count + 1)
+    if dist.get_rank() == 0:
+        print("\n".join(f"{took:10.1f} ms  {kind}" for kind, took in sorted(kinds.items(), key=lambda entry: -entry[1])))
+        for name, (took, count) in sorted(kernels.items(), key=lambda entry: -entry[1][0])[:40]:
+            print(f"{took:10.1f} ms {count:6} x  {name}")
+
+
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Times every step, the first ones included and marked as warm-up."""
     shape = layer_shape(make_model(arguments))
@@ -148,6 +177,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
             torch.cuda.synchronize()
             peak = max(peak, torch.cuda.max_memory_allocated())
         seconds.append(time.perf_counter() - began)
+    if arguments.profile:
+        profiled(work)
     timed = sorted(seconds[arguments.warmup :])
     middle = timed[len(timed) // 2]
     ranks = dist.get_world_size()
@@ -187,6 +218,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="then profile one forward and backward")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU: 989 for H100 and H200 in bfloat16")
     parser.add_argument("--json", help="a file to which the line is added")
     arguments = parser.parse_args()
