@@ -73,6 +73,22 @@ def run(model: Any, length: int, **how: Any) -> tuple[float, Any, int]:
     return float(loss.detach()), gradients(mine), torch.cuda.max_memory_allocated() - before
 
 
+def test_fused_norms_and_gates_are_their_specification():
+    from tests.transformer import interpreted
+
+    interpreted.main()
+
+
+def test_a_model_whose_parts_are_fused_has_the_gradients_that_it_has_as_transformers_wrote_it(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama("ringspan", torch.bfloat16, **SIZES).cuda()
+    fused = run(model, 4096, **HOW["full"])
+    monkeypatch.setattr("ringspan.transformer.blockwise.can_fuse", lambda x: False)
+    unfused = run(model, 4096, **HOW["full"])
+    assert abs(fused[0] - unfused[0]) <= 1e-3 * unfused[0]
+    # Both round to bfloat16 at every step, at the same places on the way forward.
+    assert max(relative(fused[1][key], gradient) for key, gradient in unfused[1].items()) < 2e-2
+
+
 @pytest.mark.parametrize("name", HOW)
 def test_every_mode_has_the_gradients_of_layers_that_keep_everything(name: str):
     model = tiny_llama("ringspan", torch.bfloat16, **SIZES).cuda()

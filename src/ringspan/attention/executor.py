@@ -49,6 +49,7 @@ class Pass:
                     incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
                     pending = self.courier.post(batch, outgoing, incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
+            self.settle(observer, index)
             for launch in step.launches:
                 with watch(observer, index, "attend", launch):
                     self.attend(launch)
@@ -61,7 +62,11 @@ class Pass:
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
+        self.settle(observer, len(self.program.steps) - 1)
         self.courier.finish()
+
+    def settle(self, observer: Observer | None = None, index: int = 0) -> None:
+        """Does what an attend put off until its results are on their way."""
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -189,9 +194,18 @@ class BackwardPass(_FlashPass):
             )
             for (kind, owner), (start, stop) in spans.items()
         }
+        self._late: tuple[Launch, Tensor] | None = None
+
+    def settle(self, observer: Observer | None = None, index: int = 0) -> None:
+        """Adds the last tile's dq, which stays here: its dk and dv, which may travel, need not wait for that."""
+        if self._late is not None:
+            (launch, dq), self._late = self._late, None
+            with watch(observer, index, "merge"):
+                self._accumulators[("dq", launch.q_owner)].add(launch.tile.q_start, launch.tile.q_stop, dq)
 
     def attend(self, launch: Launch) -> None:
         """Adds the tile's share of dq, dk and dv."""
+        self.settle()
         q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
         k, v = self.keys(kv_owner, tile.k_start, tile.k_stop)
@@ -201,15 +215,19 @@ class BackwardPass(_FlashPass):
             self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
-        self._accumulators[("dq", q_owner)].add(tile.q_start, tile.q_stop, rows_first(dq))
         self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))
+        self._late = (launch, rows_first(dq))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
+        if piece.kind == "dq":
+            self.settle()
         self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *arrived)
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""
+        if piece.kind == "dq":
+            self.settle()
         return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

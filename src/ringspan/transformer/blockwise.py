@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.accumulate import GradientSums, SumLinearGradients
+from ringspan.transformer.fused import can_fuse, fused_gate, fused_rms_norm, is_gated, known_norm
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
 
 _CHUNK = "_ringspan_chunk"
@@ -24,7 +25,8 @@ def blockwise(module: nn.Module, chunk: int | None) -> None:
     The forward keeps the input and nothing else. The backward recomputes one chunk after the other, so that a feed-forward's intermediate,
     or the float32 that transformers computes norms in, exists for `chunk` tokens whatever the length. The parameters' gradients are summed
     over the chunks in float32 and rounded once. Nothing else changes: the output is the same function of the same weights, and parameters
-    without a gradient, adapters among them, stay so.
+    without a gradient, adapters among them, stay so. On a GPU the norms and gated feed-forwards that `ringspan.transformer.fused` knows are
+    fused as well.
 
     The backward costs one forward more, as under any rematerialisation. In a layer that is itself computed again a feed-forward costs none
     more than that where the layer's output is the plain sum of this part's and the residual (Llama, Qwen, Mistral): computing the layer
@@ -80,6 +82,10 @@ def _unsupported(module: nn.Module, found: str, nearest: str = "feed_forward_chu
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    norm = known_norm(self)
+    if norm is not None and can_fuse(x):
+        # It holds nothing wide, whatever the length.
+        return fused_rms_norm(x, self.get_parameter("weight"), norm)
     chunk = getattr(self, _CHUNK)
     parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
@@ -123,7 +129,7 @@ class _Keep(torch.autograd.Function):
             with torch.enable_grad(), ExitStack() as within:
                 for context in (*_entered(ctx.autocast), SumLinearGradients(sums)):
                     within.enter_context(context)
-                y = original_forward(ctx.module)(leaf)
+                y = _call(ctx.module, leaf)
             wanted = ([leaf] if dx is not None else []) + parameters
             found = torch.autograd.grad(y, wanted, piece.to(y.dtype), allow_unused=True)
             if out is not None:
@@ -138,14 +144,22 @@ def _run(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
     flat = x.flatten(0, -2)
     for start in range(0, flat.shape[0], chunk):
         part = flat[None, start : start + chunk]
-        y = original_forward(module)(part)
+        y = _call(module, part)
         if not isinstance(y, Tensor) or y.shape != part.shape:
             found = f"it maps {tuple(part.shape)} to {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
             raise _unsupported(module, found)
         if out is None:
             out = y.new_empty(x.shape)
         out.view_as(flat)[start : start + chunk] = y[0]
-    return original_forward(module)(x) if out is None else out
+    return _call(module, x) if out is None else out
+
+
+def _call(module: nn.Module, x: Tensor) -> Any:
+    """What `module` makes of `x`."""
+    if is_gated(module) and can_fuse(x):
+        inner: Any = module
+        return inner.down_proj(fused_gate(inner.gate_proj(x), inner.up_proj(x)))
+    return original_forward(module)(x)
 
 
 def _chunks(chunk: int, x: Tensor, gradient: Tensor, dx: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -51,11 +51,8 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, write: Work, read: Work) -> Pending:
-        """Has `write` done and then `read`, beside what follows, lane by lane in order; what it returns waits until both are done.
-
-        No `write` waits for a `read` of another rank.
-        """
+    def aside(self, lane: int, read: Work) -> Pending:
+        """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
         ...
 
 
@@ -122,7 +119,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, write: Work, read: Work) -> Pending:
+    def aside(self, lane: int, read: Work) -> Pending:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -131,7 +128,6 @@ class SymmetricMemory:
         stream = self._streams[lane]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            write()
             read()
         done = torch.cuda.Event()
         done.record(stream)
@@ -192,9 +188,8 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, write: Work, read: Work) -> Pending:
-        """See `PeerMemory.aside`: a thread writes at once, and reads when it needs what it reads."""
-        write()
+    def aside(self, lane: int, read: Work) -> Pending:
+        """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
         return _WhenNeeded(read)
 
 

@@ -1,0 +1,125 @@
+"""Norms and gated feed-forwards that are known, in one pass over memory each: what is not a matrix product costs what its bytes cost.
+
+In a decoder layer as transformers writes it, norms and activations are a dozen passes in float32; at 65,536 tokens a GPU they took as long
+as a third of the attention (measured on H100). Here they are the same functions with the same roundings, fused where a GPU and Triton are
+there. Everything else, and every module that is not known, runs as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WIDEST = 16384
+"""Of hidden states: a row is one program's."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ROUNDED_FIRST = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_ONE_PLUS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+_SILU = ("SiLU", "SiLUActivation")
+
+
+class Norm(NamedTuple):
+    """Of an RMSNorm, `x / √(mean(x²) + eps)` times its weight: `one_plus` that, in float32 (Gemma), or rounded first (Llama)."""
+
+    eps: float
+    one_plus: bool
+
+
+def known_norm(module: nn.Module) -> Norm | None:
+    """What kind of RMSNorm `module` is, or None for another module."""
+    name = type(module).__name__
+    if name in _ROUNDED_FIRST or name in _ONE_PLUS:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if isinstance(eps, float):
+            return Norm(eps, name in _ONE_PLUS)
+    return None
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether `module` is `down(silu(gate(x)) · up(x))`."""
+    return type(module).__name__ in _GATED and type(getattr(module, "act_fn", None)).__name__ in _SILU
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether there are kernels for hidden states like `x`."""
+    # Of a DTensor each rank has a part, which these do not know.
+    plain = type(x) is Tensor and x.is_cuda and x.dtype in _DTYPES and x.shape[-1] <= WIDEST
+    return plain and not torch.is_autocast_enabled("cuda") and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """The norm in plain torch, as transformers computes it: the specification."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if norm.one_plus else weight * normed.to(x.dtype)
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """`rms_norm` as one kernel each way; the backward keeps `x` alone.
+
+    Args:
+        x: `[…, hidden]`.
+        weight: `[hidden]`.
+        norm: of which kind.
+    """
+    return _RMSNorm.apply(x, weight, norm)
+
+
+def fused_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) · up`, rounded between as torch does, as one kernel each way.
+
+    Args:
+        gate: `[…, intermediate]`.
+        up: likewise.
+    """
+    return _Gate.apply(gate, up)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+        from ringspan.transformer.fused_kernels import norm_forward
+
+        ctx.save_for_backward(x, weight)
+        ctx.norm = norm
+        dtype = x.dtype if norm.one_plus else torch.promote_types(x.dtype, weight.dtype)
+        return norm_forward(_rows(x), weight, norm.eps, norm.one_plus, dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        from ringspan.transformer.fused_kernels import norm_backward
+
+        x, weight = ctx.saved_tensors
+        dx, dweight = norm_backward(_rows(x), weight, _rows(gradients[0]), *ctx.norm)
+        return dx.view(x.shape), dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        from ringspan.transformer.fused_kernels import gated_forward
+
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return gated_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        from ringspan.transformer.fused_kernels import gated_backward
+
+        return gated_backward(*ctx.saved_tensors, gradients[0].contiguous())
+
+
+def _rows(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
