@@ -100,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
         from ringspan.transformer.fused_kernels import norm_backward
 
         x, weight = ctx.saved_tensors
-        dx, dweight = norm_backward(_rows(x), weight, _rows(gradients[0]), *ctx.norm)
+        dx, dweight = norm_backward(_rows(x), weight, _rows(gradients[0]), ctx.norm.eps, ctx.norm.one_plus)
         return dx.view(x.shape), dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
