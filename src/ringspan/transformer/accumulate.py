@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_BLOCK_ELEMENTS = 1 << 25
-"""Of a product that is made before it is added: 128 MiB of float32."""
-
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of `dtype` are kept in: float32, or float64 where it is."""
@@ -30,11 +27,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)
     elif left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        # The matrix units add in float32 anyway; out_dtype hands that over instead of rounding it.
-        rows = max(1, _BLOCK_ELEMENTS // total.shape[1])
-        for start in range(0, total.shape[0], rows):
-            block = slice(start, start + rows)
-            total[block] += torch.mm(left[:, block].T, right, out_dtype=total.dtype)
+        # The matrix units add in float32 anyway, and begin with what is there; out_dtype keeps the sum from being rounded.
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
 

@@ -88,7 +88,7 @@ def fused_gate(gate: Tensor, up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
-        from ringspan.transformer.fused_kernels import norm_forward
+        from ringspan.kernels.fused_layer import norm_forward
 
         ctx.save_for_backward(x, weight)
         ctx.norm = norm
@@ -97,7 +97,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        from ringspan.transformer.fused_kernels import norm_backward
+        from ringspan.kernels.fused_layer import norm_backward
 
         x, weight = ctx.saved_tensors
         dx, dweight = norm_backward(_rows(x), weight, _rows(gradients[0]), ctx.norm.eps, ctx.norm.one_plus)
@@ -107,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        from ringspan.transformer.fused_kernels import gated_forward
+        from ringspan.kernels.fused_layer import gated_forward
 
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
@@ -115,9 +115,10 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        from ringspan.transformer.fused_kernels import gated_backward
+        from ringspan.kernels.fused_layer import gated_backward
 
-        return gated_backward(*ctx.saved_tensors, gradients[0].contiguous())
+        gate, up = ctx.saved_tensors
+        return gated_backward(gate, up, gradients[0].contiguous())
 
 
 def _rows(x: Tensor) -> Tensor:
