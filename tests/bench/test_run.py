@@ -87,3 +87,17 @@ def test_joules_are_what_the_counter_went_up_by_for_a_call():
     assert counter.millijoules == 20 * 250, "as often as fills 400 ms"
     assert joules(Meter("", nvml, None), CLOCK, lambda: None, 20.0) is None, "a counter that stands still has not answered"
     assert joules(Meter("no NVML"), CLOCK, work, 20.0) is None
+
+
+def test_a_kernel_is_held_against_its_own_error_on_one_device_also_where_that_is_not_timed():
+    def found(baselines: tuple[str, ...]) -> dict[tuple[str, str], Record]:
+        grid = Grid(
+            num_ranks=1, tokens=(40,), heads=((8, 2),), head_dims=(16,), dtypes=("bfloat16",), strategies=("ring",),
+            kernels=("reference", "torch_cpu"), baselines=baselines,
+        )  # fmt: skip
+        return {(record.kind, record.kernel): record for record in Bench(CLOCK, Meter("there is none")).run(grid)}
+
+    every, one = found(("reference", "torch_cpu")), found(("torch_cpu",))
+    assert ("one device", "reference") not in one
+    limits = [{name: budget.limit for name, budget in each["ringspan", "reference"].budgets.items()} for each in (every, one)]
+    assert limits[0] == limits[1] != {name: budget.limit for name, budget in one["ringspan", "torch_cpu"].budgets.items()}
