@@ -86,6 +86,7 @@ def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape)
         loss_tile=None if "tiled_loss" in without else arguments.loss_tile or "auto",
         rematerialise=mode,
         offload=Offload(host_bytes=host_bytes) if offloads else None,
+        layers_per_checkpoint=1 if mode == "none" else arguments.layers_per_checkpoint,
         compute_dtype=None if arguments.masters == "bfloat16" else torch.bfloat16,
         parameters_on_host=arguments.parameters_on_host,
     )
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rematerialise", default="attention_output")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--host-gib", type=float, help="of host memory for checkpoints, a rank")
+    parser.add_argument("--layers-per-checkpoint", type=int, default=1)
     parser.add_argument("--parameters-on-host", action="store_true")
     parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optimizer", choices=("adamw", "sgd", "none"), default="adamw")

@@ -38,7 +38,9 @@ MODELS = {
 }
 
 
-def run(model: Any, mode: str, ranks: int = 2, chunk: int | None = None, offload: Offload | None = None, **how: Any) -> list[Any]:
+def run(
+    model: Any, mode: str, ranks: int = 2, chunk: int | None = None, offload: Offload | None = None, group_size: int = 1, **how: Any
+) -> list[Any]:
     """For each rank: loss, gradients after `sum_gradients`, bytes sent in the backward, and the store."""
     how = {"kernel": "reference", **how}
 
@@ -49,7 +51,7 @@ def run(model: Any, mode: str, ranks: int = 2, chunk: int | None = None, offload
         for layer in decoder_layers(mine):
             if chunk:
                 blockwise(feed_forward_of(layer), chunk)
-        rematerialise(decoder_layers(mine), mode, store)
+        rematerialise(decoder_layers(mine), mode, store, layers_per_checkpoint=group_size)
         sequence = context.sequence(19)
         part = sequence.shard_batch(make_batch(2, 19))
         loss = sequence.loss(mine(**part, use_cache=False).logits, part["shift_labels"])
@@ -148,6 +150,42 @@ def test_checkpoints_that_went_to_the_host_give_the_same_gradients(mode: str, of
     for *_, store in found:
         assert store.most_bytes_used <= (offload.host_bytes if offload.host_bytes is not None else 1 << 20)
         assert store.most_bytes_used > 0 or offload.host_bytes == 0
+
+
+@pytest.mark.parametrize("offload", [None, Offload()], ids=["here", "on the host"])
+@pytest.mark.parametrize("group", [2, 3, 9])
+@pytest.mark.parametrize("mode", ["full", "attention_output"])
+def test_layers_that_share_a_checkpoint_have_the_same_gradients(mode: str, group: int, offload: Offload | None):
+    model = tiny_llama(num_hidden_layers=5)
+    found = run(model, mode, chunk=5, offload=offload, group_size=group)
+    check(found, run(model, "none"))
+    if offload is not None and mode == "full":
+        alone = run(model, mode, offload=offload)[0][3].most_bytes_used
+        assert found[0][3].most_bytes_used * 5 == alone * -(-5 // group)
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("full", 2), ("attention_output", 1)])
+def test_sharing_a_checkpoint_runs_no_attention_more(mode: str, runs: int, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama(num_hidden_layers=4)
+    counts = []
+    for group in (1, 2, 4):
+        with monkeypatch.context() as within:
+            counted = count_kernel(within)
+            run(model, mode, ranks=1, group_size=group)
+            counts.append(counted["forward"])
+    assert counts == [4 * runs] * 3
+
+
+def test_a_layer_that_shares_a_checkpoint_is_not_called_by_itself():
+    model = tiny_llama("ringspan", num_hidden_layers=2)
+    layers = decoder_layers(model)
+    rematerialise(layers, "full", layers_per_checkpoint=2)
+    with pytest.raises(RingspanError, match="one after the other"):
+        layers[1](torch.randn(1, 4, model.config.hidden_size, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(RingspanError, match="at least one"):
+        rematerialise(layers, "full", layers_per_checkpoint=0)
+    with pytest.raises(RingspanError, match="no layer checkpoints"):
+        rematerialise(layers, "none", layers_per_checkpoint=2)
 
 
 def test_both_backwards_through_one_graph_see_the_same_checkpoints():

@@ -52,6 +52,7 @@ def parallelize(
     loss_tile: int | Auto | None = "auto",
     rematerialise: str = "attention_output",
     offload: Offload | None = None,
+    layers_per_checkpoint: int = 1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     shard_parameters: bool = True,
@@ -85,6 +86,7 @@ def parallelize(
         loss_tile: tokens whose logits exist at a time; `auto`: what works in 1/16 of it; None: the model's own logits.
         rematerialise: one of `ringspan.transformer.MODES`, or `auto`: see `auto_rematerialise`; it needs `tokens_per_rank`.
         offload: layer checkpoints in host memory.
+        layers_per_checkpoint: how many layers share one checkpoint: that many times fewer bytes for all but attention computed once more.
         label_smoothing: of the loss.
         z_loss: weight of the squared log of the logits' normaliser.
         shard_parameters: whether FSDP2 shards parameters, gradients and optimizer; otherwise they are whole on every rank.
@@ -105,7 +107,12 @@ def parallelize(
 
     def prepare() -> None:
         register()
-        check_mode("full" if rematerialise == "auto" else rematerialise, strategy=strategy, offloads=offload is not None)
+        check_mode(
+            "full" if rematerialise == "auto" else rematerialise,
+            strategy=strategy,
+            offloads=offload is not None,
+            layers_per_checkpoint=layers_per_checkpoint,
+        )
         if (parameters_on_host or compute_dtype is not None) and axes.sharding is None:
             asked = "parameters_on_host=True" if parameters_on_host else f"compute_dtype={compute_dtype}"
             rule = "It is FSDP that keeps parameters elsewhere, or in another dtype, than they are computed with"
@@ -143,7 +150,9 @@ def parallelize(
         **more,
     )
     store = None if chosen.offload is None else make_store(device, chosen.offload)
-    _prepare_model(model, chosen, store)
+    # Where `auto` finds room for everything there is no checkpoint to share.
+    shared = 1 if chosen.rematerialise == "none" else layers_per_checkpoint
+    _prepare_model(model, chosen, store, shared)
     if axes.sharding is not None:
         # Late: whoever shards nothing need not load FSDP.
         from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
@@ -160,7 +169,7 @@ def parallelize(
     )
 
 
-def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None) -> None:
+def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, layers_per_checkpoint: int) -> None:
     inner: Any = causal_model(model)
     inner.set_attn_implementation(ATTENTION_NAME)
     layers = decoder_layers(model)
@@ -171,7 +180,9 @@ def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None) ->
         for norm in norms_of(decoder(model)):
             blockwise(norm, chosen.feed_forward_chunk)
     attention_outputs = chosen.offload is not None and chosen.offload.attention_outputs
-    make_rematerialised(layers, chosen.rematerialise, store, attention_outputs=attention_outputs)
+    make_rematerialised(
+        layers, chosen.rematerialise, store, attention_outputs=attention_outputs, layers_per_checkpoint=layers_per_checkpoint
+    )
     prepare_loss(model)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ringspan.attention.tape import Tape, keep_here, recording, replaying
+from ringspan.attention.tape import Keep, Tape, keep_here, recording, replaying
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
 from ringspan.transformer.offload import HostStore
@@ -29,15 +29,25 @@ _SETTINGS = "_ringspan_rematerialise"
 _CACHES = ("cache", "past_key_values", "past_key_value")
 
 
+class _Group:
+    """Layers that share one checkpoint: the first keeps its input, and from it the inputs of the others are computed again."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.last: _Input | None = None
+
+
 @dataclass(frozen=True)
 class _Settings:
     mode: str
     store: HostStore | None
     keep_outputs_on_host: bool
+    group: _Group
+    place: int
 
 
-def check_mode(mode: str, *, strategy: str = "ring", offloads: bool = False) -> None:
-    """Raises where the mode is unknown, or is not what it says under this strategy, or has nothing to offload."""
+def check_mode(mode: str, *, strategy: str = "ring", offloads: bool = False, layers_per_checkpoint: int = 1) -> None:
+    """Raises where the mode is unknown, or is not what it says under this strategy, or has no checkpoints to offload or to share."""
     if mode not in MODES:
         rule = f"The modes are {', '.join(MODES)}"
         raise RingspanError(f"rematerialise={mode!r}", "", rule, "rematerialise='attention_output'")
@@ -48,6 +58,16 @@ def check_mode(mode: str, *, strategy: str = "ring", offloads: bool = False) -> 
             "What a mode says is kept is what is kept",
             "rematerialise='full', or strategy='ring'",
         )
+    if type(layers_per_checkpoint) is not int or layers_per_checkpoint < 1:
+        rule = "A checkpoint serves a whole number of layers, at least one"
+        raise RingspanError(f"layers_per_checkpoint={layers_per_checkpoint!r}", "", rule, "layers_per_checkpoint=1")
+    if layers_per_checkpoint > 1 and mode in ("none", "selective"):
+        raise RingspanError(
+            f"layers_per_checkpoint={layers_per_checkpoint} with rematerialise={mode!r}",
+            "no layer checkpoints are made",
+            "What layers share are the checkpoints of rematerialised layers",
+            "rematerialise='full', or 'attention_output'",
+        )
     if offloads and mode in ("none", "selective"):
         raise RingspanError(
             f"offload with rematerialise={mode!r}",
@@ -57,7 +77,14 @@ def check_mode(mode: str, *, strategy: str = "ring", offloads: bool = False) -> 
         )
 
 
-def rematerialise(layers: Sequence[nn.Module], mode: str, store: HostStore | None = None, *, attention_outputs: bool = True) -> None:
+def rematerialise(
+    layers: Sequence[nn.Module],
+    mode: str,
+    store: HostStore | None = None,
+    *,
+    attention_outputs: bool = True,
+    layers_per_checkpoint: int = 1,
+) -> None:
     """Makes decoder layers keep what `mode` says for their backward. In place; `none` and `selective` take it back.
 
     Bytes that a layer keeps for a token, with e bytes an element, hidden size h, and a attention heads of d (PAPERS: Korthikanti's full
@@ -67,22 +94,33 @@ def rematerialise(layers: Sequence[nn.Module], mode: str, store: HostStore | Non
     Under `attention_output` neither attention's kernel nor the messages of its ring run again. The exchanges of positions for heads that
     `ulysses` and `two_dimensional` put around it do, for q, k and v as for the output: they are part of what rebuilds q, k and v.
 
+    With `layers_per_checkpoint` = g only the first of every g layers keeps its input. When the backward comes to them, the first g − 1 run
+    once without a graph, for the inputs of the others; attention's results are kept from that run, so that what runs twice is all but
+    attention, and g inputs and g − 1 results are there for that while. A g-th of e·h a layer is what stays kept (Chen et al., 1604.06174).
+
     Args:
         layers: the decoder layers, each called with hidden states first, with attention by ringspan.
         mode: one of `MODES`.
         store: where checkpoints go, if not left on the device.
         attention_outputs: whether what `attention_output` keeps goes to the store too.
+        layers_per_checkpoint: g.
 
     Raises:
-        RingspanError: for an unknown mode, or a store for a mode without checkpoints.
+        RingspanError: for an unknown mode, a store or groups for a mode without checkpoints, or groups of layers with dropout.
     """
-    check_mode(mode, offloads=store is not None)
-    for layer in layers:
+    check_mode(mode, offloads=store is not None, layers_per_checkpoint=layers_per_checkpoint)
+    if layers_per_checkpoint > 1:
+        _check_no_dropout(layers)
+    group = _Group(1)
+    for index, layer in enumerate(layers):
+        place = index % layers_per_checkpoint
+        if place == 0:
+            group = _Group(min(layers_per_checkpoint, len(layers) - index))
         if mode in ("none", "selective"):
             restore_forward(layer)
             vars(layer).pop(_SETTINGS, None)
         else:
-            setattr(layer, _SETTINGS, _Settings(mode, store, attention_outputs))
+            setattr(layer, _SETTINGS, _Settings(mode, store, attention_outputs, group, place))
             replace_forward(layer, _forward)
 
 
@@ -98,51 +136,106 @@ def _forward(self: nn.Module, hidden_states: Tensor, *arguments: Any, **keywords
             "model(…, use_cache=False)",
         )
     settings: _Settings = getattr(self, _SETTINGS)
-    contexts, store = _no_contexts, settings.store
+    group, store = settings.group, settings.store
     number = 0 if store is None else store.new_layer()
-    if settings.mode == "attention_output":
-        keep = partial(store.put, layer=number) if store is not None and settings.keep_outputs_on_host else keep_here
-        contexts = partial(_tape_contexts, Tape(keep))
+    keep = keep_here if store is None else partial(store.put, layer=number)
+    previous = group.last if settings.place else None
+    if settings.place and previous is None:
+        raise RingspanError(
+            f"a {type(self).__name__} that shares a checkpoint, called by itself",
+            "the layer before it was not called",
+            "Layers that share a checkpoint run one after the other",
+            "the whole decoder, or layers_per_checkpoint=1",
+        )
+    tape = Tape(keep if settings.keep_outputs_on_host else keep_here) if settings.mode == "attention_output" else None
+    kept = _Input(self, hidden_states, keep if previous is None else None, previous, tape, (arguments, keywords))
+    group.last = kept if settings.place + 1 < group.size else None
     # Random numbers are drawn by dropout alone.
     random = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
-    options: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts, "preserve_rng_state": random}
-    if store is None:
-        return checkpoint(layer, hidden_states, *arguments, **options, **keywords)
-    return checkpoint(_Input(hidden_states, store, number).run, layer, *arguments, **options, **keywords)
+    return checkpoint(kept.run, use_reentrant=False, context_fn=kept.contexts, preserve_rng_state=random)
 
 
 class _Input:
-    """A layer's input, which the checkpoint knows only by this object: here while the layer runs, in a store until it runs again."""
+    """A layer's input, which the checkpoint knows only by this object: here while the layer runs, and then kept, or computed again.
 
-    def __init__(self, hidden_states: Tensor, store: HostStore, number: int) -> None:
+    Args:
+        module: the layer.
+        hidden_states: its input.
+        keep: where the input is kept; None where it is computed again from the layer before.
+        previous: that layer's.
+        tape: of its attention, where results are kept from the forward on.
+        call: its other arguments.
+    """
+
+    def __init__(
+        self, module: nn.Module, hidden_states: Tensor, keep: Keep | None, previous: _Input | None, tape: Tape | None, call: tuple[Any, Any]
+    ) -> None:
+        self._module, self._previous, self._tape, self._call = module, previous, tape, call
         self._here: Tensor | None = hidden_states
         self._needs_gradient = hidden_states.requires_grad
-        self._kept = store.put(hidden_states.detach(), number)
+        self._kept = None if keep is None else keep(hidden_states.detach())
+        # Of attention, from a run that computed the next layer's input again until this layer's own backward.
+        self._again: Tape | None = None
 
-    def run(self, layer: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    def run(self) -> Any:
+        """The layer on its input."""
         hidden_states, self._here = self._here, None
-        if hidden_states is None:
-            hidden_states = self._kept().detach().requires_grad_(self._needs_gradient)
-        return layer(hidden_states, *arguments, **keywords)
+        arguments, keywords = self._call
+        return original_forward(self._module)(self._found() if hidden_states is None else hidden_states, *arguments, **keywords)
 
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Of the forward, and of each time that it is computed again."""
+        return nullcontext() if self._tape is None else recording(self._tape), _Replaying(self._take_tape)
 
-def _no_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), nullcontext()
+    def _found(self) -> Tensor:
+        if self._previous is None:
+            assert self._kept is not None
+            found = self._kept()
+        else:
+            found = self._previous.output()
+        return found.detach().requires_grad_(self._needs_gradient)
 
+    def output(self) -> Tensor:
+        """What the layer made of its input, computed without a graph; the input and attention's results stay for its own backward."""
+        self._here = self._found()
+        unshard = getattr(self._module, "unshard", None)
+        if callable(unshard):
+            # FSDP knows of no use of its parameters but the layer's own forward and backward; that comes next, and gives them up.
+            unshard()
+        again = Tape()
+        arguments, keywords = self._call
+        with torch.no_grad(), recording(again) if self._tape is None else replaying(self._tape):
+            output = original_forward(self._module)(self._here.detach(), *arguments, **keywords)
+        self._again = again if self._tape is None else None
+        return output[0] if isinstance(output, tuple) else output
 
-def _tape_contexts(tape: Tape) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return recording(tape), _Replaying(tape)
+    def _take_tape(self) -> Tape | None:
+        tape, self._again = self._again or self._tape, None
+        return tape
 
 
 class _Replaying:
-    """`replaying`, to be entered once for every backward through the same graph."""
+    """`replaying`, to be entered once for every backward through the same graph; nothing without a tape."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Callable[[], Tape | None]) -> None:
         self._tape = tape
 
     def __enter__(self) -> None:
-        self._within = replaying(self._tape)
+        tape = self._tape()
+        self._within = nullcontext() if tape is None else replaying(tape)
         self._within.__enter__()
 
     def __exit__(self, *error: Any) -> Any:
         return self._within.__exit__(*error)
+
+
+def _check_no_dropout(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                raise UnsupportedError(
+                    f"layers_per_checkpoint above 1 for a {type(layer).__name__}",
+                    f"{name} drops {module.p} of the elements",
+                    "A layer that runs again without a graph would drop others",
+                    "layers_per_checkpoint=1, or its dropout set to 0",
+                )
