@@ -48,7 +48,7 @@ def test_shares_of_a_step_are_read_from_events_when_it_is_over():
     times = PartTimes(moments_of(torch.device("cuda", torch.cuda.current_device())))
     watch_feed_forward(model, times)
     x = torch.ones(4, device="cuda", requires_grad=True)
-    for _ in range(3):  # the events of a step are used again in the next
+    for step in range(3):  # the events of a step are used again in the next
         times.start()
         done = torch.cuda.Event()
         layer.mlp(layer.other(x)).sum().backward()
@@ -57,7 +57,8 @@ def test_shares_of_a_step_are_read_from_events_when_it_is_over():
         times.end(wait)
         times.stop()
         done.record()
-        assert not done.query(), "the step's marks have waited for the device"
+        # In the first step kernels are loaded, which may wait for the device.
+        assert step == 0 or not done.query(), "the step's marks have waited for the device"
         torch.cuda.synchronize()
         attention, feed_forward, communication, total = times.read()
     assert attention == 0
