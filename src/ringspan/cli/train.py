@@ -72,6 +72,9 @@ def command(
     batch_size: Annotated[int | None, _option(_HOW, "Sequences in one forward pass.", "1")] = None,
     accumulate: Annotated[int | None, _option(_HOW, "Forward and backward passes in one step.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
+    optimizer: Annotated[
+        str | None, _option(_HOW, "adamw; adamw8bit or adamw4bit keep its moments in few bits (torchao).", "adamw")
+    ] = None,
     learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
     schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,

@@ -105,7 +105,7 @@ class Trainer:
             )
             self._base_digest = weights_digest(Path(config.model)) if self.ranks.is_first else None
         cast_parameters(model, getattr(torch, config.dtype))
-        optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
+        optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, kind=config.optimizer)
         if plan.checkpoint is not None:
             folder = Path(plan.checkpoint)
             state = read_state(folder / STATE)
