@@ -52,7 +52,7 @@ def command(
     text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
     rope_scaling: Annotated[
-        str | None, _option(_WHAT, "For a context above the model's own: linear or yarn.", "none", metavar="NAME")
+        str | None, _option(_WHAT, "For a context above the model's own: linear, dynamic or yarn.", "none", metavar="NAME")
     ] = None,
     rope_factor: Annotated[float | None, _option(_WHAT, "How far.", "the context over the model's own")] = None,
     lora_rank: Annotated[

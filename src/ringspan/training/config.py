@@ -59,7 +59,8 @@ class TrainingConfig:
         token_dtype: of a `.bin` file: `"uint16"` or `"uint32"`.
         text_column: of a dataset.
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
-        rope_scaling: for a `context` above that of the model in a folder: `"linear"` or `"yarn"`; None leaves its positions as they are.
+        rope_scaling: for a `context` above that of the model in a folder: `"linear"`, `"dynamic"` or `"yarn"`; None leaves its positions
+            as they are.
         rope_factor: how far; None is as far as `context` needs.
         lora_rank: of adapters through peft, which are then all that is trained; 0 trains every weight.
         lora_alpha: they count alpha / rank times; None is twice the rank.
