@@ -163,6 +163,13 @@ def test_parameters_that_cannot_be_quantised_are_refused(shapes: dict[str, tuple
         check_blocks("adamw8bit", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
+def test_sharded_parameters_are_refused_since_their_blocks_would_be_each_ranks_own():
+    sharded = torch.empty(64, 64, device="meta")
+    sharded.device_mesh = "as a DTensor has it"  # type: ignore[attr-defined]
+    with pytest.raises(RingspanError, match=r"--optimizer adamw8bit: head is sharded over ranks.*Try: --optimizer adamw, whose moments"):
+        check_blocks("adamw8bit", {"head": sharded})
+
+
 def test_without_torchao_it_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)

@@ -38,9 +38,18 @@ def check_blocks(name: str, parameters: Mapping[str, Tensor]) -> None:
     """Whether the moments of `parameters` can be quantised.
 
     Raises:
-        RingspanError: where blocks do not divide a parameter that is not small, or all are small.
+        RingspanError: where blocks do not divide a parameter that is not small, all are small, or one is sharded.
     """
     block = BLOCKS[name]
+    sharded = next((key for key, parameter in parameters.items() if hasattr(parameter, "device_mesh")), None)
+    if sharded is not None:
+        # Blocks would begin anew in each rank's part, and a checkpoint of them could not be read on another mesh.
+        raise RingspanError(
+            f"--optimizer {name}",
+            f"{sharded} is sharded over ranks",
+            "Moments of few bits are kept of parameters that are whole on every rank",
+            "--optimizer adamw, whose moments are sharded as the parameters are",
+        )
     large = {key: parameter for key, parameter in parameters.items() if parameter.numel() >= SMALLEST}
     odd = next((key for key, parameter in large.items() if parameter.numel() % block), None)
     if odd is not None:
