@@ -21,6 +21,7 @@ from ringspan.training.shares import (
     seconds_of_a_mark,
     steps_between,
     watch_feed_forward,
+    watch_sharding,
 )
 from ringspan.transformer import blockwise
 from tests.training.support import write_text
@@ -177,6 +178,34 @@ def test_time_belongs_to_the_innermost_part():
     times.stop()
     assert times.read() == [11.0, 0.0, 4.0 + 32.0 + 128.0, 255.0]
     assert times.num_marks == 0
+
+
+def test_what_sharded_parameters_are_waited_for_is_communication():
+    clock = Turned()
+
+    class Group:
+        """As FSDP2 has one for each module that it shards."""
+
+        def wait_for_unshard(self, seconds: float) -> str:
+            clock.now += seconds
+            return "whole"
+
+    class State:
+        def __init__(self, **groups: object) -> None:
+            vars(self).update(groups)
+
+    one, many = nn.Linear(1, 1), nn.Linear(1, 1)
+    groups = Group(), Group(), Group()
+    one._get_fsdp_state = lambda: State(_fsdp_param_group=groups[0])  # type: ignore[assignment]
+    many._get_fsdp_state = lambda: State(_fsdp_param_groups=list(groups[1:]))  # type: ignore[assignment]
+    times = PartTimes(clock)
+    watch_sharding(nn.Sequential(one, many, nn.Linear(1, 1)), times)
+    assert groups[0].wait_for_unshard(1.0) == "whole"
+    times.start()
+    assert [group.wait_for_unshard(2.0) for group in groups] == ["whole"] * 3
+    clock.now += 1.0
+    times.stop()
+    assert times.read() == [0.0, 0.0, 6.0, 7.0]
 
 
 def test_looking_on_changes_no_bit():

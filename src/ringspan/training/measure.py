@@ -13,7 +13,16 @@ from torch import nn
 from ringspan.attention import ContextParallel
 from ringspan.errors import UnsupportedError
 from ringspan.training.ranks import Ranks
-from ringspan.training.shares import PartTimes, Shares, combine_shares, moments_of, seconds_of_a_mark, steps_between, watch_feed_forward
+from ringspan.training.shares import (
+    PartTimes,
+    Shares,
+    combine_shares,
+    moments_of,
+    seconds_of_a_mark,
+    steps_between,
+    watch_feed_forward,
+    watch_sharding,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class Meter:
         except UnsupportedError as error:
             self.blind = str(error)
             return
+        watch_sharding(model, times)
         context.observer = times
         self._times, self._mark_seconds, self.blind = times, seconds_of_a_mark(moments), None
 

@@ -4,8 +4,8 @@ Time belongs to the innermost part that has begun and not ended; what is in none
 
 - attention: from q, k and v to its output, and back: kernels, merges, packing, without the projections around it.
 - feed-forward: the layers' feed-forward parts, forward, computed again where they are, and backward.
-- communication: what computing waited for, inside attention too, and sums over ranks of gradients and losses. A transfer that computing
-  hides takes no time here.
+- communication: what computing waited for, inside attention too, sums over ranks of gradients and losses, and FSDP2's gathering and
+  scattering. A transfer that computing hides takes no time here.
 
 On a CPU a mark is the host's clock. On a GPU it is an event on the current stream, read when the step is over: nothing waits for the device
 in between.
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -30,6 +32,8 @@ _PARTS = {"whole": ATTENTION, "wait": COMMUNICATION, "reduce": COMMUNICATION}
 WORTH = 0.01
 """The largest part of the steps' time that measuring may take on average: steps whose marks cost more are measured less often."""
 _CALIBRATION = 64
+_SHARDING_WAITS = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+"""On a GPU the first and third only queue what the others wait for; on a CPU they are the transfers."""
 _HOOK_SECONDS = 2.5e-6
 """What Python spends around a mark: the four of a feed-forward part, forward and backward, were measured at 10 µs."""
 
@@ -233,6 +237,34 @@ def _watch_other(part: nn.Module, times: PartTimes) -> None:
 
     part.register_forward_pre_hook(before)
     part.register_forward_hook(after, always_call=True)
+
+
+def watch_sharding(model: nn.Module, times: PartTimes) -> None:
+    """Has FSDP2 tell `times` when computing waits for parameters and gradients that it moves; nothing where nothing is sharded.
+
+    FSDP2 has no hooks around its waits: they are methods of each module's parameter group, which are wrapped.
+    """
+    for module in model.modules():
+        state = module._get_fsdp_state() if callable(getattr(module, "_get_fsdp_state", None)) else None  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for name in _SHARDING_WAITS:
+                if callable(method := getattr(group, name, None)):
+                    setattr(group, name, _as_communication(method, times))
+
+
+def _as_communication(method: Callable[..., Any], times: PartTimes) -> Callable[..., Any]:
+    @wraps(method)
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        if not times.is_running:
+            return method(*arguments, **keywords)
+        depth = times.enter(COMMUNICATION)
+        try:
+            return method(*arguments, **keywords)
+        finally:
+            times.leave(depth)
+
+    return timed
 
 
 class _Calls:
