@@ -64,7 +64,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "trace": CORE,
     "transformer": MODELS,
     # Optional, each refused or left out with the reason where it is not installed.
-    "training": MODELS | {"peft", "datasets", "pynvml"},
+    "training": MODELS | {"peft", "datasets", "pynvml", "torchao"},
     "inference": MODELS,
     "planner": set(),
     "viz": CORE | {"matplotlib", "rich"},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 import ringspan
-from ringspan.transformer import Offload, make_store
+from ringspan.transformer import LossTerms, Offload, make_store, tiled_cross_entropy
 from ringspan.transformer.accumulate import add_product_
 from tests.support.errors import relative
 from tests.support.models import gradients, make_batch, tiny_llama
@@ -45,6 +47,64 @@ def test_tensors_come_back_from_the_host_while_others_are_computed(in_flight: in
             del each, found
     torch.cuda.synchronize()
     assert store.bytes_used == 0 and store.most_bytes_used == 8 * (1 << 24)
+
+
+TERMS = {
+    "plain": LossTerms(),
+    "smoothing": LossTerms(label_smoothing=0.2),
+    "z": LossTerms(z_loss=0.03),
+    "softcap": LossTerms(softcap=2.0),
+    "all": LossTerms(label_smoothing=0.1, z_loss=0.02, softcap=3.0, multiplier=1.7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [37, 4096, 50257, 128256])
+@pytest.mark.parametrize("terms", TERMS)
+def test_the_fused_token_loss_is_the_formula(terms: str, columns: int, dtype: torch.dtype):
+    from ringspan.kernels.fused_token_loss import fused_token_loss_
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    raw = (torch.randn(70, columns, device="cuda", generator=generator) * 4).to(dtype)
+    labels = torch.randint(columns, (70,), device="cuda", generator=generator)
+    labels[:3] = torch.tensor([0, columns - 1, -100], device="cuda")
+    factor = torch.full((), 0.25, device="cuda")
+    module = sys.modules["ringspan.transformer.tiled_loss"]
+    expected = module._tile(raw.double(), labels, factor.double(), TERMS[terms], True)
+    raw[2] = torch.nan  # a token that does not count has neither loss nor gradient, whatever its logits are
+    kept = raw.clone()
+    alone = fused_token_loss_(raw, labels, factor, **asdict(TERMS[terms]), with_gradient=False)
+    torch.testing.assert_close(raw, kept, rtol=0, atol=0, equal_nan=True)
+    loss = fused_token_loss_(raw, labels, factor, **asdict(TERMS[terms]), with_gradient=True)
+    assert torch.equal(alone, loss)
+    assert relative(loss, expected.loss) < 3e-6
+    # A gradient is rounded once: its error is that of rounding the exact one.
+    assert relative(raw.double(), expected.gradient) < 1.02 * relative(expected.gradient.to(dtype).double(), expected.gradient) + 3e-6
+    assert not raw[2].any()
+    labels[5] = columns
+    assert fused_token_loss_(kept, labels, factor, **asdict(TERMS[terms]), with_gradient=False).isnan()
+
+
+def test_a_tile_of_the_loss_takes_two_bytes_a_logit_and_equals_plain_torch(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    columns, tile = 50257, 4096
+    hidden = (torch.randn(1, 3 * tile + 5, 256, device="cuda") / 4).bfloat16().requires_grad_()
+    weight = (torch.randn(columns, 256, device="cuda") / 4).bfloat16()
+    labels = torch.randint(columns, hidden.shape[:2], device="cuda")
+    found = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(sys.modules["ringspan.transformer.tiled_loss"], "_fused", lambda: None)
+        hidden.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = tiled_cross_entropy(hidden, weight, labels, tile=tile, scale=1 / labels.numel(), terms=LossTerms(z_loss=1e-4))
+        peak = torch.cuda.max_memory_allocated() - before
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, peak))
+    (loss, gradient, peak), (plain_loss, plain_gradient, plain_peak) = found
+    assert relative(loss, plain_loss) < 1e-5 and relative(gradient, plain_gradient) < 4e-3
+    assert peak < 1.3 * 2 * columns * tile + 2 * hidden.numel() < plain_peak / 3
 
 
 SIZES = {

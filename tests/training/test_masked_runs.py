@@ -181,6 +181,10 @@ class InProcessRanks:
 
     num_ranks: int
     device: torch.device
+    group: Any
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return self.group.gather_objects(values)
 
 
 @pytest.mark.parametrize("mask", ["window:9", "causal&documents:20,5,1,35", "window:5&documents:40,21"])
@@ -204,7 +208,7 @@ def test_the_trainer_takes_the_same_steps_on_three_ranks_as_on_one(mask: str, tm
 
         def run(group: Any) -> list[Step]:
             mine.group = group
-            trainer = trainer_module.Trainer(plan, InProcessRanks(ranks, torch.device("cpu")))  # type: ignore[arg-type]
+            trainer = trainer_module.Trainer(plan, InProcessRanks(ranks, torch.device("cpu"), group))  # type: ignore[arg-type]
             taken: list[Step] = []
             step_optimizer = trainer.optimizer.step
 

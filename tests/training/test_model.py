@@ -68,17 +68,10 @@ def test_plain_attention_gives_way_again_after_an_error():
     assert model.config._attn_implementation == "ringspan"
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"attention_dropout": 0.1}, "dropout 0.1"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
-    ],
-)
-def test_what_ranks_could_not_agree_about_is_refused(changes: dict, named: str):
+def test_what_ranks_could_not_agree_about_is_refused():
     model = pico()
-    config = LlamaConfig(**model.config.to_dict() | changes)
-    with pytest.raises(RingspanError, match=named):
+    config = LlamaConfig(**model.config.to_dict() | {"attention_dropout": 0.1})
+    with pytest.raises(RingspanError, match=r"dropout 0\.1"):
         check_exact(LlamaForCausalLM(config), "a model")
 
 

@@ -47,22 +47,23 @@ def test_packed_documents_cost_their_own_pairs(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("device", "flops", "peak", "energy", "notes"),
+    ("device", "flops", "peak", "energy", "blind", "notes"),
     [
-        ("cpu", None, None, False, []),
-        ("cuda", 1, 1.0, True, []),
-        ("cuda", None, 1.0, True, ["model FLOP/s and MFU are not logged"]),
-        ("cuda", 1, None, False, ["MFU is not logged: no peak is known for Some GPU in float32", "joules per token are not logged"]),
+        ("cpu", None, None, False, None, []),
+        ("cpu", None, None, False, "no layers", ["shares of the time are not logged: no layers"]),
+        ("cuda", 1, 1.0, True, None, []),
+        ("cuda", None, 1.0, True, "no layers", ["shares of the time are not logged", "model FLOP/s and MFU are not logged"]),
+        ("cuda", 1, None, False, None, ["MFU is not logged: no peak is known for Some GPU in float32", "joules per token are not logged"]),
     ],
 )
-def test_what_a_gpu_run_will_not_measure_is_said(device: str, flops, peak, energy: bool, notes: list[str]):
+def test_what_a_gpu_run_will_not_measure_is_said(device: str, flops, peak, energy: bool, blind: str | None, notes: list[str]):
     trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=torch.device(device)),
         flops=flops,
         peak_flops=peak,
         device_name="Some GPU",
         config=SimpleNamespace(dtype="float32"),
-        meter=SimpleNamespace(counts_energy=energy),
+        meter=SimpleNamespace(counts_energy=energy, blind=blind),
     )
     said = Trainer.notes(trainer)  # type: ignore[arg-type]
     assert len(said) == len(notes)

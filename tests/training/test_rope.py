@@ -32,14 +32,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", num_words=2000)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_the_stretched_model_is_the_one_that_transformers_makes(folder: Path, kind: str):
     original = {"original_max_position_embeddings": OWN} if kind == "yarn" else {}
     rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": CONTEXT / OWN, **original}
-    plain = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope, max_position_embeddings=CONTEXT)
+    # Dynamic scaling begins at what the configuration calls the longest position.
+    longest = OWN if kind == "dynamic" else CONTEXT
+    plain = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope, max_position_embeddings=longest)
     ours = build_model(str(folder), vocabulary_size=256, context=CONTEXT, seed=0, rope_scaling=kind)
     assert ours.config.rope_parameters == rope
-    assert ours.config.max_position_embeddings == CONTEXT
+    assert ours.config.max_position_embeddings == longest
     ours.set_attn_implementation("sdpa")
     ids = torch.arange(CONTEXT).unsqueeze(0)
     with torch.no_grad():
@@ -49,7 +51,7 @@ def test_the_stretched_model_is_the_one_that_transformers_makes(folder: Path, ki
         assert not torch.allclose(logits, unscaled(input_ids=ids).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_three_ranks_train_the_stretched_model_as_one_does(folder: Path, text: Path, tmp_path: Path, kind: str):
     given = {"data": str(text), "model": str(folder), "tokenizer": "bytes", "context": CONTEXT, "rope_scaling": kind, "steps": 3}
     alone, trainer = take_steps(tmp_path / "1", 1, **given)[0]
@@ -61,8 +63,7 @@ def test_three_ranks_train_the_stretched_model_as_one_does(folder: Path, text: P
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rope_scaling": "dynamic"}, "--rope-scaling dynamic: its angles depend on the longest position.*Try: --rope-scaling yarn"),
-        ({"rope_scaling": "ntk"}, "--rope-scaling ntk: unknown. It is one of linear, yarn"),
+        ({"rope_scaling": "ntk"}, "--rope-scaling ntk: unknown. It is one of linear, dynamic, yarn"),
         ({"rope_scaling": "yarn", "context": OWN}, "--rope-scaling yarn --context 64: the model's own is 64"),
         ({"rope_scaling": "yarn", "rope_factor": 0.5}, "--rope-factor 0.5: below 1"),
         ({"rope_scaling": "yarn", "rope_factor": -1.0}, "--rope-factor -1.0: not above zero"),

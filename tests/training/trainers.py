@@ -31,9 +31,14 @@ class InProcessRanks:
     num_ranks: int
     device: torch.device
 
+    group: Any
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return self.group.gather_objects(values)
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def ranks_as_threads() -> Iterator[Callable[[int, Callable[[Any], Any]], list[An
     def run(num_ranks: int, function: Callable[[Any], Any]) -> list[Any]:
         def on_rank(group: Any) -> Any:
             mine.group = group
-            return function(InProcessRanks(group.rank, num_ranks, torch.device("cpu")))
+            return function(InProcessRanks(group.rank, num_ranks, torch.device("cpu"), group))
 
         return ringspan.run_in_process(num_ranks, on_rank)
 

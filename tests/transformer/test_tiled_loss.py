@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -71,8 +72,6 @@ def test_the_loss_and_every_gradient_are_those_of_whole_logits(terms: str, tile:
 
 
 def test_it_fails_where_the_slope_of_the_softcap_is_forgotten(monkeypatch: pytest.MonkeyPatch):
-    import sys
-
     module = sys.modules["ringspan.transformer.tiled_loss"]
     right = module._tile
 
@@ -95,6 +94,33 @@ def test_logits_that_are_there_already_give_the_same(terms: LossTerms):
 
 def _linear(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input": given["hidden"], "weight": given["weight"]}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_a_kernel_that_works_in_the_logits_place_gives_the_same(terms: str, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["ringspan.transformer.tiled_loss"]
+    seen = []
+
+    def in_place(logits: Tensor, labels: Tensor, factor: Tensor, *, with_gradient: bool, **how: Any) -> Tensor:
+        seen.append(with_gradient)
+        found = module._tile(logits.clone(), labels, factor, LossTerms(**how), with_gradient)
+        # What they were is lost.
+        logits.copy_(found.gradient) if with_gradient else logits.fill_(torch.nan)
+        return found.loss
+
+    monkeypatch.setattr(module, "_can_be_fused", lambda raw, bias: bias is None)
+    monkeypatch.setattr(module, "_fused", lambda: in_place)
+    check(TERMS[terms], 5, torch.float64, False)
+    tensors, labels = make(torch.float64)
+    expected = plain(tensors, labels, TERMS[terms])
+    assert relative(tiled_cross_entropy(labels=labels, tile=5, terms=TERMS[terms], **tensors), expected) < 1e-14
+    assert seen == [True] * 6 + [False] * 6
+
+
+def test_logits_that_no_kernel_takes_are_left_to_torch():
+    half, single = torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)
+    can = sys.modules["ringspan.transformer.tiled_loss"]._can_be_fused
+    assert not can(half, None) and not can(single, None), "these are on a CPU"
 
 
 def test_frozen_weights_get_no_gradient_and_no_sum_is_held_for_them():

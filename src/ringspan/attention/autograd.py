@@ -88,6 +88,11 @@ class DistributedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None):
         """Runs the backward program: every rank must come here, as every rank came through the forward."""
+        with watch(ctx.plan.observer, BEFORE, "whole"):
+            return DistributedAttention._input_gradients(ctx, *gradients)
+
+    @staticmethod
+    def _input_gradients(ctx, *gradients: Tensor | None):
         dout, dlse = gradients
         q, k, v, out, lse, sinks, *weights = ctx.saved_tensors
         plan, exchange = ctx.plan, ctx.plan.exchange
@@ -204,4 +209,5 @@ def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
-    return DistributedAttention.apply(q, k, v, sinks, plan, return_lse)
+    with watch(plan.observer, BEFORE, "whole"):
+        return DistributedAttention.apply(q, k, v, sinks, plan, return_lse)

@@ -54,6 +54,9 @@ class ContextParallel:
             group itself, in `sum_gradients` and the loss, and what a model computes besides.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
+    Attributes:
+        observer: who looks on while attention of any of its sequences runs and while ranks sum; None, as at first, for nobody.
+
     Raises:
         RingspanError: on every rank, where the arguments are wrong or the ranks disagree about them.
     """
@@ -73,6 +76,7 @@ class ContextParallel:
     ) -> None:
         self.transport = make_transport(mesh_or_group)
         self.carrier = transport
+        self.observer: Observer | None = None
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.kv_heads_per_stage, self.deterministic, self.options = kv_heads_per_stage, deterministic, options
         self._sequences: Kept[Sequence] = Kept(KEPT)
@@ -156,7 +160,7 @@ class ContextParallel:
 
     def sum_gradients(self, model: nn.Module | Iterable[nn.Parameter]) -> None:
         """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective."""
-        sum_gradients(model.parameters() if isinstance(model, nn.Module) else model, self.transport)
+        sum_gradients(model.parameters() if isinstance(model, nn.Module) else model, self.transport, self.observer)
 
     def broadcast_parameters(self, model: nn.Module) -> None:
         """Copies the parameters and buffers of rank 0 to every rank. Collective."""
@@ -167,7 +171,7 @@ class Sequence:
     """One rank's view of sequences of one length under one mask. Made by `ContextParallel.sequence`.
 
     Attributes:
-        observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for nobody.
+        observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for its context's.
     """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
@@ -302,8 +306,8 @@ class Sequence:
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
-        if self.observer is not None:
-            plan = plan.observed(self.observer)
+        if (observer := self.observer or self.context.observer) is not None:
+            plan = plan.observed(observer)
         out, lse = attend(q, k, v, sinks, plan, return_lse)
         if not return_lse:
             return out
@@ -338,7 +342,7 @@ class Sequence:
             (logits.shape, labels.shape, logits.dtype, logits.device, ignore_index),
             lambda: self._agree_on_loss(logits, labels, ignore_index),
         )
-        return mean_cross_entropy(logits, labels, self.context.transport, ignore_index)
+        return mean_cross_entropy(logits, labels, self.context.transport, ignore_index, self.observer or self.context.observer)
 
     def _agree_on_loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
         """All ranks go on, or all raise: a rank that raised alone would leave the others waiting for its share."""

@@ -7,20 +7,25 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ringspan.attention.observe import AFTER, Observer, watch
 from ringspan.transport import Transport
 
 BUCKET_BYTES = 1 << 25
 """Gradients are summed in buckets of this size: large enough for the link, small beside the model."""
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
-    """Sums `.grad` over the ranks, in place, in float32 (float64 where it is): a parameter without one counts as zero on this rank."""
+def sum_gradients(parameters: Iterable[nn.Parameter], transport: Transport, observer: Observer | None = None) -> None:
+    """Sums `.grad` over the ranks, in place, in float32 (float64 where it is): a parameter without one counts as zero on this rank.
+
+    An `observer` is told when ranks sum.
+    """
     for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
         # Whether any rank has a gradient is one more element: where none has, none appears.
         flags = torch.tensor([float(parameter.grad is not None) for parameter in bucket], device=bucket[0].device)
         wide = torch.promote_types(bucket[0].dtype, torch.float32)
         flat = torch.cat([_gradient(parameter).to(wide).flatten() for parameter in bucket] + [flags.to(wide)])
-        transport.all_reduce(flat)
+        with watch(observer, AFTER, "reduce"):
+            transport.all_reduce(flat)
         offset = 0
         present = flat[flat.numel() - len(bucket) :].tolist()
         for parameter, anywhere in zip(bucket, present, strict=True):

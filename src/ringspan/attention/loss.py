@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringspan.attention.observe import AFTER, Observer, watch
 from ringspan.transport import Transport
 
 IGNORE_INDEX = -100
@@ -33,7 +34,9 @@ class SumOverRanks(torch.autograd.Function):
         return gradients[0], None
 
 
-def mean_cross_entropy(logits: Tensor, labels: Tensor, transport: Transport, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def mean_cross_entropy(
+    logits: Tensor, labels: Tensor, transport: Transport, ignore_index: int = IGNORE_INDEX, observer: Observer | None = None
+) -> Tensor:
     """The mean cross-entropy over all ranks' labelled positions, the same on every rank.
 
     Args:
@@ -41,6 +44,7 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor, transport: Transport, ign
         labels: `[batch, shard]`, already shifted.
         transport: of the ranks that share the sequence.
         ignore_index: the label of positions that do not count.
+        observer: looks on while the ranks sum.
 
     Returns:
         A scalar, 0 where no position counts. Its gradient is this rank's share: sum the parameters' gradients over the ranks.
@@ -48,5 +52,6 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor, transport: Transport, ign
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     count = (labels != ignore_index).sum().to(wide)
-    total, count = SumOverRanks.apply(torch.stack((total, count)), transport).unbind()
+    with watch(observer, AFTER, "reduce"):
+        total, count = SumOverRanks.apply(torch.stack((total, count)), transport).unbind()
     return total / count.detach().clamp(min=1)

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 from ringspan.transport import Parcel, Pending
 
-KINDS = ("pack", "post", "transfer", "attend", "merge", "wait", "cast")
+KINDS = ("pack", "post", "transfer", "attend", "merge", "wait", "cast", "whole", "reduce")
 """`pack` inputs laid out for the run · `post` transfers handed to the transport · `transfer` from then until it is known to be over ·
 `attend` one launch with what it adds to · `merge` a partial or a gradient that came from elsewhere · `wait` for what the next step needs ·
-`cast` results in their dtype and order."""
+`cast` results in their dtype and order · `whole` one attention of this rank, forward or backward, around all of these · `reduce` a sum over
+the ranks that is awaited where it stands: of gradients, or of the loss."""
 
 BEFORE, AFTER = -1, -2
 """The steps of what comes before and after those of a schedule: pack and cast, and the exchanges of positions for heads."""

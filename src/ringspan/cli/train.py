@@ -52,7 +52,7 @@ def command(
     text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
     context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
     rope_scaling: Annotated[
-        str | None, _option(_WHAT, "For a context above the model's own: linear or yarn.", "none", metavar="NAME")
+        str | None, _option(_WHAT, "For a context above the model's own: linear, dynamic or yarn.", "none", metavar="NAME")
     ] = None,
     rope_factor: Annotated[float | None, _option(_WHAT, "How far.", "the context over the model's own")] = None,
     lora_rank: Annotated[
@@ -72,6 +72,9 @@ def command(
     batch_size: Annotated[int | None, _option(_HOW, "Sequences in one forward pass.", "1")] = None,
     accumulate: Annotated[int | None, _option(_HOW, "Forward and backward passes in one step.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
+    optimizer: Annotated[
+        str | None, _option(_HOW, "adamw; adamw8bit or adamw4bit keep its moments in few bits (torchao).", "adamw")
+    ] = None,
     learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
     schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,

@@ -153,17 +153,20 @@ class Recorder:
         self._direction = direction
         self._clock.start()
 
-    def begin(self, step: int, kind: str, what: object, pending: Pending | None = None) -> _Entry:
-        """See `Observer.begin`."""
+    def begin(self, step: int, kind: str, what: object, pending: Pending | None = None) -> _Entry | None:
+        """See `Observer.begin`. What stands around or outside a schedule's parts is not remembered."""
+        if kind in ("whole", "reduce"):
+            return None
         entry = _Entry(self._direction, step, kind, what, self._clock.mark())
         if pending is not None:
             entry.arrival = self._clock.arrival(pending)
         self._entries.append(entry)
         return entry
 
-    def end(self, token: _Entry) -> None:
+    def end(self, token: _Entry | None) -> None:
         """See `Observer.end`."""
-        token.stop = self._clock.mark()
+        if token is not None:
+            token.stop = self._clock.mark()
 
     def finish(self) -> tuple[Mark, ...]:
         """Everything of the direction that was started last, and forgets it."""

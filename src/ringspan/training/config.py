@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 DOCUMENTS = ("joined", "packed")
 TOKEN_DTYPES = ("uint16", "uint32")
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit")
 SCHEDULES = ("cosine", "linear", "constant")
 ON_NAN = ("stop", "skip")
 # What a resumed run may change: none of these enters the weights, except `steps`, which stretches the learning rate's schedule.
@@ -58,7 +59,8 @@ class TrainingConfig:
         token_dtype: of a `.bin` file: `"uint16"` or `"uint32"`.
         text_column: of a dataset.
         model: a name of `ringspan.training.model.PRESETS`, or a Hugging Face folder to go on training.
-        rope_scaling: for a `context` above that of the model in a folder: `"linear"` or `"yarn"`; None leaves its positions as they are.
+        rope_scaling: for a `context` above that of the model in a folder: `"linear"`, `"dynamic"` or `"yarn"`; None leaves its positions
+            as they are.
         rope_factor: how far; None is as far as `context` needs.
         lora_rank: of adapters through peft, which are then all that is trained; 0 trains every weight.
         lora_alpha: they count alpha / rank times; None is twice the rank.
@@ -69,6 +71,7 @@ class TrainingConfig:
         accumulate: forward and backward passes in one step, each of `batch_size` sequences and weighted by its labelled tokens.
         steps: optimizer steps.
         seed: of the first weights, the order of the data and the samples; in 0 … 2⁶³ − 1.
+        optimizer: `"adamw"`, or with moments of few bits `"adamw8bit"` or `"adamw4bit"`, through torchao.
         learning_rate: its peak, reached after `warmup_steps`; None is the model's own.
         schedule: what follows the peak until the last step: `"cosine"` (half of one), `"linear"`, or `"constant"`.
         final_rate: where the schedule ends, as a share of the peak.
@@ -110,6 +113,7 @@ class TrainingConfig:
     accumulate: int = 1
     steps: int = 1000
     seed: int = 0
+    optimizer: str = "adamw"
     learning_rate: float | None = None
     warmup_steps: int = 20
     schedule: str = "cosine"
@@ -174,6 +178,7 @@ class TrainingConfig:
         check_name("device", self.device, DEVICES)
         check_name("documents", self.documents, DOCUMENTS)
         check_name("token_dtype", self.token_dtype, TOKEN_DTYPES)
+        check_name("optimizer", self.optimizer, OPTIMIZERS)
         check_name("schedule", self.schedule, SCHEDULES)
         check_name("on_nan", self.on_nan, ON_NAN)
         if self.on_spike is not None:

@@ -25,6 +25,8 @@ class StepRecord:
         mfu: that over the ranks' peak, 0 to 1; None where no peak is known (CPUs, float32, devices that the table lacks).
         peak_memory_bytes, reserved_memory_bytes: the largest of any rank; on CUDA.
         joules_per_token: of the devices, where NVML answers.
+        attention_share, feed_forward_share, communication_share: of the ranks' time, 0 to 1, see `ringspan.training.shares`; the rest is
+            projections, norms, embeddings, loss and optimizer. Left out of steps in which it was not measured.
     """
 
     step: int
@@ -42,6 +44,9 @@ class StepRecord:
     peak_memory_bytes: int | None = None
     reserved_memory_bytes: int | None = None
     joules_per_token: float | None = None
+    attention_share: float | None = None
+    feed_forward_share: float | None = None
+    communication_share: float | None = None
 
 
 class MetricsFile:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "ringspan"
-# Their angles depend on the longest position that a forward call sees, and each rank sees only its own shard's.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,22 +202,20 @@ def _llama(preset: Preset, vocabulary_size: int, context: int):
 
 
 def check_exact(model: PreTrainedModel, name: str) -> None:
-    """Refuses what would differ between numbers of ranks: dropout, and rotary angles that depend on the length of a shard.
+    """Refuses what would differ between numbers of ranks, dropout, and makes the same what can be: angles that depend on a call's length.
 
     Raises:
         RingspanError: naming it.
     """
+    from ringspan.transformer import prepare_rotary
+
     rule = "The loss on any number of ranks is the unsplit model's"
     dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
     dropout = max(dropout, getattr(model.config, "attention_dropout", 0.0) or 0.0)
     if dropout > 0:
         raise RingspanError(f"--model {name}", f"it has dropout {dropout}", rule, "setting every dropout in its config.json to 0")
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind in _LENGTH_DEPENDENT_ROPE:
-        raise RingspanError(
-            f"--model {name}", f"its rotary embedding is {kind!r}, which depends on the length that a rank sees", rule, "--model nano"
-        )
+    # Angles that depend on the length that a call sees, `dynamic` among them, are then the whole sequence's.
+    prepare_rotary(model)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

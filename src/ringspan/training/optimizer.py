@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ringspan.training.low_memory import check_blocks, make_low_memory, parts_of, stepping
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,12 +36,21 @@ class Optimizer:
 
     A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can.
 
+    Args:
+        model: whose parameters that have a gradient are trained.
+        weight_decay: of matrices.
+        gradient_clip: largest norm of all gradients together.
+        kind: `"adamw"`, or one of `ringspan.training.low_memory.BLOCKS`, whose moments have few bits.
+
+    Raises:
+        RingspanError: where moments of few bits cannot be had, or not of these parameters.
+
     Attributes:
         masters: the float32 weights by name, whose `.grad` a step follows.
         updates: steps taken.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, gradient_clip: float) -> None:
+    def __init__(self, model: nn.Module, *, weight_decay: float, gradient_clip: float, kind: str = "adamw") -> None:
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
@@ -48,8 +61,15 @@ class Optimizer:
         matrices = [master for master in self.masters.values() if master.dim() >= 2]
         vectors = [master for master in self.masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU.
-        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+        groups = [group for group in groups if group["params"]]
+        if kind == "adamw":
+            # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU.
+            self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+            self._stepping: Callable[[], AbstractContextManager[object]] = nullcontext
+        else:
+            check_blocks(kind, self.masters)
+            self._adam = make_low_memory(kind, groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+            self._stepping = lambda: stepping(next(iter(self.masters.values())).device)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -85,8 +105,10 @@ class Optimizer:
         self.collect()
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self._gradient_clip)
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        self._adam.step()
+            # A tensor stays the one that it is: a step that has been compiled is given it.
+            group["lr"] = group["lr"].fill_(learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
+        with self._stepping():
+            self._adam.step()
         self.updates += 1
         for name, parameter in self._parameters.items():
             if self.masters[name] is not parameter:
@@ -95,11 +117,17 @@ class Optimizer:
         return norm
 
     def moments(self) -> dict[str, Tensor]:
-        """Both moments of every parameter, by `exp_avg.<name>` and `exp_avg_sq.<name>`; zeros before the first step."""
+        """Both moments of every parameter, by `exp_avg.<name>` and `exp_avg_sq.<name>`; zeros before the first step.
+
+        Of a moment of few bits its codes and scales, by `exp_avg.<name>.codes` and `exp_avg.<name>.scale`: these are what goes on exactly.
+        """
         return {
-            f"{moment}.{name}": self._adam.state[master].get(moment, torch.zeros_like(master, requires_grad=False))
+            key: part
             for name, master in self.masters.items()
             for moment in _MOMENTS
+            for key, part in parts_of(
+                f"{moment}.{name}", self._adam.state[master].get(moment, torch.zeros_like(master, requires_grad=False))
+            ).items()
         }
 
     @torch.no_grad()
@@ -108,7 +136,14 @@ class Optimizer:
         self.updates = step
         for name, master in self.masters.items():
             if step:
-                state = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
-                self._adam.state[master] = {"step": torch.tensor(float(step)), **state}
+                state = self._adam.state[master]
+                state["step"] = torch.tensor(float(step))
+                for moment in _MOMENTS:
+                    key = f"{moment}.{name}"
+                    if key in moments:
+                        state[moment] = moments[key]
+                    else:
+                        for part, tensor in parts_of(key, state[moment]).items():
+                            tensor.copy_(moments[part])
             if self._parameters[name] is not master:
                 self._parameters[name].copy_(master)

@@ -13,6 +13,7 @@ from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints,
 from ringspan.training.config import BYTES, TrainingConfig, option
 from ringspan.training.export import check_target
 from ringspan.training.lora import check_lora, weights_digest
+from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
 from ringspan.training.plan import Plan, RunFiles
@@ -128,6 +129,8 @@ def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
     _check_documents(config, load_tokenizer(tokenizer))
     if config.lora_rank:
         check_lora(config.model, config.model in PRESETS)
+    if config.optimizer != "adamw":
+        check_low_memory(config.optimizer)
     if config.tensorboard:
         check_tensorboard()
     if config.export:

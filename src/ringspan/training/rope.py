@@ -2,8 +2,9 @@
 
 - `linear` (position interpolation): every position is divided by the factor.
 - `yarn`: fast dimensions stay, slow ones are divided, and attention is made a little sharper.
-
-`dynamic` is refused: its angles depend on the longest position of a call, and each rank's call has its own.
+- `dynamic` (NTK): the base θ grows with the longest position L of a forward that is beyond the model's own context C, to
+  θ · (factor · L / C − factor + 1)^(d / (d − 2)), d being the rotated part of a head: shorter sequences stay as they were. L is that of the
+  whole sequence on every rank, see `ringspan.transformer.rotary`.
 """
 
 from __future__ import annotations
@@ -12,27 +13,20 @@ import copy
 import math
 from typing import TYPE_CHECKING
 
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.errors import RingspanError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SCALINGS = ("linear", "yarn")
+SCALINGS = ("linear", "dynamic", "yarn")
 
 
 def check_scaling(kind: str) -> None:
-    """Whether `--rope-scaling` names one that is the same on any number of ranks.
+    """Whether `--rope-scaling` names one.
 
     Raises:
         RingspanError: where it does not.
     """
-    if kind == "dynamic":
-        raise UnsupportedError(
-            "--rope-scaling dynamic",
-            "its angles depend on the longest position that a call sees, and each rank sees only its own",
-            "The loss on any number of ranks is the unsplit model's",
-            "--rope-scaling yarn",
-        )
     if kind not in SCALINGS:
         raise RingspanError(f"--rope-scaling {kind}", "unknown", f"It is one of {', '.join(SCALINGS)}", "--rope-scaling yarn")
 
@@ -41,7 +35,7 @@ def scaled(config: PretrainedConfig, kind: str, *, context: int, factor: float |
     """A copy of a model's configuration whose rotary embeddings are stretched.
 
     Args:
-        kind: `"linear"` or `"yarn"`.
+        kind: `"linear"`, `"dynamic"` or `"yarn"`.
         context: tokens in one sequence.
         factor: how far to stretch; None is as far as `context` needs: context / the model's own.
 
@@ -73,5 +67,6 @@ def scaled(config: PretrainedConfig, kind: str, *, context: int, factor: float |
     theta = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     original = {"original_max_position_embeddings": own} if kind == "yarn" else {}
     scaled_config.rope_parameters = {**theta, "rope_type": kind, "factor": float(stretch), **original}
-    scaled_config.max_position_embeddings = max(context, math.ceil(own * stretch))
+    if kind != "dynamic":  # which measures by the model's own
+        scaled_config.max_position_embeddings = max(context, math.ceil(own * stretch))
     return scaled_config

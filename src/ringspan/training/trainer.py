@@ -61,6 +61,7 @@ class Trainer:
         self.cp = ContextParallel(strategy=config.strategy, layout=config.layout, kernel=config.kernel)
         self.cp.broadcast_parameters(self.model)
         self.meter = Meter(ranks)
+        self.meter.watch(self.model, self.cp)
         self.saver = Saver(plan.files.checkpoints, keep=config.keep_checkpoints)
         self.flops = count_flops(self.model, self.model.config)
         self.device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
@@ -104,7 +105,7 @@ class Trainer:
             )
             self._base_digest = weights_digest(Path(config.model)) if self.ranks.is_first else None
         cast_parameters(model, getattr(torch, config.dtype))
-        optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip)
+        optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, kind=config.optimizer)
         if plan.checkpoint is not None:
             folder = Path(plan.checkpoint)
             state = read_state(folder / STATE)
@@ -120,10 +121,10 @@ class Trainer:
         return model, optimizer
 
     def notes(self) -> list[str]:
-        """What is expected of a run on GPUs and will not be measured, with the reason."""
+        """What is expected of a run, on GPUs in part, and will not be measured, with the reason."""
+        notes = [] if self.meter.blind is None else [f"shares of the time are not logged: {self.meter.blind}"]
         if self.ranks.device.type != "cuda":
-            return []
-        notes = []
+            return notes
         if self.flops is None:
             notes.append("model FLOP/s and MFU are not logged: which weights a token passes cannot be told from this model's layers")
         elif self.peak_flops is None:
@@ -183,6 +184,9 @@ class Trainer:
             peak_memory_bytes=cost.peak_memory_bytes,
             reserved_memory_bytes=cost.reserved_memory_bytes,
             joules_per_token=None if cost.joules is None else cost.joules / tokens,
+            attention_share=cost.shares and cost.shares.attention,
+            feed_forward_share=cost.shares and cost.shares.feed_forward,
+            communication_share=cost.shares and cost.shares.communication,
         )
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from ringspan.transformer.offload import HostStore, Offload, PlainCopier, make_s
 from ringspan.transformer.parallel_model import Chosen, ParallelModel
 from ringspan.transformer.parallelize import parallelize
 from ringspan.transformer.rematerialise import MODES, rematerialise
+from ringspan.transformer.rotary import prepare_rotary
 from ringspan.transformer.tiled_loss import LossTerms, cross_entropy_of_logits, tiled_cross_entropy, tiled_loss
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "layer_shape",
     "make_store",
     "parallelize",
+    "prepare_rotary",
     "register",
     "rematerialise",
     "tiled_cross_entropy",

@@ -12,6 +12,7 @@ from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
+from ringspan.transformer.rotary import LENGTH_DEPENDENT, ROTARY_KEYWORD
 
 ATTENTION_NAME = "ringspan"
 """What `attn_implementation` is set to."""
@@ -39,8 +40,6 @@ _KNOWN_MASKS = {
 }
 # What only joins or renumbers other functions. Transformers 5.23 renumbers where 5.17 did not.
 _WRAPPERS = {"and_masks", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function"}
-# Their angles depend on the longest position of a call, and each rank's call has its own.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def attention_forward(
@@ -66,7 +65,8 @@ def attention_forward(
             "The batch carries the sequence that it was split by",
             "model(**seq.shard_batch(batch))",
         )
-    _check_rotation(getattr(module, "config", None), sequence)
+    if not keywords.pop(ROTARY_KEYWORD, False):
+        _check_rotation(getattr(module, "config", None), sequence)
     window, softcap, sinks = (keywords.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     refused = {name: given for name, given in keywords.items() if name not in _HARMLESS and not _is_absent(given)}
     if attention_mask is not None:
@@ -101,12 +101,12 @@ def _check_rotation(config: Any, sequence: Sequence) -> None:
     for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
         kind = parameters.get("rope_type")
         longest = parameters.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-        if kind in _LENGTH_DEPENDENT_ROPE and sequence.num_ranks > 1 and sequence.length > longest:
+        if kind in LENGTH_DEPENDENT and sequence.num_ranks > 1 and sequence.length > longest:
             raise UnsupportedError(
                 f"{sequence.length} tokens on {sequence.num_ranks} ranks for a model with rotary embeddings {kind!r}",
                 f"beyond {longest} tokens its angles depend on the longest position that a call sees, and each rank sees only its own",
                 "Nothing that a model asks for is ignored",
-                f"sequences of at most {longest} tokens, or rope_type 'yarn' or 'linear'",
+                "ringspan.transformers.prepare_rotary(model), after which the ranks agree on the longest of all",
             )
 
 

@@ -13,6 +13,7 @@ from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.attention.checks import check_sequence, problem_of
 from ringspan.attention.gradients import sum_gradients
 from ringspan.attention.loss import SumOverRanks
+from ringspan.attention.observe import AFTER, watch
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal
 from ringspan.transformer.head import LossRequest
@@ -133,12 +134,13 @@ class ParallelModel:
         request = LossRequest(labels=labels, scale=1 / max(1, part[TOTAL_KEYWORD]), terms=self._terms, tile=self.chosen.loss_tile)
         inputs = {name: part[name] for name in _INPUTS if name in part}
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
-        return SumOverRanks.apply(share, self._everyone)
+        with watch(self.context.observer, AFTER, "reduce"):
+            return SumOverRanks.apply(share, self._everyone)
 
     def sum_gradients(self) -> None:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
         if not self._is_sharded:
-            sum_gradients(self.model.parameters(), self._everyone)
+            sum_gradients(self.model.parameters(), self._everyone, self.context.observer)
 
 
 def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:

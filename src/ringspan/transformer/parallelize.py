@@ -28,6 +28,7 @@ from ringspan.transformer.offload import HostStore, Offload, make_store
 from ringspan.transformer.parallel_model import Chosen, ParallelModel
 from ringspan.transformer.rematerialise import check_mode
 from ringspan.transformer.rematerialise import rematerialise as make_rematerialised
+from ringspan.transformer.rotary import prepare_rotary
 from ringspan.transformer.tiled_loss import LossTerms
 from ringspan.transport import agree, make_transport
 
@@ -184,6 +185,7 @@ def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, la
         layers, chosen.rematerialise, store, attention_outputs=attention_outputs, layers_per_checkpoint=layers_per_checkpoint
     )
     prepare_loss(model)
+    prepare_rotary(model)
 
 
 def _choose(

@@ -1,8 +1,15 @@
-"""Cross-entropy by tiles of the sequence: logits never exist for the whole shard, forward or backward."""
+"""Cross-entropy by tiles of the sequence: logits never exist for the whole shard, forward or backward.
+
+On a GPU in half precision one kernel makes a tile's loss and gradient in the logits' place (`ringspan.kernels.fused_token_loss`). It is
+ours, since those of others are not equal: liger-kernel's for logits keeps each token's loss in their dtype and waits for the device, its
+fused one cuts tiles that grow with the length; cut-cross-entropy leaves small gradients out and adds the others up in half precision.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -151,6 +158,21 @@ class _Tile(NamedTuple):
     gradient: Tensor | None
 
 
+def _can_be_fused(raw: Tensor, bias: Tensor | None) -> bool:
+    """Half precision on a GPU. A bias's gradient is a sum of gradients that are not rounded yet, and the kernel hands over rounded ones."""
+    return type(raw) is Tensor and raw.is_cuda and raw.dtype in (torch.bfloat16, torch.float16) and bias is None
+
+
+@cache
+def _fused() -> Callable[..., Tensor] | None:
+    """The same as one kernel, where Triton is installed (torch's CUDA builds bring it)."""
+    try:
+        from ringspan.kernels.fused_token_loss import fused_token_loss_
+    except ImportError:
+        return None
+    return fused_token_loss_
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor, tile: int, terms: LossTerms):
@@ -165,7 +187,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
         for start in range(0, flat.shape[0], tile):
             rows = slice(start, start + tile)
             part = flat[rows]
-            found = _tile(F.linear(part, weight, bias).to(factor.dtype), flat_labels[rows], factor, terms, any(wanted))
+            raw = F.linear(part, weight, bias)
+            fused = _fused() if _can_be_fused(raw, bias) else None
+            if fused is None:
+                found = _tile(raw.to(factor.dtype), flat_labels[rows], factor, terms, any(wanted))
+            else:
+                loss = fused(raw, flat_labels[rows], factor, **asdict(terms), with_gradient=any(wanted))
+                found = _Tile(loss, raw if any(wanted) else None)
+            del raw
             total += found.loss
             if found.gradient is None:
                 continue
