@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a machine with GPUs must show, each part within its seconds; each part leaves one archive of its files.
-# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps ...]
+# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
 parts=${*:-correct speed long masks heads auto ablate soak steps}
@@ -37,8 +37,8 @@ for part in $parts; do
   began=$SECONDS
   case $part in
     correct)
-      # Each with a GPU of its own, beside what needs all of them.
-      CUDA_VISIBLE_DEVICES=0 timeout 400 python3 -m pytest -q tests/gpu -p no:cacheprovider --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
+      # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
+      CUDA_VISIBLE_DEVICES=0 timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
         CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py -k fused_merge -p no:cacheprovider
       done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
@@ -69,9 +69,25 @@ for part in $parts; do
     ablate) bench ablation 120 --kernel "$kernel" --strategy ring --length 8192,32768 --ablate --peers none ;;
     soak) timeout 150 torchrun --nproc-per-node "$gpus" benchmarks/soak.py --steps "${STEPS:-1000}" 2>&1 | grep -v -i warn | tail -4 ;;
     steps)
-      export OMP_NUM_THREADS=14
-      step 120 --context 32768 --parameters-on-host --steps 2
-      step 200 --context 131072 --parameters-on-host --steps 2 --offload ;;
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      step 120 --context 32768 --offload --steps 3
+      step 200 --context 131072 --offload --steps 2 ;;
+    parts)
+      # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--plain"; do
+        # shellcheck disable=SC2086
+        step 90 --layers 4 --context "${CONTEXT:-131072}" --offload --steps 2 $how
+      done ;;
+    half_million)
+      # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      step "${SECONDS_ALLOWED:-560}" --context 524288 --rematerialise full --offload --host-gib "${HOST_GIB:-36}" --parameters-on-host --warmup 0 --steps 1 ;;
+    million)
+      # Longer than one call may take on some machines: `setsid` it, and look at steps.log.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      step "${SECONDS_ALLOWED:-1600}" --context 1048576 --rematerialise full --layers-per-checkpoint 2 --offload --host-gib "${HOST_GIB:-50}" \
+        --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
   tar czf "$kept/$part.tgz" -C "$out" .
