@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import ringspan
 from ringspan.errors import RingspanError
@@ -31,9 +31,21 @@ MODELS = {
     "qwen 3": lambda: seeded(Qwen3ForCausalLM, Qwen3Config(**_SMALL)),
     # A window wider than any padding: where a row sees nothing, eager attention in float64 gives NaN.
     "gemma 2": lambda: seeded(Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=9, query_pre_attn_scalar=4)),
+    "qwen 2": lambda: moved(seeded(Qwen2ForCausalLM, Qwen2Config(**{**_SMALL, "tie_word_embeddings": True}))),
+    "even llama": lambda: moved(seeded(LlamaForCausalLM, LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True))),
     "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
     "frozen": lambda: freeze(tiny_llama()),
 }
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Biases and norms are no longer what they are at first: zeros and ones would hide which of them is used where."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -150,6 +162,10 @@ CASES: dict[int, list[Case]] = {
         Case({"context": 2}, "frozen", how=SMALL),
         Case({"context": 2}, how={"shard_parameters": False, **SMALL}),
         Case({"context": 2}, "gemma 2", how={"loss_tile": None, "feed_forward_chunk": None, "rematerialise": "none"}),
+        Case({"tensor": 2}, "even llama", how={**SMALL, "rematerialise": "full"}),
+        Case({"tensor": 2}, "qwen 3", "packed", {"loss_tile": None, "feed_forward_chunk": None, "rematerialise": "none"}),
+        Case({"context": 1, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output", "offload": Offload()}),
+        Case({"context": 1, "tensor": 2}, "gemma 2", how={**SMALL, "shard_parameters": False}),
     ],
     3: [
         Case({"context": 3}, "llama", "packed", {**SMALL, "strategy": "ulysses"}),
@@ -163,6 +179,10 @@ CASES: dict[int, list[Case]] = {
         Case({"replicate": 2, "shard": 1, "context": 2}, how=SMALL),
         Case({"context": 4}, "llama", "packed", {**SMALL, "strategy": "two_dimensional", "options": {"ulysses": 2}}),
         Case({"shard": 2, "context": 2}, "frozen", "nothing on one", SMALL),
+        Case({"context": 2, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output"}),
+        Case({"context": 2, "tensor": 2}, "even llama", how={**SMALL, "strategy": "ulysses", "rematerialise": "none", "shard_parameters": False}),
+        Case({"shard": 2, "tensor": 2}, "even llama", "nothing on one", {**SMALL, "rematerialise": "full"}),
+        Case({"replicate": 2, "shard": 1, "context": 1, "tensor": 2}, "qwen 3", how=SMALL),
     ],
 }  # fmt: skip
 

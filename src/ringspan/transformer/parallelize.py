@@ -25,7 +25,7 @@ from ringspan.transformer.memory import (
     layer_shape,
 )
 from ringspan.transformer.offload import HostStore, Offload, make_store
-from ringspan.transformer.parallel_model import Chosen, ParallelModel
+from ringspan.transformer.parallel_model import Chosen, ParallelModel, Ranks
 from ringspan.transformer.rematerialise import check_mode
 from ringspan.transformer.rematerialise import rematerialise as make_rematerialised
 from ringspan.transformer.tiled_loss import LossTerms
@@ -73,7 +73,8 @@ def parallelize(
         context: the axis (or axes, flattened) whose ranks share a sequence.
         shard: the axis whose ranks have different batches and share the parameters. Parameters are sharded over it and `context` together.
         replicate: the axis of whole copies of that.
-        tensor: refused where it has more than one rank.
+        tensor: the axis whose ranks share the heads and feed-forward columns of each layer, and the tokens of a context shard elsewhere:
+            see `ringspan.transformer.tensor_parallel`. Key heads, and columns, are divisible by it.
         strategy: see `ContextParallel`, as `layout`, `kernel`, `weights`, `kv_heads_per_stage`.
         layout: who owns which positions.
         kernel: of attention.
@@ -126,6 +127,11 @@ def parallelize(
         if chosen.feed_forward_chunk is not None:
             for layer in decoder_layers(model):
                 check_position_wise(feed_forward_of(layer))
+        if axes.tensor is not None:
+            # Late: whoever splits nothing need not load DTensor.
+            from ringspan.transformer.tensor_parallel import check_splits
+
+            check_splits(model, axes.tensor.size())
         prepared.append((chosen, terms))
 
     problem = problem_of(prepare)
@@ -143,7 +149,12 @@ def parallelize(
         **more,
     )
     store = None if chosen.offload is None else make_store(device, chosen.offload)
-    _prepare_model(model, chosen, store)
+    pieces = None
+    if axes.tensor is not None:
+        from ringspan.transformer.tensor_parallel import split_model
+
+        pieces = split_model(model, axes.tensor, device)
+    _prepare_model(model, chosen, store, 1 if pieces is None else pieces.size)
     if axes.sharding is not None:
         # Late: whoever shards nothing need not load FSDP.
         from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
@@ -156,18 +167,27 @@ def parallelize(
             reshard_after_forward=reshard_after_forward,
         )
     return ParallelModel(
-        model, cp, everyone, chosen, terms, store=store, num_replicas=axes.num_replicas, is_sharded=axes.sharding is not None
+        model,
+        cp,
+        Ranks(everyone=everyone, sharing=make_transport(axes.sharing), copies=make_transport(axes.copies), pieces=pieces),
+        chosen,
+        terms,
+        store=store,
+        num_replicas=axes.num_replicas,
+        is_sharded=axes.sharding is not None,
     )
 
 
-def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None) -> None:
+def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, num_pieces: int) -> None:
     inner: Any = causal_model(model)
     inner.set_attn_implementation(ATTENTION_NAME)
     layers = decoder_layers(model)
     if chosen.feed_forward_chunk is not None:
         for layer in layers:
-            for part in (feed_forward_of(layer), *norms_of(layer)):
-                blockwise(part, chosen.feed_forward_chunk)
+            # The pieces of all ranks of a tensor axis are computed at once.
+            blockwise(feed_forward_of(layer), max(1, chosen.feed_forward_chunk // num_pieces))
+            for norm in norms_of(layer):
+                blockwise(norm, chosen.feed_forward_chunk)
         for norm in norms_of(decoder(model)):
             blockwise(norm, chosen.feed_forward_chunk)
     attention_outputs = chosen.offload is not None and chosen.offload.attention_outputs
