@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,7 @@ def parallelize(
             float32. None: as they are.
         parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; their step is the CPU's.
         reshard_after_forward: whether a layer's parameters are given up between its forward and its backward.
-        tokens_per_rank: batch × positions of this rank, for `rematerialise="auto"`.
+        tokens_per_rank: batch × positions of this rank's context shard, for `rematerialise="auto"`.
         memory_bytes: what `auto` chooses for; the device's whole memory if not given.
 
     Raises:
@@ -102,6 +103,7 @@ def parallelize(
     axes = find_axes(mesh, context=context, shard=shard, replicate=replicate, tensor=tensor, shard_parameters=shard_parameters)
     everyone = make_transport(axes.everyone)
     device = _device(mesh, model)
+    num_shards = 1 if axes.sharding is None else axes.sharding.shape[-1]
     prepared: list[tuple[Chosen, LossTerms]] = []
 
     def prepare() -> None:
@@ -120,7 +122,8 @@ def parallelize(
             offload=offload,
             tokens=tokens_per_rank,
             memory_bytes=memory_bytes,
-            num_shards=1 if axes.sharding is None else axes.sharding.shape[-1],
+            num_shards=num_shards,
+            num_pieces=1 if axes.tensor is None else axes.tensor.size(),
             compute_dtype=compute_dtype,
         )
         terms = loss_terms(model, tiled=chosen.loss_tile is not None, label_smoothing=label_smoothing, z_loss=z_loss)
@@ -131,7 +134,7 @@ def parallelize(
             # Late: whoever splits nothing need not load DTensor.
             from ringspan.transformer.tensor_parallel import check_splits
 
-            check_splits(model, axes.tensor.size())
+            check_splits(model, axes.tensor.size(), num_shards)
         prepared.append((chosen, terms))
 
     problem = problem_of(prepare)
@@ -206,6 +209,7 @@ def _choose(
     tokens: int | None,
     memory_bytes: int | None,
     num_shards: int,
+    num_pieces: int,
     compute_dtype: torch.dtype | None,
 ) -> Chosen:
     for name, value in (("feed_forward_chunk", feed_forward_chunk), ("loss_tile", loss_tile)):
@@ -218,7 +222,7 @@ def _choose(
     reason = "as asked"
     if automatic:
         sample = next(model.parameters())
-        shape = layer_shape(model, (compute_dtype or sample.dtype).itemsize)
+        shape = replace(layer_shape(model, (compute_dtype or sample.dtype).itemsize), num_pieces=num_pieces)
         memory = memory_bytes if memory_bytes is not None else device_bytes(device)
         feed_forward_chunk = auto_feed_forward_chunk(shape, memory) if feed_forward_chunk == "auto" else feed_forward_chunk
         loss_tile = auto_loss_tile(shape, memory) if loss_tile == "auto" else loss_tile
@@ -226,7 +230,7 @@ def _choose(
             if type(tokens) is not int or tokens < 1:
                 rule = "Memory is a matter of how many tokens a rank computes at once"
                 raise RingspanError("rematerialise='auto'", f"tokens_per_rank={tokens!r}", rule, "tokens_per_rank=batch * length // ranks")
-            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // num_shards
+            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // (num_shards * num_pieces)
             host = 0 if offload is None else offload.host_bytes
             found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory, host_bytes=host)
             mode, reason = found.mode, found.reason

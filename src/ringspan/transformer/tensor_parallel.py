@@ -54,8 +54,8 @@ def tensor_group(mesh: DeviceMesh) -> TensorGroup:
     return TensorGroup(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
 
-def check_splits(model: nn.Module, size: int) -> None:
-    """That a model can be split over `size` ranks of a tensor axis.
+def check_splits(model: nn.Module, size: int, num_shards: int = 1) -> None:
+    """That a model can be split over `size` ranks of a tensor axis, and its parts sharded further over `num_shards`.
 
     Raises:
         UnsupportedError: for a family that is not known to split, sizes that `size` does not divide, and parts that are not the family's.
@@ -79,7 +79,17 @@ def check_splits(model: nn.Module, size: int) -> None:
             raise UnsupportedError(asked, found, "Every parameter has its place on the tensor axis, or the model is not split", others)
     for part, role in _roles(model):
         if role in ("column", "row") and type(part).forward is not nn.Linear.forward:
-            raise UnsupportedError(asked, f"a projection is a {type(part).__name__}", "What is split by columns is an nn.Linear", others)
+            raise UnsupportedError(
+                asked, f"a projection is a {type(part).__name__}", "What is split is an nn.Linear and nothing around it", others
+            )
+        weight: Any = part._parameters["weight"]
+        if role == "column" and (weight.shape[0] // size) % num_shards and weight.shape[1] % num_shards:
+            raise UnsupportedError(
+                f"{asked}, sharded over {num_shards} more",
+                f"a projection {tuple(weight.shape)} is left with {weight.shape[0] // size} rows of {weight.shape[1]}",
+                "What the tensor axis has split by rows is sharded in equal parts, by rows or by columns",
+                "a number of shard × context ranks that divides hidden_size, or shard_parameters=False",
+            )
 
 
 def _roles(model: nn.Module) -> list[tuple[nn.Module, str]]:
