@@ -6,6 +6,7 @@ Korthikanti et al. (2205.05198) call the two g and ḡ: an all-gather whose back
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from ringspan.transformer.accumulate import wide_dtype
 
+# Torch 2.13 renamed them.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _BLOCK_ELEMENTS = 1 << 25
 """Of a weight that is gathered or summed at a time."""
 
@@ -87,13 +91,13 @@ def _joined(rows: Tensor, size: int, length: int) -> Tensor:
 
 def _gather(x: Tensor, group: TensorGroup) -> Tensor:
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group.group)
+    _ALL_GATHER(out, x.contiguous(), group=group.group)
     return out
 
 
 def _sum(x: Tensor, group: TensorGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group.group)
+    _REDUCE_SCATTER(out, x.contiguous(), group=group.group)
     return out
 
 
