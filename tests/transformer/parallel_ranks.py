@@ -198,7 +198,7 @@ CASES: dict[int, list[Case]] = {
         Case({"replicate": 2, "shard": 2}, "qwen 3", how=SMALL),
         Case({"replicate": 2, "shard": 1, "context": 2}, how=SMALL),
         Case({"context": 4}, "llama", "packed", {**SMALL, "strategy": "two_dimensional", "options": {"ulysses": 2}}),
-        Case({"shard": 2, "context": 2}, "frozen", "nothing on one", SMALL),
+        Case({"context": 2, "shard": 2}, "frozen", "nothing on one", SMALL),
         Case({"context": 2, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output"}),
         Case({"context": 2, "tensor": 2}, "even llama", "short",
              {**SMALL, "strategy": "ulysses", "rematerialise": "none", "shard_parameters": False}),
@@ -308,12 +308,14 @@ def refusals(group: Any) -> list[str]:
     strange = init_device_mesh("cpu", (2, 1), mesh_dim_names=("context", "pipeline"))
     tensor = init_device_mesh("cpu", (1, 2), mesh_dim_names=("context", "tensor"))
     context = init_device_mesh("cpu", (2,), mesh_dim_names=("context",))
+    late = init_device_mesh("cpu", (2, 1), mesh_dim_names=("shard", "replicate"))
     shard = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     parallel = parallelize(tiny_llama(), shard, **SMALL)
     attempts = (
         lambda: parallelize(tiny_llama(), nameless),
         lambda: parallelize(tiny_llama(), strange),
         lambda: parallelize(tiny_llama(), tensor),
+        lambda: parallelize(tiny_llama(), late),
         lambda: parallelize(tiny_llama(), context, context=("context", "shard"), shard="shard"),
         lambda: parallelize(tiny_llama(), context, loss_tile=0 if rank else 4),
         lambda: parallelize(tiny_llama(), context, rematerialise="full" if rank else "none"),

@@ -97,7 +97,8 @@ def test_a_model_that_was_prepared_without_memory_is_materialised_afterwards(ext
 @pytest.mark.slow
 def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(extras: Any):
     words = (
-        "mesh_dim_names=", "'pipeline' is none of them", "it has 3 key heads and 9 query heads", "an axis has no name of its own",
+        "mesh_dim_names=", "'pipeline' is none of them",
+        "it has 3 key heads and 9 query heads", "('replicate', 'shard')", "an axis has no name of its own",
         "at least one token", "rematerialise=", "as many micro-batches", "nothing is ignored",
     )  # fmt: skip
     for each in extras:
@@ -127,7 +128,7 @@ def test_over_a_tensor_axis_half_precision_rounds_the_sums_of_two_ranks_and_no_m
     for each in extras:
         ours, found, norms = each["split half"]
         assert abs(float(ours) - float(loss)) <= 1e-2 * float(loss)
-        # Each rank's part of a sum over heads or columns is rounded before it is added to the others': up to √2 of one device's error.
+        # Each rank's part of a sum over heads or columns is rounded before it is added to the others': 1.3 is found.
         assert max(relative(found[name], gradient) for name, gradient in gradients.items()) <= 1.5 * unsplit < 0.1
         assert all(relative(each_norm, norm) <= 1e-2 for each_norm in norms) and relative(norms[0], norms[1]) <= 1e-6
 

@@ -57,6 +57,7 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
         raise RingspanError(f"parallelize over a mesh {names or tuple(mesh.shape)} with {_said(roles)}", found, rule, example)
     present = {role: tuple(name for name in names if name in wanted) for role, wanted in roles.items()}
     sizes = dict(zip(names, mesh.shape, strict=True))
+    _check_order(names, present)
     is_split = prod(sizes[name] for name in present["tensor"]) > 1
     shards, replicas = _join(mesh, present["shard"] + present["context"]), _join(mesh, present["replicate"])
     sharding = mesh[_name(replicas), _name(shards)] if shards is not None and replicas is not None else shards or replicas
@@ -75,6 +76,14 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
     )
 
 
+def _check_order(names: tuple[str, ...], present: dict[str, tuple[str, ...]]) -> None:
+    inner = present["shard"] + present["context"]
+    if late := [name for name in present["replicate"] if any(names.index(name) > names.index(each) for each in inner)]:
+        rule = "FSDP takes the axis of copies before those that it shards over, and a mesh its axes in one order"
+        order = (*present["replicate"], *(name for name in names if name not in present["replicate"]))
+        raise RingspanError(f"parallelize over a mesh {names}", f"{late[0]!r} comes after {inner[0]!r}", rule, f"mesh_dim_names={order}")
+
+
 def _tuple(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -84,10 +93,11 @@ def _said(roles: dict[str, tuple[str, ...]]) -> str:
 
 
 def _join(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
-    """One axis of these, the first the slowest to change; None for no names."""
+    """One axis of these, in the order of the mesh, the first the slowest to change; None for no names."""
     if not names:
         return None
-    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten()
+    ordered = tuple(name for name in mesh.mesh_dim_names or () if name in names)
+    return mesh[names[0]] if len(names) == 1 else mesh[ordered]._flatten()
 
 
 def _name(mesh: DeviceMesh) -> str:

@@ -168,8 +168,9 @@ class ParallelModel:
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scales all gradients down where their common 2-norm is above `max_norm`, in place, after `sum_gradients`. Collective.
 
-        For any mesh: `torch.nn.utils.clip_grad_norm_` refuses parameters of unlike meshes, and where they are whole on some ranks and split
-        on others its norm is this rank's.
+        On any mesh, by one sum over all ranks in which every element counts once, wherever it is split or whole.
+        `torch.nn.utils.clip_grad_norm_` comes to the same where all parameters are split over the same axes; its norm is then a `DTensor`,
+        of which each rank sees its part until `full_tensor()`.
 
         Args:
             max_norm: above 0; infinity measures and leaves them.
