@@ -32,6 +32,7 @@ from ringspan.transformer.rematerialise import rematerialise as make_remateriali
 from ringspan.transformer.tiled_loss import LossTerms
 from ringspan.transport import agree, make_transport
 
+_SHARDED_OR_CAST = "a DeviceMesh with a shard or context axis, of one rank if need be, and shard_parameters=True; or model.to(dtype)"
 Auto = Literal["auto"]
 
 
@@ -112,7 +113,7 @@ def parallelize(
         if (parameters_on_host or compute_dtype is not None) and axes.sharding is None:
             asked = "parameters_on_host=True" if parameters_on_host else f"compute_dtype={compute_dtype}"
             rule = "It is FSDP that keeps parameters elsewhere, or in another dtype, than they are computed with"
-            raise RingspanError(asked, "the parameters are not sharded", rule, "a DeviceMesh with shard_parameters=True; model.to(dtype)")
+            raise RingspanError(asked, "the parameters are not sharded", rule, _SHARDED_OR_CAST)
         chosen = _choose(
             model,
             device,

@@ -72,6 +72,8 @@ def check_splits(model: nn.Module, size: int, num_shards: int = 1) -> None:
         found = f"it has {' and '.join(f'{sizes[name]} {_SIZES[name]}' for name in uneven)}"
         nearest = f"a tensor axis of {' or '.join(map(str, fits))} ranks; or {others}" if fits else others
         raise UnsupportedError(asked, found, "Each rank computes as many whole heads and columns as every other", nearest)
+    if any(role_of(part) is not None for part, _ in _roles(model)):
+        raise RingspanError(asked, "its parameters are split already", "A model is prepared once", "a new model, or a copy made before")
     known = {id(part) for part, _ in _roles(model)}
     for name, part in model.named_modules():
         if next(part.parameters(recurse=False), None) is not None and id(part) not in known:
