@@ -49,6 +49,7 @@ MODELS = {
     "gemma 2": lambda: seeded(Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=9, query_pre_attn_scalar=4)),
     "qwen 2": lambda: moved(seeded(Qwen2ForCausalLM, Qwen2Config(**{**_SMALL, "intermediate_size": 26, "tie_word_embeddings": True}))),
     "even llama": lambda: moved(seeded(LlamaForCausalLM, LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True))),
+    "llama of threes": lambda: tiny_llama(intermediate_size=42),
     "bfloat16 even llama": lambda: MODELS["even llama"]().bfloat16(),
     "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
     "frozen": lambda: freeze(tiny_llama()),
@@ -190,6 +191,7 @@ CASES: dict[int, list[Case]] = {
     3: [
         Case({"context": 3}, "llama", "packed", {**SMALL, "strategy": "ulysses"}),
         Case({"shard": 3}, "tied llama", how={**SMALL, "offload": Offload()}),
+        Case({"tensor": 3}, "llama of threes", "short", {**SMALL, "rematerialise": "full", "offload": Offload()}),
     ],
     4: [
         Case({"shard": 2, "context": 2}, how={**SMALL, "rematerialise": "attention_output"}),
@@ -354,7 +356,7 @@ def kept_bytes(group: Any) -> dict[str, float]:
         for layers in (1, 3):
             model = tiny_llama(dtype=torch.float32, num_hidden_layers=layers, **KEPT_SIZES)
             how = {"shard_parameters": False, "kernel": "torch_cpu", "rematerialise": mode}
-            parallel = parallelize(model, mesh, feed_forward_chunk=32, loss_tile=32, **how)
+            parallel = parallelize(model, mesh, feed_forward_chunk=128, loss_tile=128, **how)
             part = parallel.context.sequence(128).shard_batch({"input_ids": torch.zeros(1, 128, dtype=torch.int64)})
             with LiveBytes() as live:
                 parameters: Any = list(model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch.distributed as dist
@@ -58,20 +59,25 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
     present = {role: tuple(name for name in names if name in wanted) for role, wanted in roles.items()}
     sizes = dict(zip(names, mesh.shape, strict=True))
     _check_order(names, present)
+    # Each once: a flattened axis has communicators of its own.
+    joined = cache(lambda ordered: _join(mesh, ordered))
+
+    def join(some: tuple[str, ...]) -> DeviceMesh | None:
+        return joined(tuple(name for name in names if name in some))
+
     is_split = prod(sizes[name] for name in present["tensor"]) > 1
-    shards, replicas = _join(mesh, present["shard"] + present["context"]), _join(mesh, present["replicate"])
+    shards, replicas = join(present["shard"] + present["context"]), join(present["replicate"])
     sharding = mesh[_name(replicas), _name(shards)] if shards is not None and replicas is not None else shards or replicas
     # A mesh without an axis for the sequence leaves it whole on every rank.
-    alone = _join(mesh, present["context"]) or _alone()
-    copies = _join(mesh, tuple(name for name in names if name not in present["tensor"]))
-    sharing = tuple(name for name in names if name in present["context"] + present["tensor"])
+    context_axis = join(present["context"]) or _alone()
+    copies = join(present["replicate"] + present["shard"] + present["context"])
     return Axes(
-        context=alone,
-        everyone=_join(mesh, names) if is_split else copies,
+        context=context_axis,
+        everyone=join(names) if is_split else copies,
         sharding=sharding if shard_parameters else None,
         num_replicas=prod(sizes[name] for name in present["replicate"] + present["shard"]),
-        tensor=_join(mesh, present["tensor"]) if is_split else None,
-        sharing=_join(mesh, sharing) if is_split else alone,
+        tensor=join(present["tensor"]) if is_split else None,
+        sharing=join(present["context"] + present["tensor"]) if is_split else context_axis,
         copies=copies or _alone(),
     )
 
@@ -93,11 +99,10 @@ def _said(roles: dict[str, tuple[str, ...]]) -> str:
 
 
 def _join(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
-    """One axis of these, in the order of the mesh, the first the slowest to change; None for no names."""
+    """One axis of these, which come in the mesh's order, the first the slowest to change; None for no names."""
     if not names:
         return None
-    ordered = tuple(name for name in mesh.mesh_dim_names or () if name in names)
-    return mesh[names[0]] if len(names) == 1 else mesh[ordered]._flatten()
+    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten()
 
 
 def _name(mesh: DeviceMesh) -> str:

@@ -65,7 +65,8 @@ def rematerialise(layers: Sequence[nn.Module], mode: str, store: HostStore | Non
     `none` would keep of it, for that one layer.
 
     Under `attention_output` neither attention's kernel nor the messages of its ring run again. The exchanges of positions for heads that
-    `ulysses` and `two_dimensional` put around it do, for q, k and v as for the output: they are part of what rebuilds q, k and v.
+    `ulysses` and `two_dimensional` put around it do, for q, k and v as for the output: they are part of what rebuilds q, k and v. So do the
+    gathering of tokens before it and their sum after it on a tensor axis.
 
     Args:
         layers: the decoder layers, each called with hidden states first, with attention by ringspan.
