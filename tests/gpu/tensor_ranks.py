@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringspan.transformer import parallelize
 from tests.support.errors import relative
 from tests.support.models import make_batch, tiny_llama
-from tests.transformer.parallel_ranks import step, whole_gradients
+from tests.transformer.parallel_ranks import whole_gradients
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -45,8 +45,13 @@ def split(device: torch.device, compute_dtype: torch.dtype | None, mode: str) ->
     mine = model(device, torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size() // 2, 2), mesh_dim_names=("context", "tensor"))
     parallel = parallelize(mine, mesh, compute_dtype=compute_dtype, rematerialise=mode, feed_forward_chunk=256, loss_tile=128)
-    batches = [({name: tensor.to(device) for name, tensor in make_batch(2, length).items()}, None) for length in LENGTHS]
-    loss = float(step(parallel, batches))
+    batches = [{name: tensor.to(device) for name, tensor in make_batch(2, length).items()} for length in LENGTHS]
+    loss = 0.0
+    for part in parallel.shard_batches(batches):
+        share = parallel.loss(part)
+        share.backward()
+        loss += float(share.detach())
+    parallel.sum_gradients()
     return loss, whole_gradients(mine)
 
 

@@ -49,6 +49,7 @@ MODELS = {
     "gemma 2": lambda: seeded(Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=9, query_pre_attn_scalar=4)),
     "qwen 2": lambda: moved(seeded(Qwen2ForCausalLM, Qwen2Config(**{**_SMALL, "intermediate_size": 26, "tie_word_embeddings": True}))),
     "even llama": lambda: moved(seeded(LlamaForCausalLM, LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True))),
+    "frozen even llama": lambda: freeze(MODELS["even llama"]()),
     "llama of threes": lambda: tiny_llama(intermediate_size=42),
     "bfloat16 even llama": lambda: MODELS["even llama"]().bfloat16(),
     "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
@@ -186,6 +187,7 @@ CASES: dict[int, list[Case]] = {
         Case({"tensor": 2}, "even llama", how={**SMALL, "rematerialise": "full"}),
         Case({"tensor": 2}, "qwen 3", "packed", {"loss_tile": None, "feed_forward_chunk": None, "rematerialise": "none"}),
         Case({"context": 1, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output", "offload": Offload()}),
+        Case({"context": 1, "tensor": 2}, "frozen even llama", how=SMALL),
         Case({"context": 1, "tensor": 2}, "gemma 2", how={**SMALL, "shard_parameters": False}),
     ],
     3: [
@@ -347,6 +349,28 @@ def split_in_half_precision(group: Any) -> Any:
     return loss, whole_gradients(model), norms
 
 
+SPLIT_FAMILIES = ("mistral", "smollm3", "gemma", "gemma3_text", "granite")
+"""Those over a tensor axis that no case has."""
+
+
+def of_family(name: str) -> nn.Module:
+    """A model of a family, none of whose parameters is what it was at first."""
+    from tests.transformer.test_parallelize_alone import family
+
+    return moved(family(name))
+
+
+def split_families(group: Any) -> dict[str, Any]:
+    """A step of each over a tensor axis."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    found = {}
+    for name in SPLIT_FAMILIES:
+        model = of_family(name)
+        parallel = parallelize(model, mesh, **SMALL)
+        found[name] = step(parallel, [(make_batch(2, 11), None)]), whole_gradients(model)
+    return found
+
+
 def kept_bytes(group: Any) -> dict[str, float]:
     """What a layer more keeps for a token of a context shard until its backward, by mode."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("context", "tensor"))
@@ -400,6 +424,7 @@ def extras(group: Any) -> dict[str, Any]:
         "meta": from_meta(group),
         "refusals": refusals(group),
         "split half": split_in_half_precision(group),
+        "families": split_families(group),
         "kept": kept_bytes(group),
         "broken splits": broken_splits(group),
     }

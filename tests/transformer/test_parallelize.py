@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ringspan.transformer import layer_shape
 from tests.support.errors import relative
-from tests.support.models import tiny_llama
+from tests.support.models import gradients, make_batch, tiny_llama
 from tests.support.once import once
 from tests.support.processes import results, run_processes
-from tests.transformer.parallel_ranks import CASES, KEPT_SIZES, Case, never_stopped, whole
+from tests.transformer.parallel_ranks import CASES, KEPT_SIZES, SPLIT_FAMILIES, Case, never_stopped, of_family, whole
 
 BUDGET = 6e-6
 """As in law 6, Hugging Face computes norms and its loss in float32; a norm of four elements (Qwen 3's) is off by 3e-6 between the unsplit
@@ -120,16 +120,26 @@ def test_a_run_that_goes_on_on_another_mesh_at_every_step_goes_on_as_if_it_had_n
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_over_a_tensor_axis_a_family_has_its_own_loss_and_gradients(name: str, extras: Any):
+    model: Any = of_family(name)
+    loss = model(**make_batch(2, 11)).loss
+    loss.backward()
+    for each in extras:
+        check(each["families"][name], (loss.detach(), gradients(model)))
+
+
+@pytest.mark.slow
 def test_over_a_tensor_axis_half_precision_rounds_the_sums_of_two_ranks_and_no_more(extras: Any):
-    loss, gradients = whole(Case({}, "even llama"))
+    loss, expected = whole(Case({}, "even llama"))
     _, rounded = whole(Case({}, "bfloat16 even llama"))
-    unsplit = max(relative(rounded[name], gradient) for name, gradient in gradients.items())
-    norm = torch.stack([gradient.norm() for gradient in gradients.values() if gradient is not None]).norm()
+    unsplit = max(relative(rounded[name], gradient) for name, gradient in expected.items())
+    norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
     for each in extras:
         ours, found, norms = each["split half"]
         assert abs(float(ours) - float(loss)) <= 1e-2 * float(loss)
         # Each rank's part of a sum over heads or columns is rounded before it is added to the others': 1.3 is found.
-        assert max(relative(found[name], gradient) for name, gradient in gradients.items()) <= 1.5 * unsplit < 0.1
+        assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1.5 * unsplit < 0.1
         assert all(relative(each_norm, norm) <= 1e-2 for each_norm in norms) and relative(norms[0], norms[1]) <= 1e-6
 
 
