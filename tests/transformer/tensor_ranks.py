@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from contextlib import nullcontext
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 from unittest import mock
@@ -77,6 +78,9 @@ def carried_on(group: Any) -> Steps:
         dcp.save(state, checkpoint_id=f"{folder[0]}/{number}")
         weights: Any = dict(model.named_parameters())
         whole_weights = {name: weight.full_tensor().detach() for name, weight in weights.items()}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        rmtree(folder[0])
     return steps, whole_weights
 
 
