@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --json step.json
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --without tiled_loss
+    torchrun --nproc-per-node 4 benchmarks/training_step.py --context 131072 --tensor 2
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 16384 --plain
 
 Weights and tokens are random: speed and memory do not depend on them. One JSON line a run; an out-of-memory is a result as well. `--plain`
@@ -78,7 +79,7 @@ def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape)
     model = make_model(arguments)
     parallel = ringspan.parallelize(
         model,
-        init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("context",)),
+        init_device_mesh(device.type, (dist.get_world_size() // arguments.tensor, arguments.tensor), mesh_dim_names=("context", "tensor")),
         strategy=arguments.strategy,
         kernel=arguments.kernel,
         kv_heads_per_stage=arguments.kv_heads_per_stage,
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--tensor", type=int, default=1, help="ranks of the tensor axis; the others share the context")
     parser.add_argument("--strategy", default="ring")
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--kv-heads-per-stage", type=int)

@@ -13,7 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import ringspan
 from ringspan.errors import RingspanError
@@ -31,9 +40,24 @@ MODELS = {
     "qwen 3": lambda: seeded(Qwen3ForCausalLM, Qwen3Config(**_SMALL)),
     # A window wider than any padding: where a row sees nothing, eager attention in float64 gives NaN.
     "gemma 2": lambda: seeded(Gemma2ForCausalLM, Gemma2Config(**_SMALL, sliding_window=9, query_pre_attn_scalar=4)),
+    "qwen 2": lambda: moved(seeded(Qwen2ForCausalLM, Qwen2Config(**{**_SMALL, "intermediate_size": 26, "tie_word_embeddings": True}))),
+    "even llama": lambda: moved(seeded(LlamaForCausalLM, LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True))),
+    "frozen even llama": lambda: freeze(MODELS["even llama"]()),
+    "llama of threes": lambda: tiny_llama(intermediate_size=42),
+    "bfloat16 even llama": lambda: MODELS["even llama"]().bfloat16(),
     "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
     "frozen": lambda: freeze(tiny_llama()),
 }
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Biases and norms are no longer what they are at first: zeros and ones would hide which of them is used where."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -75,6 +99,9 @@ class Case:
         return self.mesh.get("shard", 1) * self.mesh.get("replicate", 1)
 
     def batches(self, replica: int) -> list[tuple[dict[str, Tensor], ringspan.Mask | None]]:
+        if self.data == "short":
+            # Three tokens on two ranks of two pieces: one rank owns none.
+            return [(make_batch(2, 3, seed=replica), None), (make_batch(1, 17, seed=60 + replica), None)]
         if self.data == "packed":
             return [packed_batch(seed=replica), (make_batch(1, 17, seed=50 + replica), None)]
         # Unlike lengths and numbers of labels everywhere: an average of averages is not the average.
@@ -92,7 +119,7 @@ def whole(case: Case) -> tuple[Tensor, dict[str, Tensor | None]]:
     for replica in range(case.num_replicas):
         for batch, mask in case.batches(replica):
             batches += [batch] if mask is None else apart(batch)
-    counts = [int(_labels(batch).ne(-100).sum()) for batch in batches]
+    counts = [int(labels_of(batch).ne(-100).sum()) for batch in batches]
     total = torch.zeros((), dtype=torch.float64)
     for batch, count in zip(batches, counts, strict=True):
         if count:
@@ -102,7 +129,8 @@ def whole(case: Case) -> tuple[Tensor, dict[str, Tensor | None]]:
     return total, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """What the model is to predict, without padding."""
     labels = batch["labels"][:, 1:]
     return labels if "attention_mask" not in batch else labels.masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
 
@@ -150,10 +178,16 @@ CASES: dict[int, list[Case]] = {
         Case({"context": 2}, "frozen", how=SMALL),
         Case({"context": 2}, how={"shard_parameters": False, **SMALL}),
         Case({"context": 2}, "gemma 2", how={"loss_tile": None, "feed_forward_chunk": None, "rematerialise": "none"}),
+        Case({"tensor": 2}, "even llama", how={**SMALL, "rematerialise": "full"}),
+        Case({"tensor": 2}, "qwen 3", "packed", {"loss_tile": None, "feed_forward_chunk": None, "rematerialise": "none"}),
+        Case({"context": 1, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output", "offload": Offload()}),
+        Case({"context": 1, "tensor": 2}, "frozen even llama", how=SMALL),
+        Case({"context": 1, "tensor": 2}, "gemma 2", how={**SMALL, "shard_parameters": False}),
     ],
     3: [
         Case({"context": 3}, "llama", "packed", {**SMALL, "strategy": "ulysses"}),
         Case({"shard": 3}, "tied llama", how={**SMALL, "offload": Offload()}),
+        Case({"tensor": 3}, "llama of threes", "short", {**SMALL, "rematerialise": "full", "offload": Offload()}),
     ],
     4: [
         Case({"shard": 2, "context": 2}, how={**SMALL, "rematerialise": "attention_output"}),
@@ -162,14 +196,22 @@ CASES: dict[int, list[Case]] = {
         Case({"replicate": 2, "shard": 2}, "qwen 3", how=SMALL),
         Case({"replicate": 2, "shard": 1, "context": 2}, how=SMALL),
         Case({"context": 4}, "llama", "packed", {**SMALL, "strategy": "two_dimensional", "options": {"ulysses": 2}}),
-        Case({"shard": 2, "context": 2}, "frozen", "nothing on one", SMALL),
+        Case({"context": 2, "shard": 2}, "frozen", "nothing on one", SMALL),
+        Case({"context": 2, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output"}),
+        Case({"context": 2, "tensor": 2}, "even llama", "short",
+             {**SMALL, "strategy": "ulysses", "rematerialise": "none", "shard_parameters": False}),
+        Case({"shard": 2, "tensor": 2}, "even llama", "nothing on one", {**SMALL, "rematerialise": "full"}),
+        Case({"replicate": 2, "shard": 1, "context": 1, "tensor": 2}, "qwen 3", how=SMALL),
     ],
 }  # fmt: skip
 
 
 def every_case(group: Any) -> list[Any]:
-    """All cases for this number of ranks."""
-    return [run_case(case) for case in CASES[dist.get_world_size()]]
+    """All cases for this number of ranks; on four, then what `carried_on` returns."""
+    from tests.transformer.tensor_ranks import carried_on
+
+    found: list[Any] = [run_case(case) for case in CASES[dist.get_world_size()]]
+    return [*found, carried_on(group)] if dist.get_world_size() == 4 else found
 
 
 def in_half_precision(group: Any) -> Any:
@@ -207,12 +249,14 @@ def refusals(group: Any) -> list[str]:
     strange = init_device_mesh("cpu", (2, 1), mesh_dim_names=("context", "pipeline"))
     tensor = init_device_mesh("cpu", (1, 2), mesh_dim_names=("context", "tensor"))
     context = init_device_mesh("cpu", (2,), mesh_dim_names=("context",))
+    late = init_device_mesh("cpu", (2, 1), mesh_dim_names=("shard", "replicate"))
     shard = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     parallel = parallelize(tiny_llama(), shard, **SMALL)
     attempts = (
         lambda: parallelize(tiny_llama(), nameless),
         lambda: parallelize(tiny_llama(), strange),
         lambda: parallelize(tiny_llama(), tensor),
+        lambda: parallelize(tiny_llama(), late),
         lambda: parallelize(tiny_llama(), context, context=("context", "shard"), shard="shard"),
         lambda: parallelize(tiny_llama(), context, loss_tile=0 if rank else 4),
         lambda: parallelize(tiny_llama(), context, rematerialise="full" if rank else "none"),
@@ -233,7 +277,17 @@ def refusals(group: Any) -> list[str]:
 
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
-    return {"half": in_half_precision(group), "meta": from_meta(group), "refusals": refusals(group)}
+    from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
+
+    return {
+        "half": in_half_precision(group),
+        "meta": from_meta(group),
+        "refusals": refusals(group),
+        "split half": split_in_half_precision(group),
+        "families": split_families(group),
+        "kept": kept_bytes(group),
+        "broken splits": broken_splits(group),
+    }
 
 
 def broken_by_averaged_gradients(group: Any) -> Any:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ringspan.transformer.fused import can_fuse, is_gated, known_norm, rms_norm
+from ringspan.transformer import fused
+from ringspan.transformer.fused import can_fuse, feed_forward, is_gated, known_norm, rms_norm
 
 FAMILIES = {
     "llama": ("Llama", 0.0), "mistral": ("Mistral", 0.0), "qwen2": ("Qwen2", 0.0), "qwen3": ("Qwen3", 0.0),
@@ -55,6 +56,19 @@ def test_other_modules_and_other_activations_are_not_taken_for_known_ones():
     assert not is_gated(GemmaMLP(GemmaConfig(**sizes)))
     assert known_norm(nn.LayerNorm(16)) is None and known_norm(nn.RMSNorm(16)) is None
     assert not can_fuse(torch.ones(2, 16))
+
+
+def test_only_a_class_s_own_forward_is_fused(monkeypatch: pytest.MonkeyPatch):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(fused, "can_fuse", lambda x: True)
+    monkeypatch.setattr(fused, "fused_gate", lambda gate, up: torch.zeros_like(gate))
+    mlp = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2))
+    x = torch.randn(3, 16)
+    assert not feed_forward(mlp, mlp.forward, x).any()
+    # What stands around it, as a tensor axis does, is not left out.
+    assert torch.equal(feed_forward(mlp, lambda x: mlp.forward(x) + 1, x), mlp(x) + 1)
 
 
 def test_the_kernels_in_tritons_interpreter_are_the_specification():

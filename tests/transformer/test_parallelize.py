@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from ringspan.transformer import layer_shape
 from tests.support.errors import relative
+from tests.support.models import gradients, make_batch, tiny_llama
 from tests.support.once import once
 from tests.support.processes import results, run_processes
 from tests.transformer.parallel_ranks import CASES, Case, whole
+from tests.transformer.tensor_ranks import CLIP, KEPT_SIZES, SPLIT_FAMILIES, never_stopped, of_family
 
 BUDGET = 6e-6
 """As in law 6, Hugging Face computes norms and its loss in float32; a norm of four elements (Qwen 3's) is off by 3e-6 between the unsplit
@@ -93,12 +98,69 @@ def test_a_model_that_was_prepared_without_memory_is_materialised_afterwards(ext
 @pytest.mark.slow
 def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(extras: Any):
     words = (
-        "mesh_dim_names=", "'pipeline' is none of them", "strategy='ulysses'", "an axis has no name of its own", "at least one token",
-        "rematerialise=", "as many micro-batches", "nothing is ignored",
+        "mesh_dim_names=", "'pipeline' is none of them",
+        "it has 3 key heads and 9 query heads", "('replicate', 'shard')", "an axis has no name of its own",
+        "at least one token", "rematerialise=", "as many micro-batches", "nothing is ignored",
     )  # fmt: skip
     for each in extras:
         for word, message in zip(words, each["refusals"], strict=True):
             assert word in message, message
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_on_another_mesh_at_every_step_goes_on_as_if_it_had_never_stopped(found: Any):
+    expected, weights = never_stopped()
+    for each in found(4):
+        steps, mine = each[-1]
+        for (loss, norm), (whole_loss, whole_norm) in zip(steps, expected, strict=True):
+            assert relative(loss, whole_loss) <= BUDGET and relative(norm, whole_norm) <= BUDGET
+            assert whole_norm > 2 * CLIP, "this clips nothing"
+        assert mine.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert relative(mine[name], weight) <= BUDGET, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLIT_FAMILIES)
+def test_over_a_tensor_axis_a_family_has_its_own_loss_and_gradients(name: str, extras: Any):
+    model: Any = of_family(name)
+    loss = model(**make_batch(2, 11)).loss
+    loss.backward()
+    for each in extras:
+        check(each["families"][name], (loss.detach(), gradients(model)))
+
+
+@pytest.mark.slow
+def test_over_a_tensor_axis_half_precision_rounds_the_sums_of_two_ranks_and_no_more(extras: Any):
+    loss, expected = whole(Case({}, "even llama"))
+    _, rounded = whole(Case({}, "bfloat16 even llama"))
+    unsplit = max(relative(rounded[name], gradient) for name, gradient in expected.items())
+    norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
+    for each in extras:
+        ours, found, norms = each["split half"]
+        assert abs(float(ours) - float(loss)) <= 1e-2 * float(loss)
+        # Each rank's part of a sum over heads or columns is rounded before it is added to the others': 1.3 is found.
+        assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1.5 * unsplit < 0.1
+        assert all(relative(each_norm, norm) <= 1e-2 for each_norm in norms) and relative(norms[0], norms[1]) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "attention_output", "full"])
+def test_over_a_tensor_axis_a_layer_keeps_what_the_formula_says(mode: str, extras: Any):
+    shape = replace(layer_shape(tiny_llama(**KEPT_SIZES), 4), num_pieces=2)
+    for each in extras:
+        assert each["kept"][mode] == pytest.approx(shape.kept_bytes(mode), rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_law_fails_over_a_tensor_axis_with_anything_wrong_in_it(extras: Any):
+    expected = whole(Case({}, "even llama"))
+    for each in extras:
+        assert len(each["broken splits"]) == 4
+        for name, broken in each["broken splits"].items():
+            with pytest.raises(AssertionError, match=r"off by|loss"):
+                check(broken, expected)
+                pytest.fail(f"nobody noticed {name}")
 
 
 BREAKAGES = ("averaged gradients", "averaged averages", "tokens of this replica alone")

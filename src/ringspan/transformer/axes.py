@@ -1,14 +1,15 @@
-"""The axes of a mesh by what they are for: replicas, shards of the parameters, and parts of the sequence."""
+"""The axes of a mesh by what they are for: replicas, shards of the parameters, parts of the sequence, and parts of the layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.errors import RingspanError
 from ringspan.transport import InProcessTransport
 
 Names = str | tuple[str, ...]
@@ -24,12 +25,18 @@ class Axes:
         everyone: all ranks, whose shares of the loss add up.
         sharding: the mesh of `fully_shard`: (shards,) or (replicas, shards); None where parameters stay whole.
         num_replicas: how many different batches there are at a time.
+        tensor: the ranks that share heads, columns and the tokens of a context shard; None where there is one.
+        sharing: the ranks that are given the same batches: those of `context` and `tensor`.
+        copies: the ranks that compute with the same parameters on different tokens: everyone but along `tensor`.
     """
 
     context: Group
     everyone: Group
     sharding: DeviceMesh | None
     num_replicas: int
+    tensor: DeviceMesh | None
+    sharing: Group
+    copies: Group
 
 
 def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, tensor: Names, shard_parameters: bool) -> Axes:
@@ -37,10 +44,9 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
 
     Raises:
         RingspanError: for a mesh without names, or with an axis that none of the arguments names.
-        UnsupportedError: for a tensor axis of more than one rank.
     """
     if not isinstance(mesh, DeviceMesh):
-        return Axes(mesh, mesh, None, 1)
+        return Axes(mesh, mesh, None, 1, None, mesh, mesh)
     names = tuple(mesh.mesh_dim_names or ())
     roles = {"context": _tuple(context), "shard": _tuple(shard), "replicate": _tuple(replicate), "tensor": _tuple(tensor)}
     named = [name for each in roles.values() for name in each]
@@ -52,22 +58,36 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
         raise RingspanError(f"parallelize over a mesh {names or tuple(mesh.shape)} with {_said(roles)}", found, rule, example)
     present = {role: tuple(name for name in names if name in wanted) for role, wanted in roles.items()}
     sizes = dict(zip(names, mesh.shape, strict=True))
-    if prod(sizes[name] for name in present["tensor"]) > 1:
-        raise UnsupportedError(
-            f"a tensor axis {present['tensor']} of {prod(sizes[name] for name in present['tensor'])} ranks",
-            "attention by ringspan is not split over heads of one tensor-parallel group",
-            "What is not computed exactly is refused",
-            "these ranks on the context axis with strategy='ulysses', which splits heads too, or on the shard axis",
-        )
-    shards, replicas = _join(mesh, present["shard"] + present["context"]), _join(mesh, present["replicate"])
+    _check_order(names, present)
+    # Each once: a flattened axis has communicators of its own.
+    joined = cache(lambda ordered: _join(mesh, ordered))
+
+    def join(some: tuple[str, ...]) -> DeviceMesh | None:
+        return joined(tuple(name for name in names if name in some))
+
+    is_split = prod(sizes[name] for name in present["tensor"]) > 1
+    shards, replicas = join(present["shard"] + present["context"]), join(present["replicate"])
     sharding = mesh[_name(replicas), _name(shards)] if shards is not None and replicas is not None else shards or replicas
+    # A mesh without an axis for the sequence leaves it whole on every rank.
+    context_axis = join(present["context"]) or _alone()
+    copies = join(present["replicate"] + present["shard"] + present["context"])
     return Axes(
-        # A mesh without an axis for the sequence leaves it whole on every rank.
-        context=_join(mesh, present["context"]) or _alone(),
-        everyone=_join(mesh, tuple(name for name in names if name not in present["tensor"])),
+        context=context_axis,
+        everyone=join(names) if is_split else copies,
         sharding=sharding if shard_parameters else None,
         num_replicas=prod(sizes[name] for name in present["replicate"] + present["shard"]),
+        tensor=join(present["tensor"]) if is_split else None,
+        sharing=join(present["context"] + present["tensor"]) if is_split else context_axis,
+        copies=copies or _alone(),
     )
+
+
+def _check_order(names: tuple[str, ...], present: dict[str, tuple[str, ...]]) -> None:
+    inner = present["shard"] + present["context"]
+    if late := [name for name in present["replicate"] if any(names.index(name) > names.index(each) for each in inner)]:
+        rule = "FSDP takes the axis of copies before those that it shards over, and a mesh its axes in one order"
+        order = (*present["replicate"], *(name for name in names if name not in present["replicate"]))
+        raise RingspanError(f"parallelize over a mesh {names}", f"{late[0]!r} comes after {inner[0]!r}", rule, f"mesh_dim_names={order}")
 
 
 def _tuple(names: Names) -> tuple[str, ...]:
@@ -79,7 +99,7 @@ def _said(roles: dict[str, tuple[str, ...]]) -> str:
 
 
 def _join(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh | None:
-    """One axis of these, the first the slowest to change; None for no names."""
+    """One axis of these, which come in the mesh's order, the first the slowest to change; None for no names."""
     if not names:
         return None
     return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten()

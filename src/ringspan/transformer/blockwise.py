@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.accumulate import GradientSums, SumLinearGradients
-from ringspan.transformer.fused import can_fuse, fused_gate, fused_rms_norm, is_gated, known_norm
+from ringspan.transformer.fused import can_fuse, feed_forward, fused_rms_norm, known_norm
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
+from ringspan.transformer.plain_parameters import Place, plain_parameters, using
 
 _CHUNK = "_ringspan_chunk"
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
@@ -82,17 +83,25 @@ def _unsupported(module: nn.Module, found: str, nearest: str = "feed_forward_chu
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    norm = known_norm(self)
-    if norm is not None and can_fuse(x):
-        # It holds nothing wide, whatever the length.
-        return fused_rms_norm(x, self.get_parameter("weight"), norm)
+    # On a tensor axis what is saved and summed are this rank's own parts of the parameters; autograd takes it from there.
+    values = plain_parameters(self)
+    with using(values):
+        norm = known_norm(self)
+        if norm is not None and can_fuse(x):
+            # It holds nothing wide, whatever the length.
+            weight: Any = self._parameters["weight"]
+            return fused_rms_norm(x, weight, norm)
+        return _run_blockwise(self, x, [place for place, value in values if value.requires_grad])
+
+
+def _run_blockwise(self: nn.Module, x: Tensor, places: list[Place]) -> Tensor:
     chunk = getattr(self, _CHUNK)
     parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return _run(self, x, chunk)
     # Two nodes, so that what is saved is saved before anything runs: a checkpoint around the layer, which stops recomputing once it has
     # all that was saved, then never runs the feed-forward for nothing. The gradient of the output passes unchanged through the second.
-    return _Run.apply(_Keep.apply(x, self, chunk, *parameters), x.detach(), self, chunk)
+    return _Run.apply(_Keep.apply(x, self, chunk, places, *parameters), x.detach(), self, chunk)
 
 
 class _Run(torch.autograd.Function):
@@ -109,9 +118,9 @@ class _Keep(torch.autograd.Function):
     """Keeps the input; its backward is given the gradient of the output, since nothing but `_Run` sees what it returns."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: nn.Module, chunk: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, module: nn.Module, chunk: int, places: list[Place], *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters)
-        ctx.module, ctx.chunk, ctx.autocast = module, chunk, _autocast(x.device.type)
+        ctx.module, ctx.chunk, ctx.places, ctx.autocast = module, chunk, places, _autocast(x.device.type)
         dtype = x.dtype
         for parameter in module.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
@@ -123,11 +132,12 @@ class _Keep(torch.autograd.Function):
         (gradient,) = gradients
         x, *parameters = ctx.saved_tensors
         sums = GradientSums(parameters)
+        values = list(zip(ctx.places, parameters, strict=True)) if ctx.places else []
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         for part, piece, out in _chunks(ctx.chunk, x, gradient, dx):
             leaf = part.detach().requires_grad_(dx is not None)
             with torch.enable_grad(), ExitStack() as within:
-                for context in (*_entered(ctx.autocast), SumLinearGradients(sums)):
+                for context in (*_entered(ctx.autocast), SumLinearGradients(sums), using(values)):
                     within.enter_context(context)
                 y = _call(ctx.module, leaf)
             wanted = ([leaf] if dx is not None else []) + parameters
@@ -136,7 +146,7 @@ class _Keep(torch.autograd.Function):
                 first, *found = found
                 out.copy_(first) if first is not None else out.zero_()
             sums.add(tuple(found))
-        return dx, None, None, *sums.results()
+        return dx, None, None, None, *sums.results()
 
 
 def _run(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
@@ -156,10 +166,7 @@ def _run(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
 
 def _call(module: nn.Module, x: Tensor) -> Any:
     """What `module` makes of `x`."""
-    if is_gated(module) and can_fuse(x):
-        inner: Any = module
-        return inner.down_proj(fused_gate(inner.gate_proj(x), inner.up_proj(x)))
-    return original_forward(module)(x)
+    return feed_forward(module, original_forward(module), x)
 
 
 def _chunks(chunk: int, x: Tensor, gradient: Tensor, dx: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ringspan.transformer.layers import causal_model, decoder_layers
 
@@ -27,8 +28,10 @@ def shard_parameters(
         on_host: whether shards live in host memory.
         reshard_after_forward: whether a layer's parameters are given up until its backward.
     """
+    num_shards = mesh.shape[-1]
     keywords: dict[str, Any] = {
         "mesh": mesh,
+        "shard_placement_fn": lambda parameter: _placement(parameter, num_shards),
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if on_host else OffloadPolicy(),
     }
@@ -46,3 +49,11 @@ def shard_parameters(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(parameter: nn.Parameter, num_shards: int) -> Shard | None:
+    """By columns where a tensor axis has split the rows and what is left of them does not divide: rows of rows of unlike numbers are
+    put together by no DTensor. None: by rows."""
+    if not isinstance(parameter, DTensor) or Shard(0) not in parameter.placements:
+        return None
+    return None if parameter.to_local().shape[0] % num_shards == 0 else Shard(1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ringspan.errors import UnsupportedError
 from ringspan.transformer.layers import causal_model, decoder, original_forward, replace_forward
+from ringspan.transformer.pieces import TensorGroup
+from ringspan.transformer.plain_parameters import plain_parameters, using
 from ringspan.transformer.tiled_loss import LossTerms, cross_entropy_of_logits, tiled_cross_entropy
 
 LOSS_KEYWORD = "ringspan_loss"
@@ -89,12 +91,19 @@ class LossRequest:
         scale: of the sum over tokens.
         terms: what the loss is made of.
         tile: tokens whose logits exist at once; None takes the model's own logits.
+        pieces: of a tensor axis, each of whose ranks computes the loss of its own; None where there is none.
     """
 
     labels: Tensor
     scale: float
     terms: LossTerms
     tile: int | None
+    pieces: TensorGroup | None = None
+
+    @property
+    def own_labels(self) -> Tensor:
+        """Those of this rank's tokens: `[batch, piece]`."""
+        return self.labels if self.pieces is None else self.pieces.take(self.labels, self.terms.ignore_index)
 
 
 def prepare_loss(model: nn.Module) -> None:
@@ -117,7 +126,8 @@ def _model_forward(self: nn.Module, *arguments: Any, ringspan_loss: LossRequest 
     request = ringspan_loss
     if request.tile is None:
         logits = original_forward(self)(*arguments, **keywords).logits
-        return cross_entropy_of_logits(logits, request.labels, request.scale, request.terms)
+        own = logits if request.pieces is None else request.pieces.take(logits)
+        return cross_entropy_of_logits(own, request.own_labels, request.scale, request.terms)
     hidden = decoder(self)(*arguments, **keywords).last_hidden_state
     head = _head(self)
     # Through the module's call: FSDP gathers its weight there.
@@ -129,6 +139,6 @@ def _head_forward(self: nn.Module, hidden: Tensor, request: LossRequest | None =
         return original_forward(self)(hidden)
     assert request.tile is not None
     head: Any = self
-    return tiled_cross_entropy(
-        hidden, head.weight, request.labels, tile=request.tile, bias=head.bias, scale=request.scale, terms=request.terms
-    )
+    with using(plain_parameters(self)):
+        weight, bias = head.weight, head.bias
+    return tiled_cross_entropy(hidden, weight, request.own_labels, tile=request.tile, bias=bias, scale=request.scale, terms=request.terms)

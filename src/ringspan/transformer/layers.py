@@ -60,19 +60,20 @@ def feed_forward_of(layer: nn.Module) -> nn.Module:
     )
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any], slot: str = _REPLACED) -> None:
     """Makes `module` call `forward(module, …)`; the forward that it had is `original_forward(module)`.
 
-    It stands on this module alone, goes with copies of it, and leaves hooks outside, FSDP's among them. A second call replaces the first.
+    It stands on this module alone, goes with copies of it, and leaves hooks outside, FSDP's among them. A second call replaces the first;
+    under another `slot`, given to `original_forward` too, it stands around it.
     """
-    if not hasattr(module, _REPLACED):
-        setattr(module, _REPLACED, module.forward)
+    if not hasattr(module, slot):
+        setattr(module, slot, module.forward)
     module.forward = MethodType(forward, module)
 
 
-def original_forward(module: nn.Module) -> Callable[..., Any]:
+def original_forward(module: nn.Module, slot: str = _REPLACED) -> Callable[..., Any]:
     """The forward that `module` had before `replace_forward`."""
-    return getattr(module, _REPLACED, module.forward)
+    return getattr(module, slot, module.forward)
 
 
 def restore_forward(module: nn.Module) -> None:

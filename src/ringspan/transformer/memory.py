@@ -32,6 +32,7 @@ class LayerShape:
         intermediate: width of the feed-forward's intermediate.
         vocabulary: tokens of the output embedding.
         element_bytes: of activations.
+        num_pieces: ranks of a tensor axis, which share what is kept for each token of a context shard.
     """
 
     layers: int
@@ -42,6 +43,7 @@ class LayerShape:
     intermediate: int
     vocabulary: int
     element_bytes: int = 2
+    num_pieces: int = 1
 
     def kept_bytes(self, mode: str, *, blockwise: bool = True) -> int:
         """Bytes that one layer keeps for one token until its backward.
@@ -54,20 +56,25 @@ class LayerShape:
           their product); two norms, computed in float32 as transformers does, 2·(4·h + 2·e·h + 4) (the input in float32, the normed in e
           before its weight and after it, and one over its size). Where they are blockwise the feed-forward keeps nothing, and the norms
           2·(2·e·h), what they and the projections read.
+
+        With t ranks on a tensor axis each keeps 1/t of that, but for what q, k and v read in `none` and `selective`, which is gathered: e·h
+        instead of e·h/t; and without blockwise parts what gate and up read, the same.
         """
-        e, q, k = self.element_bytes, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        e, q, k, t = self.element_bytes, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.num_pieces
         if mode == "full":
-            return e * self.hidden
+            return e * self.hidden // t
         if mode == "attention_output":
-            return e * (self.hidden + q) + 4 * self.heads
-        attention = e * (2 * q + 2 * k) + 4 * self.heads
+            return (e * (self.hidden + q) + 4 * self.heads) // t
+        attention = (e * (2 * q + 2 * k) + 4 * self.heads) // t
+        gathered = 0 if t == 1 else e * self.hidden
         if blockwise:
-            return attention + 4 * e * self.hidden
-        return attention + 2 * (4 * self.hidden + 2 * e * self.hidden + 4) + 4 * e * self.intermediate
+            return attention + 4 * e * self.hidden // t + gathered - gathered // t
+        norms = 2 * (4 * self.hidden + 2 * e * self.hidden + 4)
+        return attention + (norms + 4 * e * self.intermediate) // t + 2 * (gathered - gathered // t)
 
     def feed_forward_bytes(self) -> int:
         """Bytes that a chunk of the feed-forward works in for one token: its four intermediates, and as many gradients."""
-        return 8 * self.element_bytes * self.intermediate
+        return 8 * self.element_bytes * self.intermediate // self.num_pieces
 
     def loss_bytes(self) -> int:
         """Bytes that a tile of the loss works in for one token: logits as they come and in float32, and their gradient."""

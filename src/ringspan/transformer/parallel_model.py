@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from ringspan.attention import ContextParallel
 from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.attention.checks import check_sequence, problem_of
-from ringspan.attention.gradients import sum_gradients
 from ringspan.attention.loss import SumOverRanks
 from ringspan.attention.observe import AFTER, watch
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal
+from ringspan.transformer.gradients import clip_gradients, sum_local_gradients
 from ringspan.transformer.head import LossRequest
 from ringspan.transformer.offload import HostStore, Offload
+from ringspan.transformer.pieces import TensorGroup
 from ringspan.transformer.tiled_loss import LossTerms
-from ringspan.transport import Transport
+from ringspan.transport import Transport, agree
 
 TOTAL_KEYWORD = "ringspan_total"
 """The key of a part under which it carries the number of labelled tokens of the whole step, over all replicas and micro-batches."""
@@ -45,6 +46,23 @@ class Chosen:
     offload: Offload | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Those that a step is computed by.
+
+    Attributes:
+        everyone: all, whose shares of the loss add up.
+        sharing: those that are given the same batches.
+        copies: those whose gradients add up where parameters are not sharded.
+        pieces: of a tensor axis, or None.
+    """
+
+    everyone: Transport
+    sharing: Transport
+    copies: Transport
+    pieces: TensorGroup | None
+
+
 class ParallelModel:
     """A prepared model, and what a training loop needs beside it. Made by `parallelize`.
 
@@ -60,7 +78,7 @@ class ParallelModel:
         self,
         model: nn.Module,
         context: ContextParallel,
-        everyone: Transport,
+        ranks: Ranks,
         chosen: Chosen,
         terms: LossTerms,
         *,
@@ -69,8 +87,8 @@ class ParallelModel:
         is_sharded: bool,
     ) -> None:
         self.model, self.context, self.chosen, self.store, self.num_replicas = model, context, chosen, store, num_replicas
-        self._everyone, self._terms, self._is_sharded = everyone, terms, is_sharded
-        self._members: list[int] = context.transport.gather_objects(everyone.rank)
+        self._ranks, self._everyone, self._terms, self._is_sharded = ranks, ranks.everyone, terms, is_sharded
+        self._members: list[int] = ranks.sharing.gather_objects(ranks.everyone.rank)
 
     def shard_batch(self, batch: Mapping[str, Any], mask: Mask | None = None) -> dict[str, Any]:
         """This rank's part of the only micro-batch of a step: `shard_batches([batch], [mask])[0]`."""
@@ -83,7 +101,8 @@ class ParallelModel:
         the same wherever it is, and no average is ever averaged.
 
         Args:
-            batches: what this replica computes, whole, the same on all ranks of its context; of any lengths, but as many on every replica.
+            batches: what this replica computes, whole, the same on all ranks of its context and tensor axes; of any lengths, but as many
+                on every replica.
                 What a batch holds: see `ringspan.attention.batch.shard_batch`.
             masks: of each batch; causal if not given.
 
@@ -107,8 +126,8 @@ class ParallelModel:
         count = sum(int(part["num_items_in_batch"]) for part in parts)
         counts = self._everyone.gather_objects((count, problem))
         _raise_first(problem, [other for _, other in counts])
-        # Every rank of a context has counted the same tokens.
-        total = sum(each for each, _ in counts) // self.context.num_ranks
+        # Every rank that was given the same batches has counted the same tokens.
+        total = sum(each for each, _ in counts) // len(self._members)
         return [{**part, TOTAL_KEYWORD: total} for part in parts]
 
     def loss(self, part: Mapping[str, Any]) -> Tensor:
@@ -131,7 +150,13 @@ class ParallelModel:
                 "parallel.shard_batch(batch)",
             )
         labels: Tensor = part["labels"]
-        request = LossRequest(labels=labels, scale=1 / max(1, part[TOTAL_KEYWORD]), terms=self._terms, tile=self.chosen.loss_tile)
+        request = LossRequest(
+            labels=labels,
+            scale=1 / max(1, part[TOTAL_KEYWORD]),
+            terms=self._terms,
+            tile=self.chosen.loss_tile,
+            pieces=self._ranks.pieces,
+        )
         inputs = {name: part[name] for name in _INPUTS if name in part}
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
         with watch(self.context.observer, AFTER, "reduce"):
@@ -140,7 +165,33 @@ class ParallelModel:
     def sum_gradients(self) -> None:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
         if not self._is_sharded:
-            sum_gradients(self.model.parameters(), self._everyone, self.context.observer)
+            sum_local_gradients(self.model, self._ranks.copies, self.context.observer)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scales all gradients down where their common 2-norm is above `max_norm`, in place, after `sum_gradients`. Collective.
+
+        On any mesh, by one sum over all ranks in which every element counts once, wherever it is split or whole.
+        `torch.nn.utils.clip_grad_norm_` comes to the same where all parameters are split over the same axes; its norm is then a `DTensor`,
+        of which each rank sees its part until `full_tensor()`.
+
+        Args:
+            max_norm: above 0; infinity measures and leaves them.
+
+        Returns:
+            The norm before, the unsplit model's, on every rank: a scalar, float32 or wider.
+
+        Raises:
+            RingspanError: on every rank, where `max_norm` is not above 0 or ranks disagree about it.
+        """
+        problem = problem_of(lambda: _check_norm(max_norm))
+        agree(self._everyone, "clip_gradients", max_norm, problem)
+        is_counted = self._is_sharded or self._ranks.copies.rank == 0
+        return clip_gradients(self.model.parameters(), float(max_norm), self._everyone, is_counted)
+
+
+def _check_norm(max_norm: float) -> None:
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        raise RingspanError(f"max_norm={max_norm!r}", "", "A norm to clip to is a number above 0", "max_norm=1.0")
 
 
 def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:
@@ -177,4 +228,4 @@ def _check_alike(said: list[tuple[list[int], list[tuple[int, str]], Any]]) -> No
         if asked != said[members[0]][1]:
             found = f"rank {members[0]} has {said[members[0]][1]}, rank {other} has {asked}"
             rule = "Ranks that share a sequence are given the same whole batches"
-            raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context axis")
+            raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context and tensor axes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,13 +26,14 @@ from ringspan.transformer.memory import (
     layer_shape,
 )
 from ringspan.transformer.offload import HostStore, Offload, make_store
-from ringspan.transformer.parallel_model import Chosen, ParallelModel
+from ringspan.transformer.parallel_model import Chosen, ParallelModel, Ranks
 from ringspan.transformer.rematerialise import check_mode
 from ringspan.transformer.rematerialise import rematerialise as make_rematerialised
 from ringspan.transformer.rotary import prepare_rotary
 from ringspan.transformer.tiled_loss import LossTerms
 from ringspan.transport import agree, make_transport
 
+_SHARDED_OR_CAST = "a DeviceMesh with a shard or context axis, of one rank if need be, and shard_parameters=True; or model.to(dtype)"
 Auto = Literal["auto"]
 
 
@@ -75,7 +77,8 @@ def parallelize(
         context: the axis (or axes, flattened) whose ranks share a sequence.
         shard: the axis whose ranks have different batches and share the parameters. Parameters are sharded over it and `context` together.
         replicate: the axis of whole copies of that.
-        tensor: refused where it has more than one rank.
+        tensor: the axis whose ranks share the heads and feed-forward columns of each layer, and the tokens of a context shard elsewhere:
+            see `ringspan.transformer.tensor_parallel`. Key heads, and columns, are divisible by it.
         strategy: see `ContextParallel`, as `layout`, `kernel`, `weights`, `kv_heads_per_stage`.
         layout: who owns which positions.
         kernel: of attention.
@@ -95,7 +98,7 @@ def parallelize(
             float32. None: as they are.
         parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; their step is the CPU's.
         reshard_after_forward: whether a layer's parameters are given up between its forward and its backward.
-        tokens_per_rank: batch × positions of this rank, for `rematerialise="auto"`.
+        tokens_per_rank: batch × positions of this rank's context shard, for `rematerialise="auto"`.
         memory_bytes: what `auto` chooses for; the device's whole memory if not given.
 
     Raises:
@@ -104,6 +107,7 @@ def parallelize(
     axes = find_axes(mesh, context=context, shard=shard, replicate=replicate, tensor=tensor, shard_parameters=shard_parameters)
     everyone = make_transport(axes.everyone)
     device = _device(mesh, model)
+    num_shards = 1 if axes.sharding is None else axes.sharding.shape[-1]
     prepared: list[tuple[Chosen, LossTerms]] = []
 
     def prepare() -> None:
@@ -117,7 +121,7 @@ def parallelize(
         if (parameters_on_host or compute_dtype is not None) and axes.sharding is None:
             asked = "parameters_on_host=True" if parameters_on_host else f"compute_dtype={compute_dtype}"
             rule = "It is FSDP that keeps parameters elsewhere, or in another dtype, than they are computed with"
-            raise RingspanError(asked, "the parameters are not sharded", rule, "a DeviceMesh with shard_parameters=True; model.to(dtype)")
+            raise RingspanError(asked, "the parameters are not sharded", rule, _SHARDED_OR_CAST)
         chosen = _choose(
             model,
             device,
@@ -127,13 +131,19 @@ def parallelize(
             offload=offload,
             tokens=tokens_per_rank,
             memory_bytes=memory_bytes,
-            num_shards=1 if axes.sharding is None else axes.sharding.shape[-1],
+            num_shards=num_shards,
+            num_pieces=1 if axes.tensor is None else axes.tensor.size(),
             compute_dtype=compute_dtype,
         )
         terms = loss_terms(model, tiled=chosen.loss_tile is not None, label_smoothing=label_smoothing, z_loss=z_loss)
         if chosen.feed_forward_chunk is not None:
             for layer in decoder_layers(model):
                 check_position_wise(feed_forward_of(layer))
+        if axes.tensor is not None:
+            # Late: whoever splits nothing need not load DTensor.
+            from ringspan.transformer.tensor_parallel import check_splits
+
+            check_splits(model, axes.tensor.size(), num_shards)
         prepared.append((chosen, terms))
 
     problem = problem_of(prepare)
@@ -151,9 +161,14 @@ def parallelize(
         **more,
     )
     store = None if chosen.offload is None else make_store(device, chosen.offload)
+    pieces = None
+    if axes.tensor is not None:
+        from ringspan.transformer.tensor_parallel import split_model
+
+        pieces = split_model(model, axes.tensor, device)
     # Where `auto` finds room for everything there is no checkpoint to share.
     shared = 1 if chosen.rematerialise == "none" else layers_per_checkpoint
-    _prepare_model(model, chosen, store, shared)
+    _prepare_model(model, chosen, store, layers_per_checkpoint=shared, num_pieces=1 if pieces is None else pieces.size)
     if axes.sharding is not None:
         # Late: whoever shards nothing need not load FSDP.
         from ringspan.transformer.fsdp import shard_parameters as shard_with_fsdp
@@ -166,18 +181,27 @@ def parallelize(
             reshard_after_forward=reshard_after_forward,
         )
     return ParallelModel(
-        model, cp, everyone, chosen, terms, store=store, num_replicas=axes.num_replicas, is_sharded=axes.sharding is not None
+        model,
+        cp,
+        Ranks(everyone=everyone, sharing=make_transport(axes.sharing), copies=make_transport(axes.copies), pieces=pieces),
+        chosen,
+        terms,
+        store=store,
+        num_replicas=axes.num_replicas,
+        is_sharded=axes.sharding is not None,
     )
 
 
-def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, layers_per_checkpoint: int) -> None:
+def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, *, layers_per_checkpoint: int, num_pieces: int) -> None:
     inner: Any = causal_model(model)
     inner.set_attn_implementation(ATTENTION_NAME)
     layers = decoder_layers(model)
     if chosen.feed_forward_chunk is not None:
         for layer in layers:
-            for part in (feed_forward_of(layer), *norms_of(layer)):
-                blockwise(part, chosen.feed_forward_chunk)
+            # The pieces of all ranks of a tensor axis are computed at once.
+            blockwise(feed_forward_of(layer), max(1, chosen.feed_forward_chunk // num_pieces))
+            for norm in norms_of(layer):
+                blockwise(norm, chosen.feed_forward_chunk)
         for norm in norms_of(decoder(model)):
             blockwise(norm, chosen.feed_forward_chunk)
     attention_outputs = chosen.offload is not None and chosen.offload.attention_outputs
@@ -199,6 +223,7 @@ def _choose(
     tokens: int | None,
     memory_bytes: int | None,
     num_shards: int,
+    num_pieces: int,
     compute_dtype: torch.dtype | None,
 ) -> Chosen:
     for name, value in (("feed_forward_chunk", feed_forward_chunk), ("loss_tile", loss_tile)):
@@ -211,7 +236,7 @@ def _choose(
     reason = "as asked"
     if automatic:
         sample = next(model.parameters())
-        shape = layer_shape(model, (compute_dtype or sample.dtype).itemsize)
+        shape = replace(layer_shape(model, (compute_dtype or sample.dtype).itemsize), num_pieces=num_pieces)
         memory = memory_bytes if memory_bytes is not None else device_bytes(device)
         feed_forward_chunk = auto_feed_forward_chunk(shape, memory) if feed_forward_chunk == "auto" else feed_forward_chunk
         loss_tile = auto_loss_tile(shape, memory) if loss_tile == "auto" else loss_tile
@@ -219,7 +244,7 @@ def _choose(
             if type(tokens) is not int or tokens < 1:
                 rule = "Memory is a matter of how many tokens a rank computes at once"
                 raise RingspanError("rematerialise='auto'", f"tokens_per_rank={tokens!r}", rule, "tokens_per_rank=batch * length // ranks")
-            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // num_shards
+            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // (num_shards * num_pieces)
             host = 0 if offload is None else offload.host_bytes
             found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory, host_bytes=host)
             mode, reason = found.mode, found.reason

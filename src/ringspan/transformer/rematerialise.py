@@ -92,7 +92,8 @@ def rematerialise(
     `none` would keep of it, for that one layer.
 
     Under `attention_output` neither attention's kernel nor the messages of its ring run again. The exchanges of positions for heads that
-    `ulysses` and `two_dimensional` put around it do, for q, k and v as for the output: they are part of what rebuilds q, k and v.
+    `ulysses` and `two_dimensional` put around it do, for q, k and v as for the output: they are part of what rebuilds q, k and v. So do the
+    gathering of tokens before it and their sum after it on a tensor axis.
 
     With `layers_per_checkpoint` = g only the first of every g layers keeps its input. When the backward comes to them, the first g − 1 run
     once without a graph, for the inputs of the others; attention's results are kept from that run, so that what runs twice is all but
