@@ -1,8 +1,8 @@
 """The training loop of one rank.
 
-A step is: read the batch that the step number names, keep this rank's shard, forward, backward, add the gradients over the ranks, and
-take the same optimizer step everywhere. Every rank then holds the weights that one process would hold. Checkpoints are written while the
-steps go on; that one failed is learned at the next step, by all.
+A step is: read the batch that the step number names, keep this rank's shard of its replica's sequences, forward, backward, add the
+gradients over the ranks, and step the weights that this rank holds. All ranks together then hold the weights that one process would hold.
+Checkpoints are written while the steps go on; that one failed is learned at the next step, by all.
 """
 
 from __future__ import annotations
@@ -138,5 +138,5 @@ def _due(trainer: Trainer, every: int) -> bool:
 
 def _sample(trainer: Trainer, observer: Observer) -> None:
     # The sample is generated with plain causal attention; under a narrower mask that would be another model.
-    if trainer.config.sample_tokens and trainer.config.mask == "causal" and trainer.ranks.is_first:
+    if trainer.config.sample_tokens and trainer.config.mask == "causal":
         observer.sampled(trainer.step, *trainer.write_sample())

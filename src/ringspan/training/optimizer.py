@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ringspan.training.tensors import local_part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,28 +32,43 @@ def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, s
 
 
 class Optimizer:
-    """Steps the parameters of `model` through float32 copies of them, or in place where they are float32 already.
+    """Steps the parameters of `model` through float32 copies of them, or in place where they are float32 already, as sharded ones are.
 
-    A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can.
+    A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can. Each rank steps its part of a sharded parameter, where
+    that is, and the norm is that of all parts.
+
+    Args:
+        gather: every rank's numbers on every rank, in their order, as `Ranks.gather`; for sharded parameters.
 
     Attributes:
         masters: the float32 weights by name, whose `.grad` a step follows.
         updates: steps taken.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, gradient_clip: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        gradient_clip: float,
+        gather: Callable[[list[float]], list[list[float]]] = lambda mine: [mine],
+    ) -> None:
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self._parameters.items()
         }
         self.updates = 0
-        self._gradient_clip = gradient_clip
+        self._gradient_clip, self._gather = gradient_clip, gather
         matrices = [master for master in self.masters.values() if master.dim() >= 2]
         vectors = [master for master in self.masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU.
-        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+        # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU. Sharded
+        # ones are more, on the host too, and a loop would go through DTensor's dispatch for each of its operations.
+        self._is_sharded = any(isinstance(master, DTensor) for master in self.masters.values())
+        self._adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=self._is_sharded or None
+        )
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -69,9 +88,20 @@ class Optimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Float[Tensor, ""]:
-        """The norm of all gradients together, before clipping."""
+        """The norm of all gradients together, before clipping. Collective where parameters are sharded."""
         self.collect()
-        return nn.utils.get_total_norm([master.grad for master in self.masters.values() if master.grad is not None])
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        if not self._is_sharded:
+            return nn.utils.get_total_norm(gradients)
+        # Not over the mesh, whose groups carry tensors of its own device alone: gradients may be in host memory.
+        mine = 0.0
+        if gradients:
+            norms = torch.stack([torch.linalg.vector_norm(local_part(gradient), dtype=torch.float32) for gradient in gradients])
+            parts = torch.tensor([_num_parts(gradient) for gradient in gradients], dtype=torch.float64)
+            mine = float((norms.double().cpu().square() * parts).sum())
+        # A part that several ranks hold is counted by each of them: ranks / parts times.
+        everyone = [theirs for (theirs,) in self._gather([mine])]
+        return torch.tensor(math.sqrt(math.fsum(everyone) / len(everyone)))
 
     def discard(self) -> None:
         """Clears the gradients without a step."""
@@ -80,10 +110,14 @@ class Optimizer:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Float[Tensor, ""]:
-        """Takes one step along the gradients, clears them, and returns their norm before clipping."""
+    def step(self, learning_rate: float, norm: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:
+        """Takes one step along the gradients, clears them, and returns their norm before clipping; `norm` is that, where it is known."""
         self.collect()
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self._gradient_clip)
+        norm = self.gradient_norm() if norm is None else norm
+        factor = (self._gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        for master in self.masters.values():
+            if master.grad is not None:
+                local_part(master.grad).mul_(factor.to(master.grad.device))
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
@@ -97,7 +131,7 @@ class Optimizer:
     def moments(self) -> dict[str, Tensor]:
         """Both moments of every parameter, by `exp_avg.<name>` and `exp_avg_sq.<name>`; zeros before the first step."""
         return {
-            f"{moment}.{name}": self._adam.state[master].get(moment, torch.zeros_like(master, requires_grad=False))
+            f"{moment}.{name}": state[moment] if moment in (state := self._adam.state[master]) else torch.zeros_like(master.detach())
             for name, master in self.masters.items()
             for moment in _MOMENTS
         }
@@ -109,6 +143,14 @@ class Optimizer:
         for name, master in self.masters.items():
             if step:
                 state = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
-                self._adam.state[master] = {"step": torch.tensor(float(step)), **state}
+                place = master.device if self._is_sharded else None
+                self._adam.state[master] = {"step": torch.tensor(float(step), device=place), **state}
             if self._parameters[name] is not master:
                 self._parameters[name].copy_(master)
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """How many parts a tensor is in."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())

@@ -1,23 +1,26 @@
-"""Checkpoints written while training goes on: a snapshot in host memory, and one thread that writes it."""
+"""Checkpoints written while training goes on: a snapshot in host memory, and on each rank one thread that writes its part."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ringspan.training.checkpoint import Snapshot, save_checkpoint
 
 
 class Saver:
-    """Writes one checkpoint at a time in the background. On rank 0 alone; the others learn of a failure by `Ranks.agree_on_stop`.
+    """Writes one checkpoint at a time in the background. On every rank; all learn of a failure by `Ranks.agree_on_stop`.
 
     Args:
         checkpoints: the folder of the checkpoints.
         keep: how many of the newest stay.
+        group: of all ranks, which nobody else uses; None for a process alone.
     """
 
-    def __init__(self, checkpoints: Path, *, keep: int) -> None:
-        self._checkpoints, self._keep = checkpoints, keep
+    def __init__(self, checkpoints: Path, *, keep: int, group: dist.ProcessGroup | None = None) -> None:
+        self._checkpoints, self._keep, self._group = checkpoints, keep, group
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._written: Path | None = None
@@ -41,7 +44,7 @@ class Saver:
 
     def _run(self, snapshot: Snapshot) -> None:
         try:
-            self._written = save_checkpoint(self._checkpoints, snapshot, keep=self._keep)
+            self._written = save_checkpoint(self._checkpoints, snapshot, keep=self._keep, group=self._group)
         except Exception as error:  # raised again by `finish`
             self._error = error
 
@@ -51,7 +54,7 @@ class Saver:
         return path
 
     def finish(self) -> None:
-        """Waits until what was begun is on the disk.
+        """Waits until what was begun is on the disk; on other ranks than 0, until their part is.
 
         Raises:
             RingspanError: what kept it from being written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,14 @@ class ParallelModel:
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
         return SumOverRanks.apply(share, self._everyone)
 
-    def sum_gradients(self) -> None:
-        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.
+
+        Args:
+            parameters: whose `.grad` to sum, such as float32 masters that the gradients were moved to; the model's if not given.
+        """
         if not self._is_sharded:
-            sum_gradients(self.model.parameters(), self._everyone)
+            sum_gradients(self.model.parameters() if parameters is None else parameters, self._everyone)
 
 
 def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:
