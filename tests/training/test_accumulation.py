@@ -50,7 +50,8 @@ def test_packed_documents_in_passes_are_weighted_by_their_labels(folder_of_texts
     given = {"data": str(folder_of_texts), "documents": "packed"}
     whole, trainer = take_steps(tmp_path / "whole", 1, batch_size=6, **given)[0]
     (passes,) = trainer._deal(trainer.windows.starts(1), batch_size=1)
-    assert len({int((each.labels[:, 1:] != IGNORE_INDEX).sum()) for each in passes}) > 1, "passes of equal weight would not tell the mean of means from the mean"
+    counts = {int((each.labels[:, 1:] != IGNORE_INDEX).sum()) for each in passes}
+    assert len(counts) > 1, "passes of equal weight would not tell the mean of means from the mean"
     for rank, (steps, _) in enumerate(take_steps(tmp_path / "split", 3, batch_size=2, accumulate=3, **given)):
         assert_same_steps(steps, whole, BUDGETS, f"packed, rank {rank} of 3")
 

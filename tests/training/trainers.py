@@ -28,8 +28,11 @@ class InProcessRanks:
     """What the trainer asks of `ringspan.training.ranks.Ranks` for its steps."""
 
     group: Any
-    device: torch.device = torch.device("cpu")
     saving: None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     @property
     def rank(self) -> int:
@@ -45,6 +48,10 @@ class InProcessRanks:
 
     def gather(self, values: list[float]) -> list[list[float]]:
         return self.group.gather_objects(values)
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        assert self.num_ranks == 1
+        return function()
 
     def require_equal(self, value: float, what: str, among: int = 0) -> None:
         said = self.gather([value])
