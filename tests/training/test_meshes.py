@@ -125,7 +125,7 @@ def test_an_export_in_several_files_is_the_same_model(made: Any, tmp_path: Path,
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "axes that do not divide": ({"ranks": 4, "shard": 3, "accumulate": 3}, r"3 groups do not divide 4 ranks.*Try: --shard 2"),
+    "axes that do not divide": ({"ranks": 4, "shard": 3, "accumulate": 3}, r"--ranks 4 --shard 3: 3 do not divide 4 ranks.*Try: --ranks 3"),
     "nothing to read": ({"ranks": 4, "shard": 2, "replicate": 2}, r"a step of 1 sequence leaves some of 4 groups.*Try: --accumulate 4"),
     "an unknown mode": ({"rematerialise": "some"}, r"--rematerialise some: unknown.*attention_output"),
     "nothing to offload": ({"rematerialise": "none", "offload": True}, r"--offload with --rematerialise none: no layer checkpoints"),

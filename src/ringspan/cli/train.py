@@ -85,10 +85,11 @@ def command(
     dtype: Annotated[str | None, _option(_HOW, "float32 or bfloat16; weights and optimizer stay float32.", "float32")] = None,
     ranks: Annotated[
         int | None,
-        _option(_PARALLEL, "Processes: shard × replicate × those that split a sequence; under torchrun, its own.", "2"),
+        _option(_PARALLEL, "Processes: shard × replicate × tensor × those that split a sequence; under torchrun, its own.", "2"),
     ] = None,
     shard: Annotated[int | None, _option(_PARALLEL, "Groups of ranks that read different sequences and share parameters.", "1")] = None,
     replicate: Annotated[int | None, _option(_PARALLEL, "Copies of all that, which read different sequences too.", "1")] = None,
+    tensor: Annotated[int | None, _option(_PARALLEL, "Ranks that share the heads and columns of each layer.", "1")] = None,
     shard_parameters: Annotated[
         bool | None,
         _option(

@@ -22,13 +22,25 @@ ON_NAN = ("stop", "skip")
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
-    | {"restarts", "tensorboard", "export", "shard", "replicate", "shard_parameters", "feed_forward_chunk", "loss_tile", "rematerialise"}
+    | {
+        "restarts",
+        "tensorboard",
+        "export",
+        "shard",
+        "replicate",
+        "tensor",
+        "shard_parameters",
+        "feed_forward_chunk",
+        "loss_tile",
+        "rematerialise",
+    }
     | {"offload", "parameters_on_host"}
 )
 _AT_LEAST = {
     "ranks": 1,
     "shard": 1,
     "replicate": 1,
+    "tensor": 1,
     "context": 2,
     "batch_size": 1,
     "accumulate": 1,
@@ -66,9 +78,10 @@ class TrainingConfig:
         lora_rank: of adapters through peft, which are then all that is trained; 0 trains every weight.
         lora_alpha: they count alpha / rank times; None is twice the rank.
         lora_targets: `"all-linear"`, or the ends of module names, joined by commas.
-        ranks: number of processes. Those that `shard` and `replicate` leave share each sequence: ranks / (shard · replicate).
+        ranks: number of processes. Those that the next three leave share each sequence: ranks / (shard · replicate · tensor).
         shard: groups of ranks that read different sequences and share the parameters.
         replicate: copies of all that, which read different sequences too; parameters are sharded within a copy, not over them.
+        tensor: ranks that share the heads and columns of each layer.
         shard_parameters: whether FSDP2 shards parameters, gradients and optimizer over the ranks of a copy; None does from ten million
             parameters on, see `ringspan.training.spread`.
         parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; the CPU then takes the step.
@@ -120,6 +133,7 @@ class TrainingConfig:
     ranks: int = 2
     shard: int = 1
     replicate: int = 1
+    tensor: int = 1
     shard_parameters: bool | None = None
     parameters_on_host: bool = False
     rematerialise: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -63,6 +64,7 @@ class Optimizer:
         matrices = [master for master in self.masters.values() if master.dim() >= 2]
         vectors = [master for master in self.masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [part for group in groups for part in _by_mesh(group)]
         # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU. Sharded
         # ones are more, on the host too, and a loop would go through DTensor's dispatch for each of its operations.
         self._is_sharded = any(isinstance(master, DTensor) for master in self.masters.values())
@@ -147,6 +149,13 @@ class Optimizer:
                 self._adam.state[master] = {"step": torch.tensor(float(step), device=place), **state}
             if self._parameters[name] is not master:
                 self._parameters[name].copy_(master)
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of parameters as one for each mesh that they are sharded over: no operation takes tensors of two meshes at once."""
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in group["params"]]
+    distinct = [mesh for place, mesh in enumerate(meshes) if mesh not in meshes[:place]]
+    return [{**group, "params": [each for each, its in zip(group["params"], meshes, strict=True) if its == mesh]} for mesh in distinct]
 
 
 def _num_parts(tensor: Tensor) -> int:

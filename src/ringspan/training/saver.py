@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ringspan.training.checkpoint import Snapshot, save_checkpoint
@@ -38,12 +39,16 @@ class Saver:
         """
         self.finish()
         copied = snapshot.in_host_memory()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         # Not a daemon: a process that ends while it writes, ends when it has written.
-        self._thread = threading.Thread(target=self._run, args=(copied,), name="ringspan-checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(copied, device), name="ringspan-checkpoint")
         self._thread.start()
 
-    def _run(self, snapshot: Snapshot) -> None:
+    def _run(self, snapshot: Snapshot, device: int | None) -> None:
         try:
+            if device is not None:
+                # A new thread is on the first GPU, where torch.distributed.checkpoint would make a context of this process for nothing.
+                torch.cuda.set_device(device)
             self._written = save_checkpoint(self._checkpoints, snapshot, keep=self._keep, group=self._group)
         except Exception as error:  # raised again by `finish`
             self._error = error

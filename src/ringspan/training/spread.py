@@ -1,9 +1,9 @@
 """How a run's model and sequences are spread over its ranks: the axes of a mesh, and `parallelize` from the options of a run.
 
-    ranks = replicate × shard × context
+    ranks = replicate × shard × context × tensor
 
-The ranks of `context` share each sequence. `shard` and `replicate` read different ones; parameters, gradients and optimizer are sharded
-over `shard` × `context`, or whole on every rank where the model is so small that gathering it costs more than it saves.
+The ranks of `context` share each sequence, those of `tensor` each layer. `shard` and `replicate` read different sequences; parameters,
+gradients and optimizer are sharded over `shard` × `context`, or whole where the model is so small that gathering it costs more than it saves.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def num_replicas(config: TrainingConfig) -> int:
 
 def context_ranks(config: TrainingConfig) -> int:
     """How many ranks share a sequence."""
-    return config.ranks // num_replicas(config)
+    return config.ranks // (num_replicas(config) * config.tensor)
 
 
 def shards_parameters(config: TrainingConfig, num_parameters: int) -> bool:
@@ -57,12 +57,11 @@ def check_spread(config: TrainingConfig) -> None:
     from ringspan.transformer import MODES
 
     groups, rows = num_replicas(config), config.batch_size * config.accumulate
-    asked = f"--ranks {config.ranks} --shard {config.shard} --replicate {config.replicate}"
-    if config.ranks % groups:
-        fitting = max(number for number in range(1, config.ranks + 1) if config.ranks % number == 0 and number <= groups)
-        raise RingspanError(
-            asked, f"{groups} groups do not divide {config.ranks} ranks", "ranks = replicate × shard × context", f"--shard {fitting}"
-        )
+    given = [f"--{name} {size}" for name in ("shard", "replicate", "tensor") if (size := getattr(config, name)) > 1]
+    asked = " ".join((f"--ranks {config.ranks}", *given))
+    if config.ranks % (groups * config.tensor):
+        found = f"{groups * config.tensor} do not divide {config.ranks} ranks"
+        raise RingspanError(asked, found, "ranks = replicate × shard × context × tensor", f"--ranks {groups * config.tensor}")
     if rows < groups:
         raise RingspanError(
             f"{asked} --batch-size {config.batch_size} --accumulate {config.accumulate}",
@@ -103,10 +102,10 @@ def tokens_of(name: str, value: str) -> int | Literal["auto"] | None:
 
 
 def make_mesh(config: TrainingConfig, device: torch.device) -> DeviceMesh:
-    """The mesh of a run, `context` innermost, where links are fastest; `replicate` and `shard` are left out where they have one rank."""
+    """The mesh of a run, the axes with most to say innermost, where links are fastest; those of one rank but `context` are left out."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    sizes = {"replicate": config.replicate, "shard": config.shard, "context": context_ranks(config)}
+    sizes = {"replicate": config.replicate, "shard": config.shard, "context": context_ranks(config), "tensor": config.tensor}
     axes = {name: size for name, size in sizes.items() if size > 1 or name == "context"}
     return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
@@ -120,11 +119,16 @@ def replica_of(mesh: DeviceMesh | InProcessTransport) -> int:
     return _place(mesh, ("replicate", "shard"))
 
 
-def shard_of(mesh: DeviceMesh | InProcessTransport) -> int:
-    """Which of the shards of the parameters this rank holds, where they are sharded; ranks of the same number hold the same."""
+def part_of(mesh: DeviceMesh | InProcessTransport, *, sharded: bool) -> int:
+    """Which part of the parameters this rank holds; ranks of the same number hold the same.
+
+    Args:
+        sharded: whether they are sharded over `shard` and `context`.
+    """
     from torch.distributed.device_mesh import DeviceMesh
 
-    return _place(mesh, ("shard", "context")) if isinstance(mesh, DeviceMesh) else 0
+    axes = ("shard", "context", "tensor") if sharded else ("tensor",)
+    return _place(mesh, axes) if isinstance(mesh, DeviceMesh) else 0
 
 
 def _place(mesh: DeviceMesh, axes: tuple[str, ...]) -> int:

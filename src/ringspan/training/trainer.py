@@ -22,7 +22,7 @@ from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
 from ringspan.training.sample import sample
 from ringspan.training.saver import Saver
-from ringspan.training.spread import make_mesh, num_replicas, replica_of, shard_of, shards_parameters, spread
+from ringspan.training.spread import make_mesh, num_replicas, part_of, replica_of, shards_parameters, spread
 from ringspan.training.tensors import bits_sum, load_tensors
 from ringspan.training.tokenizer import load_tokenizer
 from ringspan.training.tokens import Windows, validation_starts
@@ -66,7 +66,7 @@ class Trainer:
             torch.nn.Module.to(self.model, ranks.device)
             cast_parameters(self.model, getattr(torch, config.dtype))
         mesh = make_mesh(config, ranks.device)
-        self.replica, self._shard = replica_of(mesh), shard_of(mesh) if self.is_sharded else 0
+        self.replica, self._part = replica_of(mesh), part_of(mesh, sharded=self.is_sharded)
         self.parallel = spread(self.model, config, mesh, sharded=self.is_sharded)
         self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, gather=ranks.gather)
         if plan.checkpoint is not None:
@@ -224,7 +224,7 @@ class Trainer:
             RingspanError: on every rank, where the one before could not be written, or where ranks differ that hold the same weights, since
                 then none of them is the unsplit model's.
         """
-        self.ranks.require_equal(bits_sum(self.optimizer.masters), "weights", among=self._shard)
+        self.ranks.require_equal(bits_sum(self.optimizer.masters), "weights", among=self._part)
         self.finish_save()
         self.saver.begin(self._snapshot())
 
