@@ -22,19 +22,8 @@ ON_NAN = ("stop", "skip")
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
-    | {
-        "restarts",
-        "tensorboard",
-        "export",
-        "shard",
-        "replicate",
-        "tensor",
-        "shard_parameters",
-        "feed_forward_chunk",
-        "loss_tile",
-        "rematerialise",
-    }
-    | {"offload", "parameters_on_host"}
+    | {"restarts", "tensorboard", "export", "shard", "replicate", "tensor", "shard_parameters", "parameters_on_host"}
+    | {"feed_forward_chunk", "loss_tile", "rematerialise", "offload"}
 )
 _AT_LEAST = {
     "ranks": 1,

@@ -3,7 +3,7 @@
     ranks = replicate × shard × context × tensor
 
 The ranks of `context` share each sequence, those of `tensor` each layer. `shard` and `replicate` read different sequences; parameters,
-gradients and optimizer are sharded over `shard` × `context`, or whole where the model is so small that gathering it costs more than it saves.
+gradients and optimizer are sharded over `shard` × `context`, or whole where gathering so small a model costs more than it saves.
 """
 
 from __future__ import annotations
