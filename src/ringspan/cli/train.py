@@ -89,7 +89,9 @@ def command(
     ] = None,
     shard: Annotated[int | None, _option(_PARALLEL, "Groups of ranks that read different sequences and share parameters.", "1")] = None,
     replicate: Annotated[int | None, _option(_PARALLEL, "Copies of all that, which read different sequences too.", "1")] = None,
-    tensor: Annotated[int | None, _option(_PARALLEL, "Ranks that share the heads and columns of each layer.", "1")] = None,
+    tensor: Annotated[
+        int | None, _option(_PARALLEL, "Ranks that share each layer's heads and columns; no text is sampled then.", "1")
+    ] = None,
     shard_parameters: Annotated[
         bool | None,
         _option(

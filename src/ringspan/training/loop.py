@@ -137,6 +137,6 @@ def _due(trainer: Trainer, every: int) -> bool:
 
 
 def _sample(trainer: Trainer, observer: Observer) -> None:
-    # The sample is generated with plain causal attention; under a narrower mask that would be another model.
-    if trainer.config.sample_tokens and trainer.config.mask == "causal":
+    # The sample is generated with plain causal attention, which under a narrower mask would be another model, and by whole layers.
+    if trainer.config.sample_tokens and trainer.config.mask == "causal" and trainer.config.tensor == 1:
         observer.sampled(trainer.step, *trainer.write_sample())

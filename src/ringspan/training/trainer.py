@@ -126,6 +126,8 @@ class Trainer:
             notes.append(f"parameters, gradients and optimizer are sharded, in {place}")
         if (chosen := self.parallel.chosen).rematerialise not in ("none", "selective"):
             notes.append(f"rematerialisation: {chosen.rematerialise}{' with offload' if chosen.offload else ''} ({chosen.reason})")
+        if self.config.sample_tokens and self.config.tensor > 1:
+            notes.append("no text is sampled: it is written by a model whose layers are whole on a rank")
         if self.ranks.device.type != "cuda":
             return notes
         if self.flops is None:
