@@ -79,7 +79,9 @@ def check_model(model: str, *, with_weights: bool = True) -> None:
     if not (folder / "config.json").is_file():
         raise RingspanError(f"--model {model}", "the folder has no config.json", rule, "--model nano")
     if with_weights and not list(folder.glob("*.safetensors")):
-        raise RingspanError(f"--model {model}", "the folder has no .safetensors file", rule, "--model nano")
+        is_checkpoint = (folder.parent / "tensors").is_dir()
+        nearest = f"`ringspan export {folder.parent} DIR` and --model DIR" if is_checkpoint else "--model nano"
+        raise RingspanError(f"--model {model}", "the folder has no .safetensors file", rule, nearest)
 
 
 def head_sizes(model: str) -> tuple[int, int, int]:
