@@ -18,7 +18,8 @@ from ringspan.training.config import TrainingConfig
 from ringspan.training.export import export
 from ringspan.training.model import build_model
 from ringspan.training.prepare import prepare
-from ringspan.training.spread import SHARD_FROM_PARAMETERS, check_spread, shards_parameters
+from ringspan.training.spread import SHARD_FROM_PARAMETERS, check_spread, shards_parameters, spread
+from ringspan.transport import run_in_process
 from tests.support.once import once
 from tests.support.processes import results, run_processes
 from tests.training.mesh_ranks import ADAPTERS, AFTER_ONE, FOLDER, GIVEN, MESHES, SAVED, STEPS, run
@@ -141,6 +142,13 @@ def test_what_does_not_fit_is_refused_before_a_process_starts(name: str, tmp_pat
     data = write_text(tmp_path / "text.txt", num_words=500)
     with pytest.raises(RingspanError, match=message):
         prepare({"model": "pico", "context": 61, "device": "cpu", "data": str(data), "out": str(tmp_path / "run"), **given}, resume=False)
+
+
+def test_what_a_model_cannot_do_is_said_in_the_words_of_the_options():
+    model = build_model("pico", vocabulary_size=256, context=64, seed=3)
+    model.config.model_type = "unheard of"
+    with pytest.raises(RingspanError, match=r"'unheard of'.* Try: --loss-tile none, which takes the model's own logits"):
+        run_in_process(1, lambda group: spread(model, TrainingConfig(ranks=1, context=64), group, sharded=False))
 
 
 def test_parameters_are_sharded_where_it_saves_something():

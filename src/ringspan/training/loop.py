@@ -34,7 +34,7 @@ class Observer(Protocol):
     """What a rank tells whoever watches; rank 0's is shown."""
 
     def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
-        """The model is ready; `notes` say what will not be measured."""
+        """The model is ready; `notes` say how it is spread, and what will not be measured."""
         ...
 
     def stepped(self, record: StepRecord) -> None:
@@ -77,7 +77,7 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     """
     observer = observer if ranks.is_first else Silence()
     trainer = Trainer(plan, ranks)
-    observer.started(plan, trainer.num_parameters, trainer.notes())
+    observer.started(plan, trainer.num_parameters, [*trainer.spread_notes(), *trainer.notes()])
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
     keep = plan.first_step if plan.checkpoint else None
     with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:

@@ -118,8 +118,8 @@ class Trainer:
         self.optimizer.restore(moments, self.step if state.updates is None else state.updates)
         self.guard.restore(state.recent_losses, state.skips_in_a_row)
 
-    def notes(self) -> list[str]:
-        """How the model is spread, where that is not plain, and what is expected of a run on GPUs and will not be measured."""
+    def spread_notes(self) -> list[str]:
+        """How the model is spread, where that is not plain, and why."""
         notes = []
         if self.is_sharded:
             place = "host memory" if self.config.parameters_on_host else "each rank's memory"
@@ -128,8 +128,13 @@ class Trainer:
             notes.append(f"rematerialisation: {chosen.rematerialise}{' with offload' if chosen.offload else ''} ({chosen.reason})")
         if self.config.sample_tokens and self.config.tensor > 1:
             notes.append("no text is sampled: it is written by a model whose layers are whole on a rank")
+        return notes
+
+    def notes(self) -> list[str]:
+        """What is expected of a run on GPUs and will not be measured, with the reason."""
         if self.ranks.device.type != "cuda":
-            return notes
+            return []
+        notes = []
         if self.flops is None:
             notes.append("model FLOP/s and MFU are not logged: which weights a token passes cannot be told from this model's layers")
         elif self.peak_flops is None:
