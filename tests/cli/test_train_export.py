@@ -55,10 +55,10 @@ def test_what_is_taken_missing_or_damaged_is_refused(
     assert "something is there already" in capsys.readouterr().err
     assert call(monkeypatch, tmp_path / "nowhere", tmp_path / "model") == 2
     assert "there is no checkpoint in it" in capsys.readouterr().err
-    weights = run / "checkpoints" / "step-00000005" / "model" / "model.safetensors"
+    weights = run / "checkpoints" / "step-00000005" / "tensors" / "__0_0.distcp"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert call(monkeypatch, run, tmp_path / "model") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
-    assert "model/model.safetensors is not as it was written" in said
+    assert "tensors/__0_0.distcp is not as it was written" in said
     assert not (tmp_path / "model").exists()

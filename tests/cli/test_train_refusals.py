@@ -158,10 +158,10 @@ def test_a_stopped_run_can_be_gone_on_with(stopped_run: Path):
 
 
 def test_a_damaged_checkpoint_is_refused_with_the_file(refused, stopped_run: Path):
-    damaged = next((stopped_run / "checkpoints" / "step-00000003" / "optimizer").glob("*.safetensors"))
+    damaged = stopped_run / "checkpoints" / "step-00000003" / "tensors" / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     said = refused("--resume", "--out", stopped_run)
-    assert f"optimizer/{damaged.name} has 1000 bytes" in said
+    assert "tensors/__0_0.distcp has 1000 bytes" in said
     assert "Try: starting a new run" in said
 
 

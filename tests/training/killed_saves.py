@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ringspan.training.checkpoint import list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.checkpoint import list_checkpoints, load_weights, save_checkpoint, verify_checkpoint
 from ringspan.training.model import build_model
 from tests.training.test_checkpoint import snapshot_of
 
@@ -71,7 +71,7 @@ def check(folder: Path, model: Any, when: str) -> None:
     assert max(steps) >= 2, f"{when}: {steps}"
     assert verify_checkpoint(folder / "latest").step in steps, when
     weights = {name: torch.full_like(parameter, float("nan")) for name, parameter in model.named_parameters()}
-    load_tensors(folder / "latest" / "model", weights)
+    load_weights(folder / "latest", weights)
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()), when
 
 

@@ -9,8 +9,9 @@ import torch
 
 from ringspan.attention.loss import IGNORE_INDEX
 from ringspan.geometry import causal, documents
-from ringspan.training import trainer as trainer_module
-from ringspan.training.batches import cut_into_passes, document_borders_of
+from ringspan.training.batches import cut_into_passes, deal, document_borders_of
+from ringspan.transformer import ParallelModel
+from ringspan.transformer.parallel_model import TOTAL_KEYWORD
 from tests.training.support import write_text
 from tests.training.trainers import assert_same_steps, take_steps
 
@@ -48,8 +49,9 @@ def test_passes_make_the_step_of_one_large_batch_on_one_and_on_three_ranks(text:
 def test_packed_documents_in_passes_are_weighted_by_their_labels(folder_of_texts: Path, tmp_path: Path):
     given = {"data": str(folder_of_texts), "documents": "packed"}
     whole, trainer = take_steps(tmp_path / "whole", 1, batch_size=6, **given)[0]
-    weights = {round(each.weight, 9) for each in trainer._passes(trainer.windows.starts(1))}
-    assert len(weights) > 1, "passes of equal weight would not tell the mean of means from the mean"
+    (passes,) = trainer._deal(trainer.windows.starts(1), batch_size=1)
+    counts = {int((each.labels[:, 1:] != IGNORE_INDEX).sum()) for each in passes}
+    assert len(counts) > 1, "passes of equal weight would not tell the mean of means from the mean"
     for rank, (steps, _) in enumerate(take_steps(tmp_path / "split", 3, batch_size=2, accumulate=3, **given)):
         assert_same_steps(steps, whole, BUDGETS, f"packed, rank {rank} of 3")
 
@@ -57,13 +59,13 @@ def test_packed_documents_in_passes_are_weighted_by_their_labels(folder_of_texts
 def test_the_mean_of_the_passes_means_would_be_noticed(folder_of_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     given = {"data": str(folder_of_texts), "documents": "packed", "batch_size": 6}
     right, _ = take_steps(tmp_path / "right", 1, **given)[0]
-    cut = trainer_module.cut_into_passes
+    count = ParallelModel.shard_batches
 
-    def evenly(*arguments, **keywords):
-        passes = cut(*arguments, **keywords)
-        return [type(each)(**{**vars(each), "weight": 1 / len(passes)}) for each in passes]
+    def evenly(self, batches, masks):
+        parts = count(self, batches, masks)
+        return [{**part, TOTAL_KEYWORD: int(part["num_items_in_batch"]) * len(parts)} for part in parts]
 
-    monkeypatch.setattr(trainer_module, "cut_into_passes", evenly)
+    monkeypatch.setattr(ParallelModel, "shard_batches", evenly)
     wrong, _ = take_steps(tmp_path / "wrong", 1, **given)[0]
     with pytest.raises(AssertionError, match="step 1"):
         assert_same_steps(wrong, right, BUDGETS, "evenly weighted")
@@ -91,8 +93,10 @@ def test_a_separator_at_the_end_of_a_row_begins_no_document():
     assert document_borders_of(torch.tensor([5, 6, 0]), 0) == [0, 3]
 
 
-def test_passes_weigh_as_many_labels_as_they_have():
-    rows = torch.tensor([[1, 2, 3, 4, 5], [1, 0, 3, 0, 5]])
-    together = cut_into_passes(rows, batch_size=2, mask=causal())
-    assert [each.weight for each in together] == [1.0]
-    assert [each.weight for each in cut_into_passes(rows, batch_size=1, mask=causal(), separator=0)] == [4 / 6, 2 / 6]
+def test_rows_are_dealt_to_replicas_which_all_have_as_many_passes():
+    rows = torch.tensor([[row, 0, 5, 6] for row in range(1, 6)])
+    hands = deal(rows, num_replicas=2, batch_size=2, mask=causal())
+    assert [[each.ids[:, 0].tolist() for each in hand] for hand in hands] == [[[1, 3], [5]], [[2, 4], [1, 3]]]
+    assert [[each.is_blank for each in hand] for hand in hands] == [[False, False], [False, True]]
+    assert bool((hands[1][1].labels == IGNORE_INDEX).all())
+    assert [len(hand) for hand in deal(rows[:1], num_replicas=3, batch_size=1, mask=causal(), separator=0)] == [1, 1, 1]

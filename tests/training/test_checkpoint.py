@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from ringspan.errors import RingspanError
 from ringspan.training import checkpoint
-from ringspan.training.checkpoint import Snapshot, TrainingState, list_checkpoints, load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.checkpoint import Snapshot, TrainingState, list_checkpoints, load_weights, save_checkpoint, verify_checkpoint
+from ringspan.training.manifest import write_manifest
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 
@@ -42,14 +43,8 @@ def test_a_saved_checkpoint_reads_back(tmp_path: Path, model: LlamaForCausalLM):
     folder = save(tmp_path, 7, model)
     assert verify_checkpoint(folder) == TrainingState(step=7, tokens_digest="digest")
     weights = {name: torch.full_like(parameter, float("nan")) for name, parameter in model.named_parameters()}
-    load_tensors(folder / "model", weights)
+    load_weights(folder, weights)
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
-
-
-def test_its_model_folder_is_one_that_transformers_reads(tmp_path: Path, model: LlamaForCausalLM):
-    save(tmp_path, 7, model)
-    read = LlamaForCausalLM.from_pretrained(tmp_path / "latest" / "model")
-    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
 
 
 def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path, model: LlamaForCausalLM):
@@ -60,18 +55,18 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path, mode
 
 
 def damage_missing(folder: Path) -> str:
-    (folder / "model" / "model.safetensors").unlink()
-    return "model/model.safetensors is missing"
+    (folder / "model" / "config.json").unlink()
+    return "model/config.json is missing"
 
 
 def damage_truncated(folder: Path) -> str:
-    file = folder / "optimizer" / "model.safetensors"
+    file = folder / "tensors" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-100])
-    return "optimizer/model.safetensors has .* bytes of the"
+    return "tensors/__0_0.distcp has .* bytes of the"
 
 
 def damage_flipped(folder: Path) -> str:
-    file = folder / "model" / "model.safetensors"
+    file = folder / "tensors" / ".metadata"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -162,5 +157,15 @@ def test_a_checkpoint_of_the_same_step_that_is_whole_stays_and_a_damaged_one_is_
 
 def test_a_tensor_that_a_checkpoint_lacks_is_named(tmp_path: Path, model: LlamaForCausalLM):
     folder = save(tmp_path, 5, model)
-    with pytest.raises(RingspanError, match="it has no another"):
-        load_tensors(folder / "model", {"another": torch.zeros(2)})
+    with pytest.raises(RingspanError, match=r"it has no weights\.another"):
+        load_weights(folder, {"another": torch.zeros(2)})
+    with pytest.raises(RingspanError, match=r"lm_head.weight is \(256, 32\) and not \(256, 31\)"):
+        load_weights(folder, {"lm_head.weight": torch.zeros(256, 31)})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path, model: LlamaForCausalLM):
+    folder = save(tmp_path, 5, model)
+    (folder / "tensors").rename(folder / "optimizer")
+    write_manifest(folder)
+    with pytest.raises(RingspanError, match="it has no tensors: an earlier version of ringspan wrote it"):
+        verify_checkpoint(folder)

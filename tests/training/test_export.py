@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ringspan.errors import RingspanError
-from ringspan.training.checkpoint import MODEL, load_tensors
+from ringspan.training.checkpoint import MODEL, load_weights
 from ringspan.training.export import byte_tokenizer, export
 from ringspan.training.model import plain_attention, rebuild_model
 from tests.training.conftest import STEPS
@@ -38,7 +38,7 @@ def test_plain_transformers_computes_the_same_logits(finished_run: Callable[[int
     run, target = finished_run(2), tmp_path / "model"
     assert export(run, target).name == f"step-{STEPS:08d}"
     trained = rebuild_model(run / "checkpoints" / "latest" / MODEL)
-    load_tensors(run / "checkpoints" / "latest" / MODEL, dict(trained.named_parameters()))
+    load_weights(run / "checkpoints" / "latest", dict(trained.named_parameters()))
     text = "some words and others"
     # Another process, in which ringspan cannot be imported.
     program = f"""

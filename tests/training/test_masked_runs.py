@@ -7,7 +7,6 @@ yardstick beside one rank is Hugging Face's own eager attention under a dense ma
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.training import trainer as trainer_module
-from ringspan.training.prepare import prepare
 from tests.support.errors import relative
 from tests.support.models import VOCABULARY, gradients, tiny_llama, with_attention
 from tests.training.support import write_text
+from tests.training.trainers import take_steps
 
 LENGTH, STEPS, RANKS, WINDOW = 47, 5, 3, 9
 BETWEEN_RANKS = 1e-12
@@ -175,54 +173,13 @@ def test_the_comparison_fails_where_a_run_sees_across_documents():
 # ---- the trainer of `ringspan train` ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class InProcessRanks:
-    """What the trainer asks of `ringspan.training.ranks.Ranks`."""
-
-    num_ranks: int
-    device: torch.device
-    group: Any
-
-    def gather(self, values: list[float]) -> list[list[float]]:
-        return self.group.gather_objects(values)
-
-
 @pytest.mark.parametrize("mask", ["window:9", "causal&documents:20,5,1,35", "window:5&documents:40,21"])
-def test_the_trainer_takes_the_same_steps_on_three_ranks_as_on_one(mask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_trainer_takes_the_same_steps_on_three_ranks_as_on_one(mask: str, tmp_path: Path):
     text = write_text(tmp_path / "text.txt", num_words=2000)
-    mine = threading.local()
-    right = ringspan.ContextParallel
-    monkeypatch.setattr(trainer_module, "ContextParallel", lambda **how: right(mine.group, **how))
-    # Torch's random numbers are the process's: ranks that are threads make their first weights one after the other.
-    build, one_at_a_time = trainer_module.build_model, threading.Lock()
-
-    def build_alone(*arguments: Any, **keywords: Any) -> Any:
-        with one_at_a_time:
-            return build(*arguments, **keywords)
-
-    monkeypatch.setattr(trainer_module, "build_model", build_alone)
 
     def steps(ranks: int) -> list[list[Step]]:
-        given = {"data": str(text), "out": str(tmp_path / f"{ranks}"), "model": "pico", "context": 61, "batch_size": 2, "steps": STEPS}
-        plan = prepare({**given, "ranks": ranks, "mask": mask, "device": "cpu", "warmup_steps": 2}, resume=False)
-
-        def run(group: Any) -> list[Step]:
-            mine.group = group
-            trainer = trainer_module.Trainer(plan, InProcessRanks(ranks, torch.device("cpu"), group))  # type: ignore[arg-type]
-            taken: list[Step] = []
-            step_optimizer = trainer.optimizer.step
-
-            def recorded(learning_rate: float) -> Tensor:
-                taken.append((0.0, _snapshot(trainer.model)))
-                return step_optimizer(learning_rate)
-
-            trainer.optimizer.step = recorded  # type: ignore[method-assign]
-            for _ in range(STEPS):
-                loss = trainer.take_step().loss
-                taken[-1] = (float(loss or 0.0), taken[-1][1])
-            return taken
-
-        return ringspan.run_in_process(ranks, run)
+        found = take_steps(tmp_path / f"{ranks}", ranks, data=str(text), mask=mask, steps=STEPS)
+        return [[(taken.record.loss or 0.0, taken.gradients) for taken in steps] for steps, _ in found]
 
     (alone,) = steps(1)
     for rank, taken in enumerate(steps(RANKS)):

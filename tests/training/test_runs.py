@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import list_checkpoints, verify_checkpoint
 from ringspan.training.config import TrainingConfig
+from ringspan.training.export import export
+from ringspan.training.model import check_model
 from tests.training import support
 from tests.training.conftest import STEPS
 from tests.training.processes import rank_process, started, wait_for_step
@@ -148,7 +151,10 @@ def test_ranks_that_torchrun_started_train_the_same(finished_run: Finished, text
 
 def test_training_goes_on_from_a_model_folder_in_bfloat16_with_a_sample(finished_run: Finished, text: Path, tmp_path: Path):
     before = finished_run(2)
-    arguments = ["--model", before / "checkpoints" / "latest" / "model", "--tokenizer", "bytes", "--data", text, "--context", 61]
+    with pytest.raises(RingspanError, match=r"no \.safetensors file.*Try: `ringspan export .*latest DIR` and --model DIR"):
+        check_model(str(before / "checkpoints" / "latest" / "model"))
+    export(before / "checkpoints" / "latest", tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--tokenizer", "bytes", "--data", text, "--context", 61]
     out = tmp_path / "run"
     result = support.run_train(*arguments, "--steps", 3, "--ranks", 2, "--dtype", "bfloat16", "--sample-tokens", 5, "--out", out)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ import torch
 
 from ringspan.errors import RingspanError
 from ringspan.training import saver as saver_module
-from ringspan.training.checkpoint import load_tensors, save_checkpoint, verify_checkpoint
+from ringspan.training.checkpoint import load_weights, save_checkpoint, verify_checkpoint
 from ringspan.training.model import build_model
 from ringspan.training.saver import Saver
 from tests.training.test_checkpoint import snapshot_of
@@ -40,7 +40,7 @@ def test_steps_taken_while_a_checkpoint_is_written_are_not_in_it(tmp_path: Path,
     assert saver.written() is None, "each is told of once"
     assert verify_checkpoint(folder).step == 3
     found = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    load_tensors(folder / "model", found)
+    load_weights(folder, found)
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
 
 

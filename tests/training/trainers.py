@@ -27,11 +27,20 @@ GIVEN = {"model": "pico", "context": 61, "batch_size": 2, "steps": 5, "device": 
 class InProcessRanks:
     """What the trainer asks of `ringspan.training.ranks.Ranks` for its steps."""
 
-    rank: int
-    num_ranks: int
-    device: torch.device
-
     group: Any
+    saving: None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size
 
     @property
     def is_first(self) -> bool:
@@ -40,13 +49,21 @@ class InProcessRanks:
     def gather(self, values: list[float]) -> list[list[float]]:
         return self.group.gather_objects(values)
 
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        assert self.num_ranks == 1
+        return function()
+
+    def require_equal(self, value: float, what: str, among: int = 0) -> None:
+        said = self.gather([value])
+        assert all(theirs == said[0] for theirs in said), what
+
 
 @contextmanager
 def ranks_as_threads() -> Iterator[Callable[[int, Callable[[Any], Any]], list[Any]]]:
     """Gives `run(num_ranks, function)`, in whose threads a Trainer finds its group."""
     mine = threading.local()
     patch = pytest.MonkeyPatch()
-    right, one_at_a_time = ringspan.ContextParallel, threading.Lock()
+    one_at_a_time = threading.Lock()
 
     def alone(function: Callable[..., Any]) -> Callable[..., Any]:
         # Torch's random numbers are the process's: ranks that are threads make their first weights one after the other.
@@ -56,14 +73,14 @@ def ranks_as_threads() -> Iterator[Callable[[int, Callable[[Any], Any]], list[An
 
         return run
 
-    patch.setattr(trainer_module, "ContextParallel", lambda **how: right(mine.group, **how))
-    patch.setattr(trainer_module, "build_model", alone(trainer_module.build_model))
-    patch.setattr(trainer_module, "add_adapters", alone(trainer_module.add_adapters))
+    patch.setattr(trainer_module, "make_mesh", lambda *arguments: mine.group)
+    for name in ("build_model", "rebuild_model", "add_adapters"):
+        patch.setattr(trainer_module, name, alone(getattr(trainer_module, name)))
 
     def run(num_ranks: int, function: Callable[[Any], Any]) -> list[Any]:
         def on_rank(group: Any) -> Any:
             mine.group = group
-            return function(InProcessRanks(group.rank, num_ranks, torch.device("cpu"), group))
+            return function(InProcessRanks(group))
 
         return ringspan.run_in_process(num_ranks, on_rank)
 

@@ -50,7 +50,7 @@ def command(
     separator: Annotated[int | None, _option(_WHAT, "The id that ends a document.", "the tokenizer's own")] = None,
     token_dtype: Annotated[str | None, _option(_WHAT, "Of a .bin file: uint16 or uint32.", "uint16")] = None,
     text_column: Annotated[str | None, _option(_WHAT, "Of a dataset.", "text")] = None,
-    context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks.", "1024")] = None,
+    context: Annotated[int | None, _option(_WHAT, "Tokens in one sequence, over all ranks that share it.", "1024")] = None,
     rope_scaling: Annotated[
         str | None, _option(_WHAT, "For a context above the model's own: linear, dynamic or yarn.", "none", metavar="NAME")
     ] = None,
@@ -70,7 +70,7 @@ def command(
     ] = None,
     steps: Annotated[int | None, _option(_HOW, "Optimizer steps.", "1000")] = None,
     batch_size: Annotated[int | None, _option(_HOW, "Sequences in one forward pass.", "1")] = None,
-    accumulate: Annotated[int | None, _option(_HOW, "Forward and backward passes in one step.", "1")] = None,
+    accumulate: Annotated[int | None, _option(_HOW, "Times that many are read in one step, whatever the ranks.", "1")] = None,
     seed: Annotated[int | None, _option(_HOW, "Of weights, data order and samples.", "0")] = None,
     optimizer: Annotated[
         str | None, _option(_HOW, "adamw; adamw8bit or adamw4bit keep its moments in few bits (torchao).", "adamw")
@@ -86,7 +86,43 @@ def command(
     spike_factor: Annotated[float | None, _option(_HOW, "How far: times the median of the last losses.", "2")] = None,
     spike_window: Annotated[int | None, _option(_HOW, "Of how many.", "32")] = None,
     dtype: Annotated[str | None, _option(_HOW, "float32 or bfloat16; weights and optimizer stay float32.", "float32")] = None,
-    ranks: Annotated[int | None, _option(_PARALLEL, "Processes to split the context over; under torchrun, its own.", "2")] = None,
+    ranks: Annotated[
+        int | None,
+        _option(_PARALLEL, "Processes: shard × replicate × tensor × those that split a sequence; under torchrun, its own.", "2"),
+    ] = None,
+    shard: Annotated[int | None, _option(_PARALLEL, "Groups of ranks that read different sequences and share parameters.", "1")] = None,
+    replicate: Annotated[int | None, _option(_PARALLEL, "Copies of all that, which read different sequences too.", "1")] = None,
+    tensor: Annotated[
+        int | None, _option(_PARALLEL, "Ranks that share each layer's heads and columns; no text is sampled then.", "1")
+    ] = None,
+    shard_parameters: Annotated[
+        bool | None,
+        _option(
+            _PARALLEL,
+            "Whether FSDP2 shards parameters, gradients and optimizer over the ranks of a copy.",
+            "from ten million parameters on",
+            "--shard-parameters/--no-shard-parameters",
+        ),
+    ] = None,
+    parameters_on_host: Annotated[
+        bool | None,
+        _option(
+            _PARALLEL, "Sharded parameters, gradients and optimizer in host memory.", "no", "--parameters-on-host/--parameters-on-device"
+        ),
+    ] = None,
+    rematerialise: Annotated[
+        str | None,
+        _option(_PARALLEL, "What layers compute again: none, selective, attention_output or full.", "auto, by memory", metavar="NAME"),
+    ] = None,
+    offload: Annotated[
+        bool | None, _option(_PARALLEL, "The checkpoints of such layers in host memory.", "no", "--offload/--no-offload")
+    ] = None,
+    feed_forward_chunk: Annotated[
+        str | None, _option(_PARALLEL, "Tokens that a feed-forward part computes at a time.", "auto, by memory", metavar="N|auto|none")
+    ] = None,
+    loss_tile: Annotated[
+        str | None, _option(_PARALLEL, "Tokens whose logits exist at a time.", "auto, by memory", metavar="N|auto|none")
+    ] = None,
     strategy: Annotated[str | None, _option(_PARALLEL, "How queries and keys meet.", "ring")] = None,
     layout: Annotated[str | None, _option(_PARALLEL, "Which positions a rank owns.", "zigzag")] = None,
     kernel: Annotated[str | None, _option(_PARALLEL, "What computes a block; never replaced when named.", "auto")] = None,

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from ringspan.training.metrics import StepRecord
+from ringspan.training.spread import num_replicas
 
 if TYPE_CHECKING:
     from ringspan.training.plan import Plan
@@ -69,6 +70,8 @@ class TrainingProgress:
         if plan.checkpoint:
             self._say(f"going on after step {plan.first_step}, from {plan.checkpoint}")
         shape = f"context {config.context:,} over {config.ranks} rank{'s' if config.ranks > 1 else ''}"
+        if (groups := num_replicas(config)) > 1:
+            shape = f"{groups} × context {config.context:,} over {config.ranks} ranks"
         self._bar.update(self._task, total=config.steps, completed=plan.first_step, shape=shape, visible=True)
         self._bar.start_task(self._task)
         self._total, self._shape = config.steps, shape

@@ -1,17 +1,17 @@
-"""Checkpoints: whole or not there, checked before they are trusted, and readable on any number of ranks.
+"""Checkpoints: whole or not there, checked before they are trusted, and readable on any mesh.
 
     checkpoints/
       step-00000200/
-        model/          a Hugging Face folder: config.json and float32 safetensors; `--model` and transformers read it
-        adapter/        with adapters: theirs as peft reads them, and no weights in model/
-        optimizer/      both moments of every parameter, safetensors
+        tensors/        weights and both moments in float32, each rank's part, by torch.distributed.checkpoint
+        model/          config.json and the tokenizer's files
+        adapter/        with adapters: theirs as peft reads them
         training.json   the step, and what the run must agree with to go on
         manifest.json   size and SHA-256 of every file above
       latest -> step-00000200
 
-A checkpoint is written under a hidden name, every file and folder of it is on the disk (fsync) before it is renamed, and one that goes is
-renamed away before it is deleted: whenever the process is killed, a folder named `step-…` is a whole one. Nothing is pickled. The ranks of
-a context-parallel group hold equal weights, so rank 0 writes alone and every rank reads.
+`ringspan export` makes a Hugging Face folder of one. A checkpoint is written under a hidden name, every file and folder of it is on the
+disk (fsync) before it is renamed, and one that goes is renamed away before it is deleted: whenever a process is killed, a folder named
+`step-…` is a whole one. All ranks write tensors, on a disk that all of them see; the rest is rank 0's.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.errors import RingspanError
 from ringspan.training.lora import ADAPTER, ADAPTER_TENSORS, by_peft_name
 from ringspan.training.manifest import first_damage, sync, write_manifest
+from ringspan.training.ranks import on_first
+from ringspan.training.tensors import host_copy, load_tensors, stored_sizes, write_parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODEL, OPTIMIZER, STATE, LATEST = "model", "optimizer", "training.json", "latest"
-TENSORS = "model.safetensors"
+MODEL, TENSORS, STATE, LATEST = "model", "tensors", "training.json", "latest"
+WEIGHTS = "weights."
+"""What stands before a parameter's name in `tensors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +84,8 @@ class Snapshot:
 
     Attributes:
         config: the model's, for its `config.json`.
-        weights: every parameter in float32, by its name in the model.
-        moments: both of every parameter.
+        weights: every parameter in float32, by its name in the model; whole or sharded.
+        moments: both of every parameter, like it.
         extra_files: files to copy into the model's folder, by their names there (a tokenizer's).
         adapter: peft's configuration, where `weights` are those of adapters.
     """
@@ -94,47 +98,61 @@ class Snapshot:
     adapter: Any = None
 
     def in_host_memory(self) -> Snapshot:
-        """A copy on the CPU that later steps do not touch."""
+        """A copy on the CPU that later steps do not touch; of sharded tensors, this rank's part."""
         return Snapshot(
             state=self.state,
             config=copy.deepcopy(self.config),
-            weights=_copies(self.weights),
-            moments=_copies(self.moments),
+            weights={name: host_copy(tensor) for name, tensor in self.weights.items()},
+            moments={name: host_copy(tensor) for name, tensor in self.moments.items()},
             extra_files=self.extra_files,
             adapter=copy.deepcopy(self.adapter),
         )
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
-
-
-def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int) -> Path:
+def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int, group: dist.ProcessGroup | None = None) -> Path:
     """Writes a checkpoint beside the others, gives it its name once it is whole, and deletes all but the newest `keep`.
 
-    A whole checkpoint of the same step stays as it is.
+    Collective over `group`, and on rank 0 done when the checkpoint is whole; the others are when they have written their part. A whole
+    checkpoint of the same step stays as it is.
+
+    Args:
+        snapshot: in host memory.
+        group: of all ranks, for messages of the CPU; None for a process alone.
 
     Raises:
         RingspanError: where the disk would not take it; the checkpoints before are untouched.
     """
     final = step_folder(checkpoints, snapshot.state.step)
     partial = checkpoints / f".{final.name}.partial"
-    try:
+    is_first = group is None or dist.get_rank(group) == 0
+
+    def begin() -> bool:
         _sweep(checkpoints)
-        if not final.exists() or first_damage(final) is not None:
-            _write(partial, snapshot)
-            _delete(final)
-            partial.rename(final)
-            sync(checkpoints)
-        _point_latest(checkpoints, final)
-        for old in list_checkpoints(checkpoints)[:-keep]:
-            _delete(old)
+        if final.exists() and first_damage(final) is None:
+            return False
+        partial.mkdir()
+        return True
+
+    try:
+        if on_first(begin, group):
+            weights = {WEIGHTS + name: tensor for name, tensor in snapshot.weights.items()}
+            write_parts({**weights, **snapshot.moments}, partial / TENSORS, group)
+            if is_first:
+                _write_rest(partial, snapshot)
+                _delete(final)
+                partial.rename(final)
+                sync(checkpoints)
+        if is_first:
+            _point_latest(checkpoints, final)
+            for old in list_checkpoints(checkpoints)[:-keep]:
+                _delete(old)
     except Exception as error:
         # A full disk may come as any of several errors; what is not about files is a bug.
         cause = _os_error(error)
         if cause is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         whole = list_checkpoints(checkpoints)
         last = f"the checkpoint before it, {whole[-1]}, is intact" if whole else "no checkpoint was written before it"
         raise RingspanError(
@@ -146,30 +164,42 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int) -> Path
     return final
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
-    (folder / MODEL).mkdir(parents=True)
-    (folder / OPTIMIZER).mkdir()
-    if snapshot.adapter is None:
-        write_model(folder / MODEL, snapshot.config, snapshot.weights, snapshot.extra_files)
-    else:
-        write_model(folder / MODEL, snapshot.config, {}, snapshot.extra_files)
+def _write_rest(folder: Path, snapshot: Snapshot) -> None:
+    """All but the tensors, which are there."""
+    (folder / MODEL).mkdir()
+    snapshot.config.save_pretrained(folder / MODEL)
+    for name, source in snapshot.extra_files.items():
+        shutil.copyfile(source, folder / MODEL / name)
+    if snapshot.adapter is not None:
         (folder / ADAPTER).mkdir()
-        write_tensors(by_peft_name(snapshot.weights), folder / ADAPTER, ADAPTER_TENSORS)
+        write_tensors(by_peft_name(read_weights(folder)), folder / ADAPTER, ADAPTER_TENSORS)
         snapshot.adapter.save_pretrained(str(folder / ADAPTER))
-    write_tensors(snapshot.moments, folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2) + "\n")
     write_manifest(folder)
     for inner in (*(path for path in folder.iterdir() if path.is_dir()), folder):
         sync(inner)
 
 
-def write_model(folder: Path, config: PretrainedConfig, weights: Mapping[str, Tensor], extra_files: Mapping[str, Path]) -> None:
-    """Writes a Hugging Face folder: configuration, safetensors, and whatever files belong to it."""
-    if weights:
-        write_tensors(weights, folder)
-    config.save_pretrained(folder)
-    for name, source in extra_files.items():
-        shutil.copyfile(source, folder / name)
+def weight_sizes(checkpoint: Path) -> dict[str, torch.Size]:
+    """The parameters of a checkpoint, by their names in the model, and their sizes."""
+    sizes = stored_sizes(checkpoint / TENSORS)
+    return {name.removeprefix(WEIGHTS): size for name, size in sizes.items() if name.startswith(WEIGHTS)}
+
+
+def read_weights(checkpoint: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Parameters of a checkpoint, whole, in host memory and float32; all of them if not given."""
+    weights = {name: torch.empty(size) for name, size in weight_sizes(checkpoint).items() if names is None or name in names}
+    load_weights(checkpoint, weights)
+    return weights
+
+
+def load_weights(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
+    """Reads parameters into the tensors given, in place, by their names in the model.
+
+    Raises:
+        RingspanError: where one is not there.
+    """
+    load_tensors(checkpoint / TENSORS, {WEIGHTS + name: tensor for name, tensor in into.items()})
 
 
 def _delete(folder: Path) -> None:
@@ -195,8 +225,15 @@ def verify_checkpoint(folder: Path) -> TrainingState:
         RingspanError: naming the file that is missing, cut short or changed, and the newest checkpoint that is whole.
     """
     found = first_damage(folder)
-    if found is None:
+    if found is None and (folder / TENSORS).is_dir():
         return read_state(folder / STATE)
+    if found is None:
+        raise RingspanError(
+            f"checkpoint {folder}",
+            f"it has no {TENSORS}: an earlier version of ringspan wrote it",
+            "A checkpoint holds the weights and moments of the run that goes on",
+            f"that version, or a new run with --model {folder / MODEL}",
+        )
     others = [other for other in reversed(list_checkpoints(folder.parent)) if other.name < folder.name]
     whole = next((other for other in others if first_damage(other) is None), None)
     raise RingspanError(
@@ -207,31 +244,7 @@ def verify_checkpoint(folder: Path) -> TrainingState:
     )
 
 
-@torch.no_grad()
-def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Reads the safetensors in `folder` into the tensors given, in place, by name.
-
-    Raises:
-        RingspanError: where one of the names is not there.
-    """
-    from safetensors import safe_open
-
-    missing = set(into)
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            for name in missing & set(stored.keys()):
-                into[name].copy_(stored.get_tensor(name))
-            missing -= set(stored.keys())
-    if missing:
-        raise RingspanError(
-            f"checkpoint {folder}",
-            f"it has no {min(missing)}",
-            "A checkpoint holds every tensor of the run that goes on",
-            "the run's own --out",
-        )
-
-
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path, file: str = TENSORS) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, file: str = "model.safetensors") -> None:
     """Writes safetensors."""
     from safetensors.torch import save_file
 

@@ -23,10 +23,14 @@ ON_NAN = ("stop", "skip")
 CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
-    | {"restarts", "tensorboard", "export"}
+    | {"restarts", "tensorboard", "export", "shard", "replicate", "tensor", "shard_parameters", "parameters_on_host"}
+    | {"feed_forward_chunk", "loss_tile", "rematerialise", "offload"}
 )
 _AT_LEAST = {
     "ranks": 1,
+    "shard": 1,
+    "replicate": 1,
+    "tensor": 1,
     "context": 2,
     "batch_size": 1,
     "accumulate": 1,
@@ -65,10 +69,21 @@ class TrainingConfig:
         lora_rank: of adapters through peft, which are then all that is trained; 0 trains every weight.
         lora_alpha: they count alpha / rank times; None is twice the rank.
         lora_targets: `"all-linear"`, or the ends of module names, joined by commas.
-        ranks: number of processes that the context is split over.
-        context: tokens in one sequence, over all ranks.
+        ranks: number of processes. Those that the next three leave share each sequence: ranks / (shard · replicate · tensor).
+        shard: groups of ranks that read different sequences and share the parameters.
+        replicate: copies of all that, which read different sequences too; parameters are sharded within a copy, not over them.
+        tensor: ranks that share the heads and columns of each layer.
+        shard_parameters: whether FSDP2 shards parameters, gradients and optimizer over the ranks of a copy; None does from ten million
+            parameters on, see `ringspan.training.spread`.
+        parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; the CPU then takes the step.
+        rematerialise: what layers keep for their backward, see `ringspan.transformer.MODES`; `"auto"` chooses by memory.
+        offload: whether the checkpoints of rematerialised layers go to host memory.
+        feed_forward_chunk: tokens that feed-forward parts compute at a time: a number, `"auto"`, or `"none"` for all.
+        loss_tile: tokens whose logits exist at a time: a number, `"auto"`, or `"none"` for all.
+        context: tokens in one sequence, over all ranks that share it.
         batch_size: sequences in one forward pass.
-        accumulate: forward and backward passes in one step, each of `batch_size` sequences and weighted by its labelled tokens.
+        accumulate: a step reads `batch_size · accumulate` sequences, on whatever mesh: passes of `batch_size` at most, dealt out to those
+            who read different ones, each token weighing the same.
         steps: optimizer steps.
         seed: of the first weights, the order of the data and the samples; in 0 … 2⁶³ − 1.
         optimizer: `"adamw"`, or with moments of few bits `"adamw8bit"` or `"adamw4bit"`, through torchao.
@@ -108,6 +123,15 @@ class TrainingConfig:
     lora_alpha: float | None = None
     lora_targets: str = "all-linear"
     ranks: int = 2
+    shard: int = 1
+    replicate: int = 1
+    tensor: int = 1
+    shard_parameters: bool | None = None
+    parameters_on_host: bool = False
+    rematerialise: str = "auto"
+    offload: bool = False
+    feed_forward_chunk: str = "auto"
+    loss_tile: str = "auto"
     context: int = 1024
     batch_size: int = 1
     accumulate: int = 1
@@ -248,7 +272,7 @@ class TrainingConfig:
                     f"{option(name)} {value} with --resume",
                     f"this run has {kept}",
                     f"A resumed run goes on as if it had never stopped, so {option(name)} stays",
-                    f"leave {option(name)} out, or start a new run with another --out (--model takes a checkpoint's model folder)",
+                    f"leave {option(name)} out, or start a new run with another --out (`ringspan export` makes a --model of this one)",
                 )
         return replace(self, **{name: value for name, value in given.items() if name in CHANGEABLE})
 

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 from ringspan.errors import RingspanError
-from ringspan.training.checkpoint import MODEL, list_checkpoints, verify_checkpoint, write_tensors
+from ringspan.training.checkpoint import MODEL, list_checkpoints, read_weights, verify_checkpoint, weight_sizes, write_tensors
 from ringspan.training.config import BYTES, TrainingConfig
 from ringspan.training.lora import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS, merged
 from ringspan.training.model import build_model
 from ringspan.training.plan import RunFiles
 
+FILE_BYTES = 4 << 30
+"""Of one safetensors file of an exported model."""
 _TOKENIZER, _DESCRIPTION = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -71,6 +73,8 @@ def export(source: Path, target: Path) -> Path:
         shutil.copytree(checkpoint / MODEL, partial)
         if config.lora_rank:
             _merge(checkpoint, config, partial)
+        else:
+            _write_weights(checkpoint, partial)
         _complete_tokenizer(partial, config.tokenizer)
         if target.exists():
             target.rmdir()
@@ -79,6 +83,23 @@ def export(source: Path, target: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise RingspanError(f"export to {target}", str(error), "There must be room for the model", "another folder") from None
     return checkpoint
+
+
+def _write_weights(checkpoint: Path, folder: Path) -> None:
+    """The weights, whole, in files that each fit in memory beside nothing else, with an index where they are several."""
+    files: list[dict[str, int]] = [{}]
+    for name, size in weight_sizes(checkpoint).items():
+        if files[-1] and sum(files[-1].values()) + 4 * size.numel() > FILE_BYTES:
+            files.append({})
+        files[-1][name] = 4 * size.numel()
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_tensors(read_weights(checkpoint, names), folder, file)
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sum(names.values()) for names in files)}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _merge(checkpoint: Path, config: TrainingConfig, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The training loop of one rank.
 
-A step is: read the batch that the step number names, keep this rank's shard, forward, backward, add the gradients over the ranks, and
-take the same optimizer step everywhere. Every rank then holds the weights that one process would hold. Checkpoints are written while the
-steps go on; that one failed is learned at the next step, by all.
+A step is: read the batch that the step number names, keep this rank's shard of its replica's sequences, forward, backward, add the
+gradients over the ranks, and step the weights that this rank holds. All ranks together then hold the weights that one process would hold.
+Checkpoints are written while the steps go on; that one failed is learned at the next step, by all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Observer(Protocol):
     """What a rank tells whoever watches; rank 0's is shown."""
 
     def started(self, plan: Plan, num_parameters: int, notes: Sequence[str]) -> None:
-        """The model is ready; `notes` say what will not be measured."""
+        """The model is ready; `notes` say how it is spread, and what will not be measured."""
         ...
 
     def stepped(self, record: StepRecord) -> None:
@@ -77,7 +77,7 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     """
     observer = observer if ranks.is_first else Silence()
     trainer = Trainer(plan, ranks)
-    observer.started(plan, trainer.num_parameters, trainer.notes())
+    observer.started(plan, trainer.num_parameters, [*trainer.spread_notes(), *trainer.notes()])
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
     keep = plan.first_step if plan.checkpoint else None
     with MetricsFile(plan.files.metrics, after_step=keep) if ranks.is_first else nullcontext() as metrics:
@@ -137,6 +137,6 @@ def _due(trainer: Trainer, every: int) -> bool:
 
 
 def _sample(trainer: Trainer, observer: Observer) -> None:
-    # The sample is generated with plain causal attention; under a narrower mask that would be another model.
-    if trainer.config.sample_tokens and trainer.config.mask == "causal" and trainer.ranks.is_first:
+    # The sample is generated with plain causal attention, which under a narrower mask would be another model, and by whole layers.
+    if trainer.config.sample_tokens and trainer.config.mask == "causal" and trainer.config.tensor == 1:
         observer.sampled(trainer.step, *trainer.write_sample())

@@ -48,7 +48,7 @@ def check_blocks(name: str, parameters: Mapping[str, Tensor]) -> None:
             f"--optimizer {name}",
             f"{sharded} is sharded over ranks",
             "Moments of few bits are kept of parameters that are whole on every rank",
-            "--optimizer adamw, whose moments are sharded as the parameters are",
+            "--no-shard-parameters, or --optimizer adamw, whose moments are sharded as the parameters are",
         )
     large = {key: parameter for key, parameter in parameters.items() if parameter.numel() >= SMALLEST}
     odd = next((key for key, parameter in large.items() if parameter.numel() % block), None)

@@ -9,6 +9,7 @@ from typing import TypeVar
 from ringspan.errors import RingspanError
 from ringspan.training.config import TrainingConfig, check_name
 from ringspan.training.model import head_sizes
+from ringspan.training.spread import context_ranks
 
 Result = TypeVar("Result")
 
@@ -52,10 +53,12 @@ def check_attention(config: TrainingConfig) -> None:
             "A token that sees its successor has nothing to predict",
             "--mask causal",
         )
-    asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context} --ranks {config.ranks}"
+    ranks = context_ranks(config)
+    asked = f"--strategy {config.strategy} --layout {config.layout} --mask {config.mask} --context {config.context}"
+    asked += f" --ranks {config.ranks}" if ranks == config.ranks else f" over {ranks} ranks"
     # What auto chooses from holds the ring, which nothing refuses.
     strategy = "ring" if config.strategy == "auto" else config.strategy
-    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, config.ranks, mask=mask), mask))
+    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, ranks, mask=mask), mask))
 
 
 def check_kernel(config: TrainingConfig, model: str, device: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+_THREADS = 8
 
 
 def sync(path: Path) -> None:
@@ -28,12 +30,21 @@ def _describe(file: Path) -> dict[str, int | str]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
+def _describe_or_error(file: Path) -> dict[str, int | str] | OSError:
+    try:
+        return _describe(file)
+    except OSError as error:
+        return error
+
+
 def write_manifest(folder: Path) -> None:
     """Lets the disk have every file below `folder`, and writes down what they are."""
-    manifest = {}
-    for file in _files(folder):
+    files = _files(folder)
+    for file in files:
         sync(file)
-        manifest[file.relative_to(folder).as_posix()] = _describe(file)
+    # Large files are hashed at once; hashing does not hold Python's lock.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        manifest = {file.relative_to(folder).as_posix(): found for file, found in zip(files, pool.map(_describe, files), strict=True)}
     with (folder / MANIFEST).open("w") as stream:
         json.dump(manifest, stream, indent=2)
         stream.flush()
@@ -48,13 +59,13 @@ def first_damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    for name, written in manifest.items():
-        try:
-            present = _describe(folder / name)
-        except FileNotFoundError:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(_describe_or_error, (folder / name for name in manifest))
+    for (name, written), present in zip(manifest.items(), found, strict=True):
+        if isinstance(present, FileNotFoundError):
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        if isinstance(present, OSError):
+            return f"{name} cannot be read ({present.strerror})"
         if present["bytes"] != written["bytes"]:
             return f"{name} has {present['bytes']} bytes of the {written['bytes']} that were written"
         if present != written:

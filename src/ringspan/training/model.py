@@ -59,8 +59,11 @@ def default_learning_rate(model: str) -> float:
     return PRESETS[model].learning_rate if model in PRESETS else CONTINUED_LEARNING_RATE
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, *, with_weights: bool = True) -> None:
     """Whether `--model` names a preset or a folder that transformers can read, without importing transformers.
+
+    Args:
+        with_weights: whether the folder must hold them; a checkpoint keeps them elsewhere.
 
     Raises:
         RingspanError: where it names neither.
@@ -73,8 +76,10 @@ def check_model(model: str) -> None:
         raise RingspanError(f"--model {model}", "no such name and no such folder", rule, "--model nano")
     if not (folder / "config.json").is_file():
         raise RingspanError(f"--model {model}", "the folder has no config.json", rule, "--model nano")
-    if not list(folder.glob("*.safetensors")):
-        raise RingspanError(f"--model {model}", "the folder has no .safetensors file", rule, "--model nano")
+    if with_weights and not list(folder.glob("*.safetensors")):
+        is_checkpoint = (folder.parent / "tensors").is_dir()
+        nearest = f"`ringspan export {folder.parent} DIR` and --model DIR" if is_checkpoint else "--model nano"
+        raise RingspanError(f"--model {model}", "the folder has no .safetensors file", rule, nearest)
 
 
 def head_sizes(model: str) -> tuple[int, int, int]:
@@ -168,14 +173,16 @@ def stretched_config(model: str, context: int, rope_scaling: str, rope_factor: f
 
 
 def rebuild_model(folder: Path) -> PreTrainedModel:
-    """The architecture that `folder/config.json` describes, with weights to be loaded."""
+    """The architecture that `folder/config.json` describes, its weights any numbers until they are loaded. In float32, on the CPU."""
     import transformers
+    from transformers.initialization import no_init_weights
 
     from ringspan.transformer import register
 
     register()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    with no_init_weights():
+        built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     check_exact(built, str(folder))
     return built
 

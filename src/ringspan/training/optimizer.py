@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ringspan.training.low_memory import check_blocks, make_low_memory, parts_of, stepping
+from ringspan.training.tensors import local_part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,14 +35,16 @@ def learning_rate_at(step: int, *, peak: float, warmup_steps: int, steps: int, s
 
 
 class Optimizer:
-    """Steps the parameters of `model` through float32 copies of them, or in place where they are float32 already.
+    """Steps the parameters of `model` through float32 copies of them, or in place where they are float32 already, as sharded ones are.
 
-    A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can.
+    A bfloat16 weight near 1 cannot take a step below 0.004; the float32 master can. Each rank steps its part of a sharded parameter, where
+    that is, and the norm is that of all parts.
 
     Args:
         model: whose parameters that have a gradient are trained.
         weight_decay: of matrices.
         gradient_clip: largest norm of all gradients together.
+        gather: every rank's numbers on every rank, in their order, as `Ranks.gather`; for sharded parameters.
         kind: `"adamw"`, or one of `ringspan.training.low_memory.BLOCKS`, whose moments have few bits.
 
     Raises:
@@ -50,21 +55,31 @@ class Optimizer:
         updates: steps taken.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, gradient_clip: float, kind: str = "adamw") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        gradient_clip: float,
+        kind: str = "adamw",
+        gather: Callable[[list[float]], list[list[float]]] = lambda mine: [mine],
+    ) -> None:
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self._parameters.items()
         }
         self.updates = 0
-        self._gradient_clip = gradient_clip
+        self._gradient_clip, self._gather = gradient_clip, gather
         matrices = [master for master in self.masters.values() if master.dim() >= 2]
         vectors = [master for master in self.masters.values() if master.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        groups = [part for group in groups for part in _by_mesh(group) if part["params"]]
+        self._is_sharded = any(isinstance(master, DTensor) for master in self.masters.values())
         if kind == "adamw":
             # foreach and fused give other roundings on other devices; for-loops are fast enough for weights in the millions on a CPU.
-            self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+            # Sharded ones are more, on the host too, and a loop would go through DTensor's dispatch for each of its operations.
+            self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=self._is_sharded or None)
             self._stepping: Callable[[], AbstractContextManager[object]] = nullcontext
         else:
             check_blocks(kind, self.masters)
@@ -89,9 +104,20 @@ class Optimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Float[Tensor, ""]:
-        """The norm of all gradients together, before clipping."""
+        """The norm of all gradients together, before clipping. Collective where parameters are sharded."""
         self.collect()
-        return nn.utils.get_total_norm([master.grad for master in self.masters.values() if master.grad is not None])
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        if not self._is_sharded:
+            return nn.utils.get_total_norm(gradients)
+        # Not over the mesh, whose groups carry tensors of its own device alone: gradients may be in host memory.
+        mine = 0.0
+        if gradients:
+            norms = torch.stack([torch.linalg.vector_norm(local_part(gradient), dtype=torch.float32) for gradient in gradients])
+            parts = torch.tensor([_num_parts(gradient) for gradient in gradients], dtype=torch.float64)
+            mine = float((norms.double().cpu().square() * parts).sum())
+        # A part that several ranks hold is counted by each of them: ranks / parts times.
+        everyone = [theirs for (theirs,) in self._gather([mine])]
+        return torch.tensor(math.sqrt(math.fsum(everyone) / len(everyone)))
 
     def discard(self) -> None:
         """Clears the gradients without a step."""
@@ -100,10 +126,14 @@ class Optimizer:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Float[Tensor, ""]:
-        """Takes one step along the gradients, clears them, and returns their norm before clipping."""
+    def step(self, learning_rate: float, norm: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:
+        """Takes one step along the gradients, clears them, and returns their norm before clipping; `norm` is that, where it is known."""
         self.collect()
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self._gradient_clip)
+        norm = self.gradient_norm() if norm is None else norm
+        factor = (self._gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        for master in self.masters.values():
+            if master.grad is not None:
+                local_part(master.grad).mul_(factor.to(master.grad.device))
         for group in self._adam.param_groups:
             # A tensor stays the one that it is: a step that has been compiled is given it.
             group["lr"] = group["lr"].fill_(learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
@@ -121,14 +151,13 @@ class Optimizer:
 
         Of a moment of few bits its codes and scales, by `exp_avg.<name>.codes` and `exp_avg.<name>.scale`: these are what goes on exactly.
         """
-        return {
-            key: part
-            for name, master in self.masters.items()
-            for moment in _MOMENTS
-            for key, part in parts_of(
-                f"{moment}.{name}", self._adam.state[master].get(moment, torch.zeros_like(master, requires_grad=False))
-            ).items()
-        }
+        found: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            state = self._adam.state[master]
+            for moment in _MOMENTS:
+                tensor = state[moment] if moment in state else torch.zeros_like(master.detach())
+                found |= parts_of(f"{moment}.{name}", tensor)
+        return found
 
     @torch.no_grad()
     def restore(self, moments: dict[str, Tensor], step: int) -> None:
@@ -137,7 +166,7 @@ class Optimizer:
         for name, master in self.masters.items():
             if step:
                 state = self._adam.state[master]
-                state["step"] = torch.tensor(float(step))
+                state["step"] = torch.tensor(float(step), device=master.device if self._is_sharded else None)
                 for moment in _MOMENTS:
                     key = f"{moment}.{name}"
                     if key in moments:
@@ -147,3 +176,17 @@ class Optimizer:
                             tensor.copy_(moments[part])
             if self._parameters[name] is not master:
                 self._parameters[name].copy_(master)
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of parameters as one for each mesh that they are sharded over: no operation takes tensors of two meshes at once."""
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in group["params"]]
+    distinct = [mesh for place, mesh in enumerate(meshes) if mesh not in meshes[:place]]
+    return [{**group, "params": [each for each, its in zip(group["params"], meshes, strict=True) if its == mesh]} for mesh in distinct]
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """How many parts a tensor is in."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())

@@ -17,6 +17,7 @@ from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
 from ringspan.training.plan import Plan, RunFiles
+from ringspan.training.spread import check_spread
 from ringspan.training.tensorboard import check_tensorboard
 from ringspan.training.token_files import find_ids, is_token_file
 from ringspan.training.tokenizer import IDS, Tokenizer, load_tokenizer
@@ -63,7 +64,8 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
     _check_writable(files.out)
     tokens = _writing(lambda: _tokens(files, config), files.out)
     Split.of(tokens, config.context)
-    _check_room(config, config.model, files.out)
+    vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
+    _check_room(config, 0 if config.lora_rank else checkpoint_bytes(config.model, vocabulary), files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
 
@@ -111,18 +113,19 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     model = config.model if config.model in PRESETS or config.lora_rank else str(checkpoints[-1] / MODEL)
     if config.lora_rank:
         _check_base(config, state)
-    config = _settled(config, model)
+    config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
-    _check_room(config, model, files.out)
+    _check_room(config, sum(file.stat().st_size for file in checkpoints[-1].rglob("*") if file.is_file()), files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
 
 
-def _settled(config: TrainingConfig, model: str) -> TrainingConfig:
+def _settled(config: TrainingConfig, model: str, *, with_weights: bool = True) -> TrainingConfig:
     """The configuration with every choice made that was left to the `model` (a preset, or a folder as it is now) or the machine."""
+    check_spread(config)
     check_attention(config)
-    check_model(model)
+    check_model(model, with_weights=with_weights)
     device = settled_device(config)
     check_kernel(config, model, device)
     tokenizer = config.tokenizer or _own_tokenizer(config)
@@ -188,7 +191,7 @@ def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) 
             f"--resume with --data {config.data}",
             "its text is no longer what the run began with",
             "A resumed run reads on where it stopped, in the same text",
-            f"a new run on the new text with another --out and --model {files.checkpoints / 'latest' / 'model'}",
+            f"`ringspan export {files.out} DIR`, and a new run on the new text with another --out and --model DIR",
         )
     return tokens
 
@@ -228,12 +231,10 @@ def _check_base(config: TrainingConfig, state: TrainingState) -> None:
         )
 
 
-def _check_room(config: TrainingConfig, model: str, out: Path) -> None:
-    if config.lora_rank:
-        return  # adapters are small beside the model, which is on a disk already
-    vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
+def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
+    """Whether there is room for checkpoints of `size` bytes each; those of adapters count nothing beside the model, which is there."""
     # One more than is kept: the new one is whole before the oldest goes.
-    needed = checkpoint_bytes(model, vocabulary) * (config.keep_checkpoints + 1)
+    needed = size * (config.keep_checkpoints + 1)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise RingspanError(

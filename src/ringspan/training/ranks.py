@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,12 +56,18 @@ class StopSignal:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others. `control` carries small CPU messages beside the data, so that neither waits for the other's order."""
+    """This process among the others.
+
+    Attributes:
+        control: carries small CPU messages beside the data, so that neither waits for the other's order.
+        saving: the same for the thread that writes checkpoints.
+    """
 
     rank: int
     num_ranks: int
     device: torch.device
     control: dist.ProcessGroup
+    saving: dist.ProcessGroup
     stop: StopSignal
 
     @property
@@ -82,20 +88,22 @@ class Ranks:
             dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
         return names[int(code)]
 
-    def require_equal(self, value: float, what: str) -> None:
+    def require_equal(self, value: float, what: str, among: int = 0) -> None:
         """Checks that every rank has the same value, bit for bit.
 
+        Args:
+            among: ranks that name the same number here are compared; the others hold something else.
+
         Raises:
-            RankFailure: on every rank, naming those that differ from rank 0.
+            RankFailure: on every rank, naming those that differ from the first of theirs.
         """
-        values = [torch.zeros(1, dtype=torch.float64) for _ in range(self.num_ranks)]
-        with self._naming_lost_peers():
-            dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self.control)
-        others = [str(rank) for rank, theirs in enumerate(values) if theirs.item() != values[0].item() and not theirs.isnan().all()]
+        said = self.gather([float(among), value])
+        first: dict[float, float] = {}
+        others = [rank for rank, (where, theirs) in enumerate(said) if first.setdefault(where, theirs) != theirs]
         if others:
             raise RankFailure(
-                f"the {what} of rank {', '.join(others)}",
-                "they differ from rank 0's",
+                f"the {what} of rank {', '.join(map(str, others))}",
+                "they differ from those of the ranks before it",
                 "Every rank takes the same optimizer step",
                 "the last checkpoint, and a look at the hardware of that rank",
             )
@@ -109,17 +117,8 @@ class Ranks:
 
     def on_first(self, function: Callable[[], Result]) -> Result:
         """Calls `function` on rank 0 and returns its result on every rank, or raises its RingspanError on every rank."""
-        box: list[object] = [None]
-        if self.is_first:
-            try:
-                box = [function()]
-            except RingspanError as error:
-                box = [error]
         with self._naming_lost_peers():
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        if isinstance(box[0], RingspanError):
-            raise box[0]
-        return box[0]  # type: ignore[return-value]
+            return on_first(function, self.control)
 
     @contextlib.contextmanager
     def _naming_lost_peers(self) -> Iterator[None]:
@@ -131,6 +130,27 @@ class Ranks:
             raise RankFailure(
                 f"rank {self.rank}", "another rank died or did not answer", "The ranks go on together or not at all"
             ) from error
+
+
+def on_first(function: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
+    """Calls `function` on rank 0 of `group`, and returns its result on every rank, or raises there what it raised.
+
+    Args:
+        function: its result and errors can be pickled.
+        group: for messages of the CPU; None for a process alone.
+    """
+    if group is None:
+        return function()
+    box: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            box[0] = function()
+        except (RingspanError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def is_peer_loss(error: BaseException) -> bool:
@@ -172,9 +192,9 @@ def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: fl
         device_id=place if place.type == "cuda" else None,
     )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        assert isinstance(control, dist.ProcessGroup), "every rank is a member of it"
-        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=place, control=control, stop=stop)
+        control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup), "every rank is a member of them"
+        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=place, control=control, saving=saving, stop=stop)
     finally:
         # A group whose other end is gone cannot be left in order, and the process ends here anyway.
         with contextlib.suppress(Exception):

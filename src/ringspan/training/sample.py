@@ -10,15 +10,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ringspan.training.model import plain_attention
+from ringspan.transformer.layers import original_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
-def sample(model: PreTrainedModel, prompt: list[int], *, num_tokens: int, temperature: float, seed: int) -> list[int]:
-    """`num_tokens` ids that follow `prompt`, drawn from softmax(logits / temperature); the likeliest ones at temperature 0."""
-    device = next(model.parameters()).device
+# Not inference_mode: FSDP would gather parameters into tensors that training could not use afterwards.
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, prompt: list[int], *, num_tokens: int, temperature: float, seed: int, device: torch.device | None = None
+) -> list[int]:
+    """`num_tokens` ids that follow `prompt`, drawn from softmax(logits / temperature); the likeliest ones at temperature 0.
+
+    Of a sharded model, whose parameters are gathered for every token, all ranks take part, and all know the result.
+
+    Args:
+        device: where the model computes; that of its parameters if not given.
+    """
+    device = device or next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     keyword = cache_keyword(model)
@@ -33,7 +43,7 @@ def sample(model: PreTrainedModel, prompt: list[int], *, num_tokens: int, temper
 
 def cache_keyword(model: PreTrainedModel) -> str:
     """What `model` calls its cache of keys and values: transformers renamed it in 5.24, and gives it back under the same name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(original_forward(model)).parameters else "past_key_values"
 
 
 def _draw(logits: Float[Tensor, " vocabulary"], temperature: float, generator: torch.Generator) -> int:

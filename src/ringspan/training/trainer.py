@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ringspan.attention import ContextParallel
 from ringspan.geometry import parse_mask
-from ringspan.training.batches import Pass, cut_into_passes, rows_of
-from ringspan.training.checkpoint import MODEL, OPTIMIZER, STATE, Snapshot, TrainingState, load_tensors, read_state
+from ringspan.training.batches import Pass, deal, rows_of
+from ringspan.training.checkpoint import MODEL, STATE, TENSORS, Snapshot, TrainingState, load_weights, read_state
 from ringspan.training.config import BYTES
 from ringspan.training.flops import count_flops, peak_flops
 from ringspan.training.guard import Guard
-from ringspan.training.lora import ADAPTER, add_adapters, by_peft_name, weights_digest
+from ringspan.training.lora import add_adapters, weights_digest
 from ringspan.training.measure import Cost, Meter
 from ringspan.training.metrics import StepRecord
 from ringspan.training.model import build_model, cast_parameters, rebuild_model
@@ -24,6 +22,8 @@ from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
 from ringspan.training.sample import sample
 from ringspan.training.saver import Saver
+from ringspan.training.spread import make_mesh, num_replicas, part_of, replica_of, shards_parameters, spread
+from ringspan.training.tensors import bits_sum, load_tensors
 from ringspan.training.tokenizer import load_tokenizer
 from ringspan.training.tokens import Windows, validation_starts
 
@@ -56,44 +56,50 @@ class Trainer:
             spike_window=config.spike_window,
             out=config.out,
         )
-        self._adapter, self._base_digest = None, None
-        self.model, self.optimizer = self._model_and_optimizer()
-        self.cp = ContextParallel(strategy=config.strategy, layout=config.layout, kernel=config.kernel)
-        self.cp.broadcast_parameters(self.model)
-        self.meter = Meter(ranks)
-        self.meter.watch(self.model, self.cp)
-        self.saver = Saver(plan.files.checkpoints, keep=config.keep_checkpoints)
+        self._adapter: Any = None
+        self._base_digest: str | None = None
+        self.model = self._build()
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.flops = count_flops(self.model, self.model.config)
+        self.is_sharded = shards_parameters(config, self.num_parameters)
+        if not self.is_sharded:
+            torch.nn.Module.to(self.model, ranks.device)
+            cast_parameters(self.model, getattr(torch, config.dtype))
+        mesh = make_mesh(config, ranks.device)
+        self.replica, self._part = replica_of(mesh), part_of(mesh, sharded=self.is_sharded)
+        self.parallel = spread(self.model, config, mesh, sharded=self.is_sharded)
+        self.optimizer = Optimizer(
+            self.model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, kind=config.optimizer, gather=ranks.gather
+        )
+        if plan.checkpoint is not None:
+            self._restore(Path(plan.checkpoint))
+        self.model.train()
+        self.meter = Meter(ranks)
+        self.meter.watch(self.model, self.parallel.context)
+        self.saver = Saver(plan.files.checkpoints, keep=config.keep_checkpoints, group=ranks.saving)
         self.device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         self.peak_flops = peak_flops(self.device_name, config.dtype)
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def is_finished(self) -> bool:
         """Whether every step has been taken."""
         return self.step >= self.config.steps
 
-    def _model_and_optimizer(self) -> tuple[PreTrainedModel, Optimizer]:
+    def _build(self) -> PreTrainedModel:
+        """The model with its first weights, the same on every rank, on the CPU; where a checkpoint has them, without."""
         plan, config = self.plan, self.config
-        if plan.checkpoint is None or config.lora_rank:
-            vocabulary_size = self.tokenizer.vocabulary_size
-            model = build_model(
-                config.model,
-                vocabulary_size=vocabulary_size,
-                context=config.context,
-                seed=config.seed,
-                rope_scaling=config.rope_scaling,
-                rope_factor=config.rope_factor,
-            )
-        else:
-            model = rebuild_model(Path(plan.checkpoint) / MODEL)
+        if plan.checkpoint is not None and not config.lora_rank:
+            return rebuild_model(Path(plan.checkpoint) / MODEL)
+        model = build_model(
+            config.model,
+            vocabulary_size=self.tokenizer.vocabulary_size,
+            context=config.context,
+            seed=config.seed,
+            rope_scaling=config.rope_scaling,
+            rope_factor=config.rope_factor,
+        )
         # Programs that serve models look for the class there; transformers itself would write it with the weights.
         model.config.architectures = [type(model).__name__]
-        torch.nn.Module.to(model, self.ranks.device)
         if config.lora_rank:
             self._adapter = add_adapters(
                 model,
@@ -104,21 +110,28 @@ class Trainer:
                 seed=config.seed,
             )
             self._base_digest = weights_digest(Path(config.model)) if self.ranks.is_first else None
-        cast_parameters(model, getattr(torch, config.dtype))
-        optimizer = Optimizer(model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, kind=config.optimizer)
-        if plan.checkpoint is not None:
-            folder = Path(plan.checkpoint)
-            state = read_state(folder / STATE)
-            if config.lora_rank:
-                load_tensors(folder / ADAPTER, by_peft_name(optimizer.masters))
-            else:
-                load_tensors(folder / MODEL, optimizer.masters)
-            moments = optimizer.moments()
-            load_tensors(folder / OPTIMIZER, moments)
-            optimizer.restore(moments, plan.first_step if state.updates is None else state.updates)
-            self.guard.restore(state.recent_losses, state.skips_in_a_row)
-        model.train()
-        return model, optimizer
+        self.ranks.require_equal(bits_sum(dict(model.named_parameters())), "first weights")
+        return model
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint / STATE)
+        load_weights(checkpoint, self.optimizer.masters)
+        moments = self.optimizer.moments()
+        load_tensors(checkpoint / TENSORS, moments)
+        self.optimizer.restore(moments, self.step if state.updates is None else state.updates)
+        self.guard.restore(state.recent_losses, state.skips_in_a_row)
+
+    def spread_notes(self) -> list[str]:
+        """How the model is spread, where that is not plain, and why."""
+        notes = []
+        if self.is_sharded:
+            place = "host memory" if self.config.parameters_on_host else "each rank's memory"
+            notes.append(f"parameters, gradients and optimizer are sharded, in {place}")
+        if (chosen := self.parallel.chosen).rematerialise not in ("none", "selective"):
+            notes.append(f"rematerialisation: {chosen.rematerialise}{' with offload' if chosen.offload else ''} ({chosen.reason})")
+        if self.config.sample_tokens and self.config.tensor > 1:
+            notes.append("no text is sampled: it is written by a model whose layers are whole on a rank")
+        return notes
 
     def notes(self) -> list[str]:
         """What is expected of a run, on GPUs in part, and will not be measured, with the reason."""
@@ -141,15 +154,16 @@ class Trainer:
         """
         self.meter.start()
         config, self.step = self.config, self.step + 1
-        passes = self._passes(self.windows.starts(self.step))
+        hands = self._deal(self.windows.starts(self.step), config.batch_size)
         loss = torch.zeros((), device=self.ranks.device)
-        for each in passes:
-            share = self._loss(each) * each.weight
+        for part in self._parts(hands):
+            share = self.parallel.loss(part)
             share.backward()
             self.optimizer.collect()
             loss += share.detach()
-        self.cp.sum_gradients(self.optimizer.masters.values())  # type: ignore[arg-type]  # in float32, whatever the model's dtype
-        value, norm = loss.item(), float(self.optimizer.gradient_norm())
+        self.parallel.sum_gradients(self.optimizer.masters.values())  # type: ignore[arg-type]  # in float32, whatever the model's dtype
+        norm = self.optimizer.gradient_norm()
+        value = loss.item()
         rate = learning_rate_at(
             self.step,
             peak=config.learning_rate or 0.0,
@@ -158,17 +172,20 @@ class Trainer:
             schedule=config.schedule,
             final_rate=config.final_rate,
         )
-        skipped = self.guard.judge(self.step, value, norm)
+        skipped = self.guard.judge(self.step, value, float(norm))
         if skipped is None:
-            self.optimizer.step(rate)
+            self.optimizer.step(rate, norm)
         else:
             self.optimizer.discard()
-        return self._record(passes, value, norm, rate, skipped, self.meter.stop())
+        return self._record([each for hand in hands for each in hand], value, float(norm), rate, skipped, self.meter.stop())
 
     def _record(self, passes: list[Pass], loss: float, norm: float, rate: float, skipped: str | None, cost: Cost) -> StepRecord:
         config, num_ranks = self.config, self.ranks.num_ranks
         tokens = config.batch_size * config.accumulate * config.context
-        flops = self.flops and self.flops.of_rows([(each.mask, len(each.ids)) for each in passes], config.context) / cost.seconds
+        flops = (
+            self.flops
+            and self.flops.of_rows([(each.mask, len(each.ids)) for each in passes if not each.is_blank], config.context) / cost.seconds
+        )
         return StepRecord(
             step=self.step,
             loss=loss,
@@ -194,35 +211,35 @@ class Trainer:
         """Mean loss over the held-out windows, the same on every rank and for every number of ranks."""
         self.model.eval()
         starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
-        loss = sum(self._loss(each).item() * each.weight for each in self._passes(starts, batch_size=1))
+        loss = sum(self.parallel.loss(part).item() for part in self._parts(self._deal(starts, batch_size=1)))
         self.model.train()
         return loss
 
-    def _passes(self, starts: list[int], batch_size: int | None = None) -> list[Pass]:
-        rows = rows_of(starts, self.tokens, self.config.context).to(self.ranks.device)
-        return cut_into_passes(rows, batch_size=batch_size or self.config.batch_size, mask=self.mask, separator=self.separator)
+    def _deal(self, starts: list[int], batch_size: int) -> list[list[Pass]]:
+        """The passes of every replica over the rows that begin at `starts`."""
+        rows, replicas = rows_of(starts, self.tokens, self.config.context), num_replicas(self.config)
+        return deal(rows, num_replicas=replicas, batch_size=batch_size, mask=self.mask, separator=self.separator)
+
+    def _parts(self, hands: list[list[Pass]]) -> list[dict[str, Any]]:
+        """This rank's parts of its replica's passes."""
+        mine = hands[self.replica]
+        return self.parallel.shard_batches([each.tensors(self.ranks.device) for each in mine], [each.mask for each in mine])
 
     @property
     def separator(self) -> int | None:
         """The token that ends a document, where documents are kept apart."""
         return self.plan.tokens.separator if self.config.documents == "packed" else None
 
-    def _loss(self, whole: Pass) -> Tensor:
-        sequence = self.cp.sequence(self.config.context, mask=whole.mask)
-        batch = sequence.shard_batch(whole.tensors())
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "ringspan_sequence")}
-        logits = self.model(**inputs, use_cache=False).logits
-        return sequence.loss(logits, batch["labels"])
-
     def begin_save(self) -> None:
-        """Begins to write a checkpoint from rank 0, while every rank trains on; awaits the one before.
+        """Begins to write a checkpoint, every rank its part, while all train on; awaits the one before.
 
         Raises:
-            RingspanError: on every rank, where the one before could not be written, or where the ranks' weights differ, since then none
-                of them is the unsplit model's.
+            RingspanError: on every rank, where the one before could not be written, or where ranks differ that hold the same weights, since
+                then none of them is the unsplit model's.
         """
-        self.ranks.require_equal(sum(float(master.detach().double().sum()) for master in self.optimizer.masters.values()), "weights")
-        self.ranks.on_first(lambda: self.saver.begin(self._snapshot()))
+        self.ranks.require_equal(bits_sum(self.optimizer.masters), "weights", among=self._part)
+        self.finish_save()
+        self.saver.begin(self._snapshot())
 
     def finish_save(self) -> None:
         """Returns once the last checkpoint is whole.
@@ -231,6 +248,7 @@ class Trainer:
             RingspanError: on every rank, what kept it from being written.
         """
         self.ranks.on_first(self.saver.finish)
+        self.saver.finish()
 
     def _snapshot(self) -> Snapshot:
         state = TrainingState(
@@ -251,10 +269,17 @@ class Trainer:
         )
 
     def write_sample(self) -> tuple[str, str]:
-        """A prompt and what the model makes of it; the prompt is from the held-out text's beginning unless the user gave one."""
+        """A prompt and what the model makes of it, on every rank; the prompt is the held-out text's beginning unless the user gave one."""
         config = self.config
         prompt = self.tokenizer.encode(config.prompt or self._held_out_lines())
-        ids = sample(self.model, prompt, num_tokens=config.sample_tokens, temperature=config.temperature, seed=config.seed + self.step)
+        ids = sample(
+            self.model,
+            prompt,
+            num_tokens=config.sample_tokens,
+            temperature=config.temperature,
+            seed=config.seed + self.step,
+            device=self.ranks.device,
+        )
         return self.tokenizer.decode(prompt), self.tokenizer.decode(ids)
 
     def _held_out_lines(self) -> str:

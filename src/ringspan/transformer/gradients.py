@@ -13,9 +13,9 @@ from ringspan.attention.observe import Observer
 from ringspan.transport import Transport
 
 
-def sum_local_gradients(model: nn.Module, transport: Transport, observer: Observer | None = None) -> None:
+def sum_local_gradients(parameters: Iterable[nn.Parameter], transport: Transport, observer: Observer | None = None) -> None:
     """Sums what this rank has of the gradients over ranks that have the same, in place, an `observer` looking on. Collective."""
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     if not any(_is_split(parameter) for parameter in parameters):
         sum_gradients(parameters, transport, observer)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,10 +162,15 @@ class ParallelModel:
         with watch(self.context.observer, AFTER, "reduce"):
             return SumOverRanks.apply(share, self._everyone)
 
-    def sum_gradients(self) -> None:
-        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.
+
+        Args:
+            parameters: whose `.grad` to sum, such as float32 masters that the gradients were moved to; the model's if not given.
+        """
         if not self._is_sharded:
-            sum_local_gradients(self.model, self._ranks.copies, self.context.observer)
+            chosen = self.model.parameters() if parameters is None else parameters
+            sum_local_gradients(chosen, self._ranks.copies, self.context.observer)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scales all gradients down where their common 2-norm is above `max_norm`, in place, after `sum_gradients`. Collective.

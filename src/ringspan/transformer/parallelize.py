@@ -134,6 +134,7 @@ def parallelize(
             num_shards=num_shards,
             num_pieces=1 if axes.tensor is None else axes.tensor.size(),
             compute_dtype=compute_dtype,
+            state_on_host=parameters_on_host,
         )
         terms = loss_terms(model, tiled=chosen.loss_tile is not None, label_smoothing=label_smoothing, z_loss=z_loss)
         if chosen.feed_forward_chunk is not None:
@@ -225,6 +226,7 @@ def _choose(
     num_shards: int,
     num_pieces: int,
     compute_dtype: torch.dtype | None,
+    state_on_host: bool,
 ) -> Chosen:
     for name, value in (("feed_forward_chunk", feed_forward_chunk), ("loss_tile", loss_tile)):
         if not (value is None or value == "auto" or (type(value) is int and value >= 1)):
@@ -244,7 +246,8 @@ def _choose(
             if type(tokens) is not int or tokens < 1:
                 rule = "Memory is a matter of how many tokens a rank computes at once"
                 raise RingspanError("rematerialise='auto'", f"tokens_per_rank={tokens!r}", rule, "tokens_per_rank=batch * length // ranks")
-            state = 16 * sum(parameter.numel() for parameter in model.parameters()) // (num_shards * num_pieces)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            state = 0 if state_on_host else 16 * parameters // (num_shards * num_pieces)
             host = 0 if offload is None else offload.host_bytes
             found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory, host_bytes=host)
             mode, reason = found.mode, found.reason
