@@ -36,6 +36,7 @@ _SMALL = {
 }  # fmt: skip
 MODELS = {
     "llama": tiny_llama,
+    "deep llama": lambda: tiny_llama(num_hidden_layers=5),
     "tied llama": lambda: tiny_llama(tie_word_embeddings=True),
     "qwen 3": lambda: seeded(Qwen3ForCausalLM, Qwen3Config(**_SMALL)),
     # A window wider than any padding: where a row sees nothing, eager attention in float64 gives NaN.
@@ -183,6 +184,9 @@ CASES: dict[int, list[Case]] = {
         Case({"context": 1, "tensor": 2}, "qwen 2", "packed", {**SMALL, "rematerialise": "attention_output", "offload": Offload()}),
         Case({"context": 1, "tensor": 2}, "frozen even llama", how=SMALL),
         Case({"context": 1, "tensor": 2}, "gemma 2", how={**SMALL, "shard_parameters": False}),
+        Case({"context": 2}, "deep llama", how={**SMALL, "rematerialise": "full", "layers_per_checkpoint": 2, "offload": Offload()}),
+        Case({"shard": 2}, "deep llama", "packed", {**SMALL, "rematerialise": "attention_output", "layers_per_checkpoint": 3}),
+        Case({"context": 1, "tensor": 2}, "even llama", how={**SMALL, "rematerialise": "full", "layers_per_checkpoint": 2}),
     ],
     3: [
         Case({"context": 3}, "llama", "packed", {**SMALL, "strategy": "ulysses"}),
