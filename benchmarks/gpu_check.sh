@@ -40,12 +40,19 @@ for part in $parts; do
       # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
       CUDA_VISIBLE_DEVICES=0 timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
-        CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py -k fused_merge -p no:cacheprovider
+        CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
+          tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
       done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
       timeout 120 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main verify --device cuda --dtype bfloat16,float32 --length 61,1000 --head-dim 64 \
         --most 160 --json "$out/verify.json" 2>&1 | tail -4
       timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -8
-      rm -rf "$out"/run/checkpoint*
+      for how in "--shard-parameters" "--parameters-on-host --offload" "--shard $gpus --accumulate 2" "--tensor $gpus"; do
+        # shellcheck disable=SC2086
+        timeout 90 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 20 --context 4096 --sample-tokens 0 \
+          --out "$out/run $how" $how > "$out/train.log" 2>&1
+        echo "train $how: $? $(grep -a 'held-out loss\|error' "$out/train.log" | tail -1)"
+      done
+      rm -rf "$out"/run*/checkpoint*
       timeout 60 python3 -m ringspan.cli.main doctor 2>&1 | tail -40
       timeout 90 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main trace ring --device cuda --length 65536 --heads 32 --kv-heads 8 --head-dim 128 \
         --png "$out/trace.png" --chrome "$out/trace.chrome.json" --json "$out/trace.json" 2>&1 | tail -25
