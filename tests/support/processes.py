@@ -1,20 +1,30 @@
-"""Real ranks for tests: processes that meet over gloo, run one function, and hand back what it returns."""
+"""Real ranks for tests: processes that meet over gloo, run one function, and hand back what it returns.
+
+Most of a rank's time would go into importing torch and transformers, so ranks are forked from one process that has imported them and has
+done nothing else.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+IMPORTED = ("torch.distributed.fsdp", "torch.distributed.tensor", "ringspan", "tests.support.models", "tests.support.split")
+"""What the process that ranks are forked from has imported."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +58,30 @@ def run_processes(
         awaited: when these ranks have ended the others are killed; if not given, all are waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "WORLD_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    command = [sys.executable, "-m", __spec__.name, function, str(folder), str(group_timeout)]
-    processes = []
-    for rank in range(num_ranks):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"log{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    ended: dict[int, float] = {}
+    server = _server()
+    processes, ended = [], dict[int, float]()
     try:
+        for rank in range(num_ranks):
+            process = server.Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout))
+            process.start()
+            processes.append(process)
         while not ended.keys() >= set(awaited or range(num_ranks)) and time.monotonic() - began < timeout:
             for rank, process in enumerate(processes):
-                if rank not in ended and process.poll() is not None:
+                if rank not in ended and process.exitcode is not None:
                     ended[rank] = time.monotonic() - began
             time.sleep(0.02)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     outcomes = []
     for rank, process in enumerate(processes):
         left = folder / f"result{rank}"
         result = pickle.loads(left.read_bytes()) if left.exists() else None
-        outcomes.append(Ended(process.returncode, result, (folder / f"log{rank}").read_text()[-4000:], ended.get(rank, timeout)))
+        assert process.exitcode is not None, "it has been joined"
+        outcomes.append(Ended(process.exitcode, result, (folder / f"log{rank}").read_text()[-4000:], ended.get(rank, timeout)))
+        process.close()
     return outcomes
 
 
@@ -84,7 +94,37 @@ def results(outcomes: list[Ended]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _main(function: str, folder: Path, group_timeout: float) -> int:
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Starts the process that ranks are forked from, unless it runs already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    with pytest.MonkeyPatch.context() as patch:
+        # OpenMP reads it once, when torch is imported.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(ROOT)
+        forkserver.ensure_running()
+    return context
+
+
+def _be_rank(rank: int, num_ranks: int, function: str, folder: Path, group_timeout: float) -> None:
+    """What a forked process does: it says what it has to say to a file, and leaves at once."""
+    with (folder / f"log{rank}").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    status = 1
+    try:
+        status = _run(function, folder, group_timeout)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Where a rank has died, leaving a group in order would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(function: str, folder: Path, group_timeout: float) -> int:
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
@@ -105,10 +145,3 @@ def _main(function: str, folder: Path, group_timeout: float) -> int:
     if status == 0:
         dist.destroy_process_group()
     return status
-
-
-if __name__ == "__main__":
-    # Left at once: where a rank has died, leaving a group in order would wait for it.
-    code = _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
-    sys.stderr.flush()
-    os._exit(code)
