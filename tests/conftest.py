@@ -11,7 +11,7 @@ import pytest
 # not set; as tests share the cores, a command with two threads then spends two thirds of its time on that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 
 @pytest.fixture(autouse=True)

@@ -1,30 +1,18 @@
-"""Real ranks for tests: processes that meet over gloo, run one function, and hand back what it returns.
-
-Most of a rank's time would go into importing torch and transformers, so ranks are forked from one process that has imported them and has
-done nothing else.
-"""
+"""Real ranks for tests: processes that meet over gloo, run one function, and hand back what it returns."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
-import sys
 import time
-import traceback
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
-IMPORTED = ("torch.distributed.fsdp", "torch.distributed.tensor", "ringspan", "tests.support.models", "tests.support.split")
-"""What the process that ranks are forked from has imported."""
+from tests.support.server import end_with, server, write_to
 
 
 @dataclass(frozen=True)
@@ -59,11 +47,10 @@ def run_processes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    server = _server()
     processes, ended = [], dict[int, float]()
     try:
         for rank in range(num_ranks):
-            process = server.Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout))
+            process = server().Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout))
             process.start()
             processes.append(process)
         while not ended.keys() >= set(awaited or range(num_ranks)) and time.monotonic() - began < timeout:
@@ -94,34 +81,11 @@ def results(outcomes: list[Ended]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
-    """Starts the process that ranks are forked from, unless it runs already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    with pytest.MonkeyPatch.context() as patch:
-        # OpenMP reads it once, when torch is imported.
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)
-        forkserver.ensure_running()
-    return context
-
-
 def _be_rank(rank: int, num_ranks: int, function: str, folder: Path, group_timeout: float) -> None:
-    """What a forked process does: it says what it has to say to a file, and leaves at once."""
-    with (folder / f"log{rank}").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    write_to(folder / f"log{rank}", folder / f"log{rank}")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    status = 1
-    try:
-        status = _run(function, folder, group_timeout)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        # Where a rank has died, leaving a group in order would wait for it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    # At once: where a rank has died, leaving a group in order would wait for it.
+    end_with(lambda: _run(function, folder, group_timeout))
 
 
 def _run(function: str, folder: Path, group_timeout: float) -> int:
