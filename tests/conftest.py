@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,15 @@ def as_many_threads_after_a_test_as_before() -> Iterator[None]:
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_collection() -> Iterator[None]:
+    """Half of the time of large proofs is the collector looking through a million small objects that are all in use."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
