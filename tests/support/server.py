@@ -5,12 +5,14 @@ Importing torch and transformers is most of what a process of a few steps does.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -67,7 +69,15 @@ def end_with(function: Callable[[], Any]) -> NoReturn:
 def as_own_process(environment: Mapping[str, str]) -> None:
     """Makes of a process that was forked in the middle of something one that has just begun."""
     os.setsid()
-    os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 16 else 1 << 16)
+    # What the other process holds it neither uses nor, when a finalizer runs, closes: numbers of closed files would be given out again,
+    # and a late finalizer would close somebody else's.
+    gc.freeze()
+    with open(os.devnull, "r+") as nothing:
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # the listing's own is closed by now
+                if int(name) not in (0, 1, 2, nothing.fileno()):
+                    os.fstat(int(name))
+                    os.dup2(nothing.fileno(), int(name))
     os.environ.clear()
     os.environ.update(environment)
     # Threads that it starts are as those of a main thread.
