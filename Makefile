@@ -24,12 +24,13 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format docs clean
+.PHONY: help install train test test-long lint format docs clean
 
 help:
 	@echo 'make train    install into .venv and train a small language model with its context split over 2 processes'
 	@echo '              (ARGS="--ranks 4 --steps 200" hands options to `ringspan train`)'
 	@echo 'make test     install into .venv; lint, format and type checks, then the whole test suite (ARGS="-k zigzag")'
+	@echo 'make test-long  what is too long for that: a real model fine-tuned for 50 steps on one and on three ranks (a few minutes)'
 	@echo 'make lint     the checks alone'
 	@echo 'make format   let ruff put right what it can'
 	@echo 'make docs     write docs/api from the docstrings'
@@ -61,6 +62,9 @@ lint: $(INSTALLED)
 
 test: lint $(SMOLLM2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-long: $(SMOLLM2)
+	$(BIN)/python -m pytest --long $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

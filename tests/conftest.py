@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Read when torch is imported, here and in every process that a test starts. Threads that wait for each other do so by spinning if this is
+# not set; as tests share the cores, a command with two threads then spends two thirds of its time on that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 
@@ -17,8 +24,25 @@ def as_many_threads_after_a_test_as_before() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.fixture
+def without_collection() -> Iterator[None]:
+    """Half of the time of large proofs is the collector looking through a million small objects that are all in use."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long` runs what is marked long, and nothing else."""
+    parser.addoption("--long", action="store_true", help="run the tests that are marked long, and no others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """pytest-xdist deals the first half of the list to one worker and the second to the other, and idle ones steal from the ends."""
+    left_out = [item for item in items if bool(item.get_closest_marker("long")) != config.getoption("--long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if bool(item.get_closest_marker("long")) == config.getoption("--long")]
     # The longest have the most time allowed.
     slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: -_seconds(item))
     fast = [item for item in items if not item.get_closest_marker("slow")]

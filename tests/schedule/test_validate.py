@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -23,15 +22,6 @@ def prove(schedules: Schedules, mask_name: str) -> None:
     """Both directions."""
     for schedule in (schedules.forward, schedules.backward):
         validate(schedule, schedules.layout, EXAMPLES[mask_name].make(schedules.layout.length))
-
-
-@pytest.fixture
-def without_collection() -> Iterator[None]:
-    """Half of the time of large proofs is the collector looking through a million small objects that are all in use."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def prove(combination: Combination) -> None:
                 raise
 
 
+@pytest.mark.usefixtures("without_collection")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_strategy_layout_and_mask_is_proven_on_one_to_five_ranks_and_one_larger_number(variant: str):
     proven = set()
@@ -39,6 +40,7 @@ def test_every_strategy_layout_and_mask_is_proven_on_one_to_five_ranks_and_one_l
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_collection")
 @pytest.mark.parametrize("first", [17, 18, 19, 20])
 def test_every_number_of_ranks_up_to_64_is_proven_with_every_strategy_layout_and_mask_by_turns(first: int):
     turns = list(each())

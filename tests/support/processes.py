@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.server import end_with, server, write_to
 
 
 @dataclass(frozen=True)
@@ -48,30 +46,29 @@ def run_processes(
         awaited: when these ranks have ended the others are killed; if not given, all are waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "WORLD_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    command = [sys.executable, "-m", __spec__.name, function, str(folder), str(group_timeout)]
-    processes = []
-    for rank in range(num_ranks):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"log{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    ended: dict[int, float] = {}
+    processes, ended = [], dict[int, float]()
     try:
+        for rank in range(num_ranks):
+            process = server().Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout))
+            process.start()
+            processes.append(process)
         while not ended.keys() >= set(awaited or range(num_ranks)) and time.monotonic() - began < timeout:
             for rank, process in enumerate(processes):
-                if rank not in ended and process.poll() is not None:
+                if rank not in ended and process.exitcode is not None:
                     ended[rank] = time.monotonic() - began
             time.sleep(0.02)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     outcomes = []
     for rank, process in enumerate(processes):
         left = folder / f"result{rank}"
         result = pickle.loads(left.read_bytes()) if left.exists() else None
-        outcomes.append(Ended(process.returncode, result, (folder / f"log{rank}").read_text()[-4000:], ended.get(rank, timeout)))
+        assert process.exitcode is not None, "it has been joined"
+        outcomes.append(Ended(process.exitcode, result, (folder / f"log{rank}").read_text()[-4000:], ended.get(rank, timeout)))
+        process.close()
     return outcomes
 
 
@@ -84,7 +81,14 @@ def results(outcomes: list[Ended]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _main(function: str, folder: Path, group_timeout: float) -> int:
+def _be_rank(rank: int, num_ranks: int, function: str, folder: Path, group_timeout: float) -> None:
+    write_to(folder / f"log{rank}", folder / f"log{rank}")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    # At once: where a rank has died, leaving a group in order would wait for it.
+    end_with(lambda: _run(function, folder, group_timeout))
+
+
+def _run(function: str, folder: Path, group_timeout: float) -> int:
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
@@ -105,10 +109,3 @@ def _main(function: str, folder: Path, group_timeout: float) -> int:
     if status == 0:
         dist.destroy_process_group()
     return status
-
-
-if __name__ == "__main__":
-    # Left at once: where a rank has died, leaving a group in order would wait for it.
-    code = _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
-    sys.stderr.flush()
-    os._exit(code)

@@ -43,6 +43,7 @@ def finished_run(shared: Path, text: Path) -> Callable[[int], Path]:
                 10,
                 "--checkpoint-every",
                 10,
+                fresh=ranks == 2,
             )
             assert result.returncode == 0, result.stderr + result.stdout
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.training import support
+from tests.training.forked import Command
 
 
 @contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: object) -> Iterator[Command]:
     """`ringspan train` in the background; whatever is left of it at the end is ended."""
-    process = subprocess.Popen(
-        support.train_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=support.environment()
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryDirectory(prefix="ringspan-test-") as folder:
+        command = Command(["train", *map(str, arguments)], support.environment(), Path(folder))
+        try:
+            yield command
+        finally:
+            command.kill()
+            command.communicate()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while time.monotonic() < deadline:
         if condition():
             return
-        time.sleep(0.005)
+        time.sleep(0.01)
     raise TimeoutError(what)
 
 
@@ -44,6 +44,7 @@ def rank_process(launcher: int, rank: int) -> int:
     """The process id of a rank."""
     for thread in Path(f"/proc/{launcher}/task").iterdir():
         for child in (thread / "children").read_text().split():
-            if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            started_afresh = f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes()
+            if started_afresh or Path(f"/proc/{child}/comm").read_text() == f"rank {rank}\n":
                 return int(child)
     raise LookupError(f"rank {rank} is not running")

@@ -8,10 +8,12 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ringspan.training.metrics import StepRecord, read_metrics
+from tests.training import forked
 
 TIMEOUT_SECONDS = 150
 # Small enough to be quick, and with a context that neither 2 nor 3 ranks divide.
@@ -56,9 +58,12 @@ def train_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ringspan.cli.main", "train", *map(str, arguments)]
 
 
-def run_train(*arguments: object, timeout: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Runs it to its end."""
-    return subprocess.run(train_command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment())
+def run_train(*arguments: object, timeout: float = TIMEOUT_SECONDS, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end: forked, ranks too, from a process that has imported it, or `fresh` as a user starts it."""
+    if fresh:
+        return subprocess.run(train_command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment())
+    with tempfile.TemporaryDirectory(prefix="ringspan-test-") as folder:
+        return forked.run(["train", *map(str, arguments)], environment(), Path(folder), timeout)
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -25,9 +25,13 @@ def uses(program: tuple[Action, ...]) -> Uses:
     return found
 
 
-def lifetimes(program: tuple[Action, ...]) -> list[tuple[Receive, int]]:
-    """Every receive with the last step in which its buffer is needed."""
-    used = uses(program)
+def lifetimes(program: tuple[Action, ...], used: Uses | None = None) -> list[tuple[Receive, int]]:
+    """Every receive with the last step in which its buffer is needed.
+
+    Args:
+        used: `uses(program)`, where it is known already.
+    """
+    used = uses(program) if used is None else used
     combined = {(action.piece, action.peer): action.step for action in program if isinstance(action, Combine)}
     result = []
     for action in program:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from ringspan.errors import ScheduleError
 from ringspan.geometry import Layout, Mask, Tile, tiles
 from ringspan.schedule.actions import RESULTS, Action, Attend, Combine, Piece, Receive, Schedule, Send
-from ringspan.schedule.lifetime import lifetimes, uses
+from ringspan.schedule.lifetime import Uses, lifetimes, uses
 
 INPUTS = ("q", "kv", "k", "v", "do")
 
@@ -39,8 +40,9 @@ def validate(schedule: Schedule, layout: Layout, mask: Mask) -> Report:
     order = _run_blocking(schedule)
     _check_coverage(schedule, layout, mask)
     _Possession(schedule).check(order)
-    _check_thrift(schedule)
-    return Report(live_positions(schedule), _sent_positions(schedule))
+    used = [uses(program) for program in schedule.programs]
+    _check_thrift(schedule, used)
+    return Report(live_positions(schedule, used), _sent_positions(schedule))
 
 
 def _broken(rule: str, asked: str, found: str) -> ScheduleError:
@@ -51,23 +53,34 @@ def _broken(rule: str, asked: str, found: str) -> ScheduleError:
 
 
 def _check_matching(schedule: Schedule) -> None:
-    ends: dict[type, Counter] = {Send: Counter(), Receive: Counter()}
+    sends, receives = [], []
     for rank, program in enumerate(schedule.programs):
         for action in program:
-            if isinstance(action, (Send, Receive)):
-                source, target = (rank, action.peer) if isinstance(action, Send) else (action.peer, rank)
-                ends[type(action)][(source, target, action.piece, action.step, action.due)] += 1
-                if action.due <= action.step or source == target or not 0 <= action.peer < schedule.num_ranks:
-                    raise _broken(
-                        "matching", f"rank {rank}: {action} at step {action.step}", "a transfer goes to another rank and arrives later"
-                    )
-    for kind, other in ((Send, Receive), (Receive, Send)):
-        for source, target, piece, step, due in ends[kind] - ends[other]:
+            if isinstance(action, Send):
+                sends.append((rank, action.peer, action.piece, action.step, action.due))
+            elif isinstance(action, Receive):
+                receives.append((action.peer, rank, action.piece, action.step, action.due))
+            else:
+                continue
+            if action.due <= action.step or action.peer == rank or not 0 <= action.peer < schedule.num_ranks:
+                raise _broken(
+                    "matching", f"rank {rank}: {action} at step {action.step}", "a transfer goes to another rank and arrives later"
+                )
+    posted, awaited = Counter(sends), Counter(receives)
+    if _equal(posted, awaited):
+        return
+    for kind, other, lonely in ((Send, Receive, posted - awaited), (Receive, Send, awaited - posted)):
+        for source, target, piece, step, due in lonely:
             raise _broken(
                 "matching",
                 f"{piece} from rank {source} to {target}, posted at step {step}, due at {due}",
                 f"a {kind.__name__.lower()} without its {other.__name__.lower()}",
             )
+
+
+def _equal(one: Counter, other: Counter) -> bool:
+    """Whether two counts are the same. There are no zeros in them, which a Counter's own comparison would look for."""
+    return dict.__eq__(one, other)
 
 
 def _run_blocking(schedule: Schedule) -> list[tuple[int, Action]]:
@@ -185,21 +198,27 @@ class _Possession:
             if action.piece.kind not in INPUTS:
                 self.in_flight[(rank, action.peer, action.piece)] = (action.due, self._give_up(rank, action))
             else:
-                self._need(rank, action.piece, action)
+                self._need(rank, action.piece, action.piece.kind, action)
         elif isinstance(action, Combine):
             self._combine(rank, action)
         elif isinstance(action, Attend):
-            self._need(rank, action.q, action)
+            self._need(rank, action.q, action.q.kind, action)
             if self.schedule.direction == "backward":
-                self._need(rank, Piece("do", action.q.owner, action.q.start, action.q.stop), action)
+                self._need(rank, action.q, "do", action)
             for kv in action.kvs:
-                self._need(rank, kv, action)
+                self._need(rank, kv, kv.kind, action)
                 for kind, of in _results(self.schedule, action.q, kv):
                     self.accumulators[rank][(kind, of.owner)].append((of.start, of.stop, (action.q, kv)))
 
-    def _need(self, rank: int, piece: Piece, action: Action) -> None:
-        if len(piece) and not any(held.holds(piece) and since <= action.step for held, since in self.held[rank][(piece.kind, piece.owner)]):
-            raise _broken("possession", f"rank {rank}, step {action.step}: {action}", f"{piece} is not in its hands")
+    def _need(self, rank: int, piece: Piece, kind: str, action: Action) -> None:
+        """The positions of `piece`, of that kind, are in the rank's hands at the action's step."""
+        if piece.start >= piece.stop:
+            return
+        for held, since in self.held[rank][(kind, piece.owner)]:
+            if since <= action.step and held.start <= piece.start and piece.stop <= held.stop:
+                return
+        missing = Piece(kind, piece.owner, piece.start, piece.stop)
+        raise _broken("possession", f"rank {rank}, step {action.step}: {action}", f"{missing} is not in its hands")
 
     def _give_up(self, rank: int, action: Send) -> list:
         piece = action.piece
@@ -225,17 +244,21 @@ class _Possession:
             for (kind, owner), entries in accumulators.items():
                 if owner != rank and entries:
                     raise _broken("homecoming", f"{kind}{owner} on rank {rank}", "it stays away from its owner")
-        at_home = Counter()
-        for rank, accumulators in enumerate(self.accumulators):
-            for (kind, _), entries in accumulators.items():
-                at_home.update((rank, kind, contribution) for *_, contribution in entries)
-        wanted = Counter()
-        for program in self.schedule.programs:
-            for action in program:
-                if isinstance(action, Attend):
-                    for kv in action.kvs:
-                        wanted.update((of.owner, kind, (action.q, kv)) for kind, of in _results(self.schedule, action.q, kv))
-        if at_home != wanted:
+        at_home = Counter(
+            (rank, kind, contribution)
+            for rank, accumulators in enumerate(self.accumulators)
+            for (kind, _), entries in accumulators.items()
+            for *_, contribution in entries
+        )
+        wanted = Counter(
+            (of.owner, kind, (action.q, kv))
+            for program in self.schedule.programs
+            for action in program
+            if isinstance(action, Attend)
+            for kv in action.kvs
+            for kind, of in _results(self.schedule, action.q, kv)
+        )
+        if not _equal(at_home, wanted):
             rank, kind, (q, kv) = next(iter((wanted - at_home) or (at_home - wanted)))
             raise _broken("homecoming", f"{kind} of {q}×{kv} for rank {rank}", "it does not come home exactly once")
 
@@ -248,10 +271,9 @@ def _results(schedule: Schedule, q: Piece, kv: Piece) -> list[tuple[str, Piece]]
 # ---- thrift, live buffers, traffic -----------------------------------------------------------------------------------------------
 
 
-def _check_thrift(schedule: Schedule) -> None:
+def _check_thrift(schedule: Schedule, used_by_rank: Sequence[Uses]) -> None:
     """Every position that travels is read at its target or beyond."""
-    for rank, program in enumerate(schedule.programs):
-        used = uses(program)
+    for rank, (program, used) in enumerate(zip(schedule.programs, used_by_rank, strict=True)):
         for action in program:
             if isinstance(action, Receive) and action.piece.kind in ("q", "kv", "k", "v"):
                 whole = action.piece
@@ -265,12 +287,16 @@ def _check_thrift(schedule: Schedule) -> None:
                     raise _broken("thrift", f"rank {rank}: {action}", f"of it only positions {first} to {last} are read or passed on")
 
 
-def live_positions(schedule: Schedule) -> tuple[dict[str, int], ...]:
-    """For each rank and kind, the most visiting positions that lie in receive buffers at once."""
+def live_positions(schedule: Schedule, used_by_rank: Sequence[Uses] | None = None) -> tuple[dict[str, int], ...]:
+    """For each rank and kind, the most visiting positions that lie in receive buffers at once.
+
+    Args:
+        used_by_rank: `uses` of each rank's program, where they are known already.
+    """
     result = []
-    for program in schedule.programs:
+    for rank, program in enumerate(schedule.programs):
         changes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        for received, last in lifetimes(program):
+        for received, last in lifetimes(program, None if used_by_rank is None else used_by_rank[rank]):
             changes[received.piece.kind][received.step] += len(received.piece)
             changes[received.piece.kind][last + 1] -= len(received.piece)
         most = {}
