@@ -86,7 +86,8 @@ def make_low_memory(name: str, groups: Sequence[dict[str, Any]], **settings: Any
 def parts_of(name: str, moment: Tensor) -> dict[str, Tensor]:
     """What a checkpoint keeps of a moment, by name: a quantised one's codes and scales, as they are, or else itself."""
     flatten = getattr(moment, "__tensor_flatten__", None)
-    if flatten is None or type(moment) is Tensor:
+    # A sharded tensor, which flattens too, is one tensor to a checkpoint.
+    if flatten is None or type(moment) is Tensor or hasattr(moment, "device_mesh"):
         return {name: moment}
     return {f"{name}.{part}": getattr(moment, part) for part in flatten()[0] if part != _CONSTANT}
 
