@@ -117,6 +117,9 @@ def command(
     offload: Annotated[
         bool | None, _option(_PARALLEL, "The checkpoints of such layers in host memory.", "no", "--offload/--no-offload")
     ] = None,
+    layers_per_checkpoint: Annotated[
+        int | None, _option(_PARALLEL, "Layers that share a checkpoint, for all but attention computed once more.", "1")
+    ] = None,
     feed_forward_chunk: Annotated[
         str | None, _option(_PARALLEL, "Tokens that a feed-forward part computes at a time.", "auto, by memory", metavar="N|auto|none")
     ] = None,

@@ -24,7 +24,7 @@ CHANGEABLE = frozenset(
     {"ranks", "strategy", "layout", "kernel", "device", "steps", "out", "checkpoint_every", "keep_checkpoints", "validation_every"}
     | {"sample_tokens", "temperature", "prompt", "timeout_seconds", "on_nan", "on_spike", "spike_factor", "spike_window"}
     | {"restarts", "tensorboard", "export", "shard", "replicate", "tensor", "shard_parameters", "parameters_on_host"}
-    | {"feed_forward_chunk", "loss_tile", "rematerialise", "offload"}
+    | {"feed_forward_chunk", "loss_tile", "rematerialise", "offload", "layers_per_checkpoint"}
 )
 _AT_LEAST = {
     "ranks": 1,
@@ -33,6 +33,7 @@ _AT_LEAST = {
     "tensor": 1,
     "context": 2,
     "batch_size": 1,
+    "layers_per_checkpoint": 1,
     "accumulate": 1,
     "spike_window": 1,
     "steps": 1,
@@ -78,6 +79,7 @@ class TrainingConfig:
         parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; the CPU then takes the step.
         rematerialise: what layers keep for their backward, see `ringspan.transformer.MODES`; `"auto"` chooses by memory.
         offload: whether the checkpoints of rematerialised layers go to host memory.
+        layers_per_checkpoint: how many layers share one, for all but attention computed once more.
         feed_forward_chunk: tokens that feed-forward parts compute at a time: a number, `"auto"`, or `"none"` for all.
         loss_tile: tokens whose logits exist at a time: a number, `"auto"`, or `"none"` for all.
         context: tokens in one sequence, over all ranks that share it.
@@ -130,6 +132,7 @@ class TrainingConfig:
     parameters_on_host: bool = False
     rematerialise: str = "auto"
     offload: bool = False
+    layers_per_checkpoint: int = 1
     feed_forward_chunk: str = "auto"
     loss_tile: str = "auto"
     context: int = 1024

@@ -77,6 +77,13 @@ def check_spread(config: TrainingConfig) -> None:
             "What is offloaded are the checkpoints of rematerialised layers",
             "--rematerialise full, or attention_output",
         )
+    if config.layers_per_checkpoint > 1 and config.rematerialise in ("none", "selective"):
+        raise RingspanError(
+            f"--layers-per-checkpoint {config.layers_per_checkpoint} with --rematerialise {config.rematerialise}",
+            "no layer checkpoints are made",
+            "What layers share are the checkpoints of rematerialised layers",
+            "--rematerialise full, or attention_output",
+        )
     if config.parameters_on_host and config.shard_parameters is False:
         raise RingspanError(
             "--parameters-on-host with --no-shard-parameters",
@@ -163,6 +170,7 @@ def spread(model: nn.Module, config: TrainingConfig, mesh: DeviceMesh | InProces
             kernel=config.kernel,
             rematerialise=config.rematerialise,
             offload=Offload() if config.offload else None,
+            layers_per_checkpoint=config.layers_per_checkpoint,
             shard_parameters=sharded,
             compute_dtype=getattr(torch, config.dtype) if sharded and config.dtype != "float32" else None,
             parameters_on_host=config.parameters_on_host,
