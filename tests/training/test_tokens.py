@@ -14,7 +14,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.batches import rows_of
 from ringspan.training.text import find_text
 from ringspan.training.tokenizer import ByteTokenizer, load_tokenizer
-from ringspan.training.tokens import Split, TokenFile, Windows, ensure_tokens, load_tokens, validation_starts
+from ringspan.training.tokens import Split, TokenFile, Windows, ensure_tokens, load_tokens, position_edges, validation_starts
 
 
 def token_file(num_tokens: int) -> TokenFile:
@@ -145,3 +145,17 @@ def test_a_context_longer_than_the_data_is_refused_with_the_longest_that_fits(nu
 def test_windows_are_read_as_ids():
     tokens = torch.arange(100, dtype=torch.uint8)
     assert rows_of([3, 50], tokens, 4).tolist() == [[3, 4, 5, 6], [50, 51, 52, 53]]
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        (9, [0, 9]),
+        (61, [0, 16, 32, 61]),
+        (64, [0, 16, 32, 64]),
+        (65536, [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536]),
+        (100000, [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 100000]),
+    ],
+)
+def test_ranges_of_positions_double_up_to_the_context(context: int, expected: list[int]):
+    assert position_edges(context) == expected

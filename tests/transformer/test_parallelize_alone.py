@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -235,3 +237,34 @@ def test_a_loss_of_a_part_that_was_not_counted_is_refused():
     parallel = ringspan.parallelize(tiny_llama())
     with pytest.raises(RingspanError, match=r"parallel\.shard_batch"):
         parallel.loss(parallel.context.sequence(9).shard_batch(make_batch(1, 9)))
+
+
+@pytest.mark.parametrize("tile", [3, None])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_losses_by_position_are_the_models_own_token_by_token(name: str, tile: int | None):
+    model, batch = family(name), make_batch(2, 19, padded=(0, 4))
+    logits = copy.deepcopy(model)(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}).logits
+    labels = torch.full_like(batch["labels"], -100)
+    labels[:, :-1] = batch["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    edges = [0, 1, 6, 7, 19]
+    counted = labels != -100
+    expected = [losses[:, low:high][counted[:, low:high]].mean().item() for low, high in pairwise(edges)]
+
+    def rank(group: Any) -> list[float]:
+        parallel = ringspan.parallelize(copy.deepcopy(model), group, loss_tile=tile, feed_forward_chunk=4, kernel="reference")
+        return parallel.losses_by_position([parallel.shard_batch(batch)], [*edges, 23])
+
+    for found in ringspan.run_in_process(3, rank):
+        assert found[:-1] == pytest.approx(expected, rel=1e-6)
+        # Nobody is there.
+        assert math.isnan(found[-1])
+
+
+def test_ranges_of_positions_rise_and_are_the_same_on_every_rank():
+    def rank(group: Any) -> None:
+        parallel = ringspan.parallelize(family("llama"), group, kernel="reference")
+        parallel.losses_by_position([parallel.shard_batch(make_batch(1, 9))], [0, 4, 4] if group.rank == 1 else [0, 4, 9])
+
+    with pytest.raises(RingspanError, match="follow each other"):
+        ringspan.run_in_process(2, rank)

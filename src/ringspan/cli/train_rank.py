@@ -77,6 +77,9 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
         console.print(
             f"held-out loss {last:.3f} nats per {unit} after step {outcome.step} (it was {first:.3f} before training)", highlight=False
         )
+        if parts := validated[-1].validation_by_position:
+            said = ", ".join(f"{loss:.3f} from {int(low):,}" for low, _, loss in parts)
+            console.print(f"  by position: {said}", highlight=False, soft_wrap=True)
     for name, path in (
         ("checkpoint", outcome.checkpoint),
         ("metrics", files.metrics),

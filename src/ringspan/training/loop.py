@@ -114,6 +114,8 @@ def _steps(trainer: Trainer, observer: Observer, report: Callable[[StepRecord], 
         record = trainer.take_step()
         if _due(trainer, config.validation_every):
             record = replace(record, validation_loss=trainer.validate())
+        if trainer.is_finished:
+            record = replace(record, validation_by_position=trainer.validate_by_position())
         report(record)
         if _due(trainer, config.checkpoint_every):
             trainer.begin_save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +20,8 @@ class StepRecord:
     out of the file.
 
     Attributes:
+        validation_by_position: at the end of a run, (first position, past its last, loss) for ranges of positions in the context, or in
+            their documents: where it goes on falling, what is further back is used.
         skipped: why the update was not made: `"nan"` or `"spike"`.
         tokens: read by all steps so far.
         model_tflops_per_second: of all ranks together, as `ringspan.training.flops` counts; None where it cannot (experts).
@@ -47,6 +50,7 @@ class StepRecord:
     attention_share: float | None = None
     feed_forward_share: float | None = None
     communication_share: float | None = None
+    validation_by_position: Sequence[Sequence[float]] | None = None
 
 
 class MetricsFile:

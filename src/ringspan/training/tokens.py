@@ -216,3 +216,12 @@ def validation_starts(split: Split, context: int, validation_tokens: int) -> lis
     fitting = split.num_held_out // context
     count = min(fitting, max(1, validation_tokens // context))
     return [split.num_training + context * (i * fitting // count) for i in range(count)]
+
+
+def position_edges(context: int) -> list[int]:
+    """Ranges of positions that double: the first 1/64 of the context, at least 16, then as much again, and so on to its end."""
+    edges, edge = [0], max(16, 1 << max(0, (context // 64).bit_length() - 1))
+    while edge < context:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, context]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from ringspan.training.saver import Saver
 from ringspan.training.spread import make_mesh, num_replicas, part_of, replica_of, shards_parameters, spread
 from ringspan.training.tensors import bits_sum, load_tensors
 from ringspan.training.tokenizer import load_tokenizer
-from ringspan.training.tokens import Windows, validation_starts
+from ringspan.training.tokens import Windows, position_edges, validation_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,6 +216,15 @@ class Trainer:
         loss = sum(self.parallel.loss(part).item() for part in self._parts(self._deal(starts, batch_size=1)))
         self.model.train()
         return loss
+
+    def validate_by_position(self) -> list[tuple[int, int, float]]:
+        """The same loss for ranges of positions, as (first, past the last, nats); ranges without a token are left out."""
+        self.model.eval()
+        starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
+        edges = position_edges(self.config.context)
+        losses = self.parallel.losses_by_position(self._parts(self._deal(starts, batch_size=1)), edges)
+        self.model.train()
+        return [(low, high, loss) for (low, high), loss in zip(pairwise(edges), losses, strict=True) if not math.isnan(loss)]
 
     def _deal(self, starts: list[int], batch_size: int) -> list[list[Pass]]:
         """The passes of every replica over the rows that begin at `starts`."""

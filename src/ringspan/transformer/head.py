@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringspan.errors import UnsupportedError
+from ringspan.transformer.accumulate import wide_dtype
 from ringspan.transformer.layers import causal_model, decoder, original_forward, replace_forward
 from ringspan.transformer.pieces import TensorGroup
 from ringspan.transformer.plain_parameters import plain_parameters, using
-from ringspan.transformer.tiled_loss import LossTerms, cross_entropy_of_logits, tiled_cross_entropy
+from ringspan.transformer.tiled_loss import LossTerms, cross_entropy_of_logits, tiled_cross_entropy, token_losses
 
 LOSS_KEYWORD = "ringspan_loss"
 """The keyword under which a `LossRequest` is given to a prepared model."""
@@ -92,6 +94,7 @@ class LossRequest:
         terms: what the loss is made of.
         tile: tokens whose logits exist at once; None takes the model's own logits.
         pieces: of a tensor axis, each of whose ranks computes the loss of its own; None where there is none.
+        by_token: each token's cross-entropy is wanted, and no gradient, instead of the share.
     """
 
     labels: Tensor
@@ -99,6 +102,7 @@ class LossRequest:
     terms: LossTerms
     tile: int | None
     pieces: TensorGroup | None = None
+    by_token: bool = False
 
     @property
     def own_labels(self) -> Tensor:
@@ -127,6 +131,11 @@ def _model_forward(self: nn.Module, *arguments: Any, ringspan_loss: LossRequest 
     if request.tile is None:
         logits = original_forward(self)(*arguments, **keywords).logits
         own = logits if request.pieces is None else request.pieces.take(logits)
+        if request.by_token:
+            wide, labels = own.to(wide_dtype(own.dtype)), request.own_labels
+            return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=request.terms.ignore_index, reduction="none").view(
+                labels.shape
+            )
         return cross_entropy_of_logits(own, request.own_labels, request.scale, request.terms)
     hidden = decoder(self)(*arguments, **keywords).last_hidden_state
     head = _head(self)
@@ -141,4 +150,6 @@ def _head_forward(self: nn.Module, hidden: Tensor, request: LossRequest | None =
     head: Any = self
     with using(plain_parameters(self)):
         weight, bias = head.weight, head.bias
+    if request.by_token:
+        return token_losses(hidden, weight, request.own_labels, tile=request.tile, bias=bias, terms=request.terms)
     return tiled_cross_entropy(hidden, weight, request.own_labels, tile=request.tile, bias=bias, scale=request.scale, terms=request.terms)

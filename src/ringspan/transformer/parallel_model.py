@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ringspan.attention import ContextParallel
@@ -161,6 +163,45 @@ class ParallelModel:
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
         with watch(self.context.observer, AFTER, "reduce"):
             return SumOverRanks.apply(share, self._everyone)
+
+    @torch.no_grad()
+    def losses_by_position(self, parts: Sequence[Mapping[str, Any]], edges: Sequence[int]) -> list[float]:
+        """The mean loss of the labelled tokens at positions `[edges[i], edges[i + 1])`, over all ranks and parts. Collective.
+
+        A position is what the model is told: in the sequence, or in its document where documents are packed. Where the loss goes on
+        falling with it, what is further back is used and not only held.
+
+        Args:
+            parts: from `shard_batches`, as many on every rank.
+            edges: rising, one more than there are ranges.
+
+        Returns:
+            Nats per token for each range, on every rank; NaN for a range without a labelled token.
+
+        Raises:
+            RingspanError: on every rank, where `edges` do not rise.
+        """
+        rises = len(edges) > 1 and all(low < high for low, high in pairwise(edges))
+        fault = (
+            None if rises else RingspanError(f"edges={list(edges)!r}", "", "Ranges of positions follow each other", "edges=[0, 1024, 2048]")
+        )
+        agree(self._everyone, "losses_by_position", list(edges), fault)
+        device = next(self.model.parameters()).device if not parts else parts[0]["labels"].device
+        sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+        borders = torch.tensor(edges, device=device)
+        pieces = self._ranks.pieces
+        for part in parts:
+            labels: Tensor = part["labels"]
+            request = LossRequest(labels=labels, scale=1.0, terms=self._terms, tile=self.chosen.loss_tile, pieces=pieces, by_token=True)
+            inputs = {name: part[name] for name in _INPUTS if name in part}
+            losses: Tensor = self.model(**inputs, use_cache=False, ringspan_loss=request)
+            positions = part["position_ids"].expand(labels.shape)
+            places = torch.bucketize(positions if pieces is None else pieces.take(positions), borders, right=True) - 1
+            counted = (request.own_labels != self._terms.ignore_index) & (places >= 0) & (places < len(edges) - 1)
+            found = torch.stack((losses[counted].double(), torch.ones_like(losses[counted], dtype=torch.float64)))
+            sums.index_add_(1, places[counted], found)
+        self._everyone.all_reduce(sums)
+        return (sums[0] / sums[1]).tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.

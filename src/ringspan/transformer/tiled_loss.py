@@ -134,6 +134,32 @@ def tiled_loss(
     return SumOverRanks.apply(share, transport)
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, tile: int, bias: Tensor | None, terms: LossTerms) -> Tensor:
+    """The cross-entropy of each token, without smoothing and z-loss, and without a gradient; logits exist for `tile` tokens at a time.
+
+    Args:
+        hidden: `[batch, shard, hidden]`.
+        weight: `[vocabulary, hidden]`.
+        labels: `[batch, shard]`, already shifted.
+        tile: tokens whose logits exist at once.
+        bias: `[vocabulary]`, or None.
+        terms: multiplier and softcap of the logits, and which label does not count.
+
+    Returns:
+        `[batch, shard]`, float32 or wider; 0 where a token does not count.
+    """
+    flat, flat_labels = hidden.flatten(0, -2), labels.flatten()
+    losses = torch.empty(flat.shape[0], dtype=wide_dtype(flat.dtype), device=flat.device)
+    for start in range(0, flat.shape[0], tile):
+        rows = slice(start, start + tile)
+        x = F.linear(flat[rows], weight, bias).to(losses.dtype) * terms.multiplier
+        if terms.softcap is not None:
+            x = terms.softcap * torch.tanh(x / terms.softcap)
+        losses[rows] = F.cross_entropy(x, flat_labels[rows], ignore_index=terms.ignore_index, reduction="none")
+    return losses.view(labels.shape)
+
+
 def cross_entropy_of_logits(logits: Tensor, labels: Tensor, scale: Tensor | float = 1.0, terms: LossTerms | None = None) -> Tensor:
     """What `tiled_cross_entropy` computes, from logits that are there already, their multiplier and softcap applied."""
     terms = terms or LossTerms()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ringspan.training.metrics import StepRecord
 
@@ -11,7 +12,7 @@ _SMOOTHING_PARTS = 40
 
 
 def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, title: str) -> None:
-    """Draws training and held-out loss over the steps of `records` into a PNG.
+    """Draws training and held-out loss over the steps of `records` into a PNG; beside it held-out loss by position, where it is known.
 
     Args:
         unit: what one token is called on the axis: a byte, or a token.
@@ -23,9 +24,10 @@ def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, tit
 
     trained = [(record.step, record.loss) for record in records if record.loss is not None]
     held_out = [(record.step, record.validation_loss) for record in records if record.validation_loss is not None]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    by_position = next((record.validation_by_position for record in reversed(records) if record.validation_by_position), None)
+    figure = Figure(figsize=(12 if by_position else 8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(1, 2 if by_position else 1, 1)
     if trained:
         steps, losses = zip(*trained, strict=True)
         axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each batch")
@@ -46,7 +48,20 @@ def draw_loss_curve(records: Sequence[StepRecord], path: Path, *, unit: str, tit
     axes.spines[["top", "right"]].set_visible(False)
     if trained or held_out:
         axes.legend(frameon=False, fontsize=10)
+    if by_position:
+        _draw_by_position(figure.add_subplot(1, 2, 2), by_position, unit)
     figure.savefig(path)
+
+
+def _draw_by_position(axes: Any, ranges: Sequence[Sequence[float]], unit: str) -> None:
+    for low, high, loss in ranges:
+        axes.plot((max(low, 1), high), (loss, loss), color="#c8553d", linewidth=2.4, solid_capstyle="butt")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
+    axes.set_xlabel("position in the context", fontsize=11)
+    axes.set_ylabel(f"held-out loss at the end (nats per {unit})", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
