@@ -196,7 +196,8 @@ class ParallelModel:
             inputs = {name: part[name] for name in _INPUTS if name in part}
             losses: Tensor = self.model(**inputs, use_cache=False, ringspan_loss=request)
             positions = part["position_ids"].expand(labels.shape)
-            places = torch.bucketize(positions if pieces is None else pieces.take(positions), borders, right=True) - 1
+            own = positions if pieces is None else pieces.take(positions)
+            places = torch.bucketize(own.contiguous(), borders, right=True) - 1
             counted = (request.own_labels != self._terms.ignore_index) & (places >= 0) & (places < len(edges) - 1)
             found = torch.stack((losses[counted].double(), torch.ones_like(losses[counted], dtype=torch.float64)))
             sums.index_add_(1, places[counted], found)
