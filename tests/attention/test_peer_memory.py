@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def schedules_of(variant: str, layout: str, mask: str, ranks: int, length: int) 
     return [both.forward, both.backward]
 
 
-def check_outboxes(schedule: Schedule) -> None:
+def check_outboxes(schedule: Schedule, singles: Any = None) -> None:
     """Every receive reads what its send wrote, nothing is overwritten while somebody may read it, every signal is set and cleared once."""
-    boxes: list[Outbox] = [outbox(schedule, rank, ROW_BYTES) for rank in range(schedule.num_ranks)]
+    boxes: list[Outbox] = [outbox(schedule, rank, ROW_BYTES, singles) for rank in range(schedule.num_ranks)]
     assert len({(box.nbytes, box.messages) for box in boxes}) == 1, "every rank reserves alike"
     batches_of = [
         [batch for _, batches in sorted(outbox_module.rank_batches(program).items()) for batch in batches] for program in schedule.programs
@@ -62,7 +63,8 @@ def check_outboxes(schedule: Schedule) -> None:
             messages = {message.peer: message for message in posting.ready}
             assert set(messages) == {send.peer for send in batch.sends}
             for send, places in zip(batch.sends, posting.written, strict=True):
-                assert [place.nbytes for place in places] == [len(send.piece) * size for size in ROW_BYTES[send.piece.kind]]
+                sizes = singles if singles is not None and (rank, send) in schedule.singles else ROW_BYTES
+                assert [place.nbytes for place in places] == [len(send.piece) * size for size in sizes[send.piece.kind]]
                 for component, place in enumerate(places):
                     assert place.offset + place.nbytes <= box.nbytes
                     # The same rows of the same own input may lie in one place for several readers.
@@ -96,6 +98,16 @@ def test_a_ring_reuses_its_places_and_holds_no_more_than_a_few_visitors():
     rows = 6
     assert outbox(forward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256), "its own keys, and those that it passes on"
     assert outbox(backward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256) + 4 * (rows * 80 + 256)
+
+
+def test_results_of_one_attend_take_the_room_that_they_travel_in():
+    narrow = {**ROW_BYTES, "dkv": tuple(size // 2 for size in ROW_BYTES["dkv"])}
+    # On two ranks every gradient that travels is one tile's; on four a ring's are sums, and the direct ones are not.
+    for strategy, ranks, saves in (("ring", 2, True), ("direct", 4, True), ("ring", 4, False)):
+        backward = schedules_of(strategy, "zigzag", "causal", ranks, 64 * ranks)[1]
+        wide, less = outbox(backward, 0, ROW_BYTES).nbytes, outbox(backward, 0, ROW_BYTES, narrow).nbytes
+        assert (less < wide) == saves, (strategy, ranks, wide, less)
+        check_outboxes(backward, narrow)
 
 
 def test_places_that_are_given_away_early_are_found(monkeypatch: pytest.MonkeyPatch):
@@ -170,8 +182,8 @@ def test_an_unknown_transport_is_refused_on_every_rank():
 def test_a_broken_outbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
     from ringspan.attention import planning
 
-    def shifted(schedule, rank, sizes):
-        box = outbox(schedule, rank, sizes)
+    def shifted(schedule, rank, sizes, singles):
+        box = outbox(schedule, rank, sizes, singles)
         moved = tuple(
             replace(
                 posting,

@@ -137,12 +137,12 @@ def _labels_shifted_on_each_rank_alone(sequence: Any, batch: Any) -> dict[str, T
 
 right_shard_batch = context_parallel.shard_batch
 BREAKAGES = {
-    "gradients that are not summed": (context_parallel, "sum_gradients", lambda parameters, transport: None),
+    "gradients that are not summed": (context_parallel, "sum_gradients", lambda parameters, transport, observer: None),
     "labels that are not shifted across shards": (context_parallel, "shard_batch", _labels_shifted_on_each_rank_alone),
     "a mean over this rank's labels": (
         context_parallel,
         "mean_cross_entropy",
-        lambda logits, labels, transport, ignore: torch.nn.functional.cross_entropy(
+        lambda logits, labels, transport, ignore, observer: torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=ignore
         ),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -50,7 +50,8 @@ def run_processes(
     processes, ended = [], dict[int, float]()
     try:
         for rank in range(num_ranks):
-            process = server().Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout))
+            # What the tests' process has in its environment now; the server has what there was when it began.
+            process = server().Process(target=_be_rank, args=(rank, num_ranks, function, folder, group_timeout, dict(os.environ)))
             process.start()
             processes.append(process)
         while not ended.keys() >= set(awaited or range(num_ranks)) and time.monotonic() - began < timeout:
@@ -81,8 +82,9 @@ def results(outcomes: list[Ended]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _be_rank(rank: int, num_ranks: int, function: str, folder: Path, group_timeout: float) -> None:
+def _be_rank(rank: int, num_ranks: int, function: str, folder: Path, group_timeout: float, environment: Mapping[str, str]) -> None:
     write_to(folder / f"log{rank}", folder / f"log{rank}")
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     # At once: where a rank has died, leaving a group in order would wait for it.
     end_with(lambda: _run(function, folder, group_timeout))

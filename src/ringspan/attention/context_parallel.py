@@ -172,6 +172,9 @@ class Sequence:
 
     Attributes:
         observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for its context's.
+        choice: of strategy `auto`, at the last new shapes.
+        kernel: the kernel that computes the last new shapes.
+        peer_bytes: of this rank's peer memory that they take, held as long as the context; 0 where pieces go by messages.
     """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
@@ -182,6 +185,7 @@ class Sequence:
         self.observer: Observer | None = None
         self.choice: Choice | None = None
         self.kernel: Kernel | None = None
+        self.peer_bytes = 0
 
     @property
     def length(self) -> int:
@@ -317,6 +321,7 @@ class Sequence:
     def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
         planned = make_plan(self, q, k, v, sinks, scale, softcap)
         self.kernel, self._schedules, self.choice = planned.plan.kernel, planned.schedules, planned.choice
+        self.peer_bytes = 0 if planned.plan.peers is None else max(each.nbytes for each in planned.plan.peers[1].values())
         return planned.plan
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,9 +97,9 @@ class _Side:
     nbytes: int
 
 
-def outbox(schedule: Schedule, rank: int, row_bytes: RowBytes) -> Outbox:
-    """The part of `rank` in a pass of `schedule` through peer memory."""
-    sides = [_side(schedule, other, row_bytes) for other in range(schedule.num_ranks)]
+def outbox(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: RowBytes | None = None) -> Outbox:
+    """The part of `rank` in a pass of `schedule` through peer memory; `single_row_bytes` are those of results of one attend."""
+    sides = [_side(schedule, other, row_bytes, single_row_bytes or row_bytes) for other in range(schedule.num_ranks)]
     mine = sides[rank]
     postings = []
     met: Counter[int] = Counter()
@@ -122,7 +122,7 @@ def outbox(schedule: Schedule, rank: int, row_bytes: RowBytes) -> Outbox:
     return Outbox(max(side.nbytes for side in sides), most, mine.own, tuple(postings), mine.left)
 
 
-def _side(schedule: Schedule, rank: int, row_bytes: RowBytes) -> _Side:
+def _side(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: RowBytes) -> _Side:
     actions = schedule.programs[rank]
     by_step = rank_batches(actions)
     end = 0
@@ -151,14 +151,15 @@ def _side(schedule: Schedule, rank: int, row_bytes: RowBytes) -> _Side:
                     parts = zip(whole, row_bytes[piece.kind], strict=True)
                     places = tuple(Place(part.offset + (piece.start - first) * size, len(piece) * size) for part, size in parts)
                 else:
-                    size = _laid_out(0, len(piece), row_bytes[piece.kind])[1]
+                    widths = (single_row_bytes if (rank, send) in schedule.singles else row_bytes)[piece.kind]
+                    size = _laid_out(0, len(piece), widths)[1]
                     start = _free_place(end, size, [entry for entry in taken if entry.due > step])
                     for entry in taken:
                         if entry.due <= step and entry.start < start + size and start < entry.stop and entry.message in open_messages:
                             waits.append(entry.message)
                             del open_messages[entry.message]
                     taken.append(_Taken(start, start + size, batch.due, message))
-                    places, _ = _laid_out(start, len(piece), row_bytes[piece.kind])
+                    places, _ = _laid_out(start, len(piece), widths)
                     nbytes = max(nbytes, start + size)
                 places_of[(batch.index, piece, send.peer)] = places
             for peer in sorted({send.peer for send in batch.sends}):

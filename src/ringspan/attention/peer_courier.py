@@ -73,19 +73,23 @@ class PeerCourier:
             self._memory.wait(message.peer, _free(message))
 
 
-def row_bytes(q: Tensor, k: Tensor) -> dict[str, tuple[int, ...]]:
-    """The bytes of a row of each component of each kind of piece, for `q` and `k [batch, shard, heads, head_dim]`."""
+def row_bytes(q: Tensor, k: Tensor, rounded: bool = False) -> dict[str, tuple[int, ...]]:
+    """The bytes of a row of each component of each kind of piece, for `q` and `k [batch, shard, heads, head_dim]`.
+
+    Results are as wide as sums, or, `rounded`, as a kernel gives them.
+    """
     batch, _, heads, head_dim = q.shape
     element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
+    result = element if rounded else wide
     query, key, stats = batch * heads * head_dim, batch * k.shape[2] * head_dim, batch * heads
     return {
         "q": (query * element,),
         "kv": (key * element, key * element),
-        "o": (query * wide, stats * wide),
+        "o": (query * result, stats * wide),
         # dO, out, lse, and the gradient of lse where there is one.
         "do": (query * element, query * element, stats * wide, stats * wide),
-        "dq": (query * wide,),
-        "dkv": (key * wide, key * wide),
+        "dq": (query * result,),
+        "dkv": (key * result, key * result),
     }
 
 

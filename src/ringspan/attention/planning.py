@@ -91,7 +91,7 @@ def make_plan(
         materialised,
         context.kv_heads_per_stage,
         None if materialised else lse_gradient_refusal(kernel, asked),
-        _peers(sequence, q, k, schedules, transport.rank, materialised),
+        _peers(sequence, q, k, schedules, transport.rank, kernel, materialised),
     )
     return Planned(plan, schedules, choice)
 
@@ -126,7 +126,7 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
     return schedules, choice
 
 
-def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, materialised: bool) -> Peers | None:
+def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool) -> Peers | None:
     """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
     context = sequence.context
     wanted = context.carrier
@@ -136,8 +136,8 @@ def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank:
     reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
-        sizes = row_bytes(q, k)
-        outboxes = {each.direction: outbox(each, rank, sizes) for each in (schedules.forward, schedules.backward)}
+        sizes, singles = row_bytes(q, k), row_bytes(q, k, rounded=kernel.rounds)
+        outboxes = {each.direction: outbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
         if 2 * max(each.messages for each in outboxes.values()) <= memory.channels:
             memory.reserve(max(each.nbytes for each in outboxes.values()))
             return memory, outboxes

@@ -188,6 +188,7 @@ class _Problem:
                 reason=reason,
                 bytes_sent=sum(each[0] for each in gathered),
                 bytes_promised=promised,
+                peer_bytes=sequence.peer_bytes,
                 promised_bytes={
                     "forward": max((each[1] for each in gathered), key=lambda parts: parts["total"]),
                     "both": max((each[2] for each in gathered), key=lambda parts: parts["total"]),
@@ -275,7 +276,8 @@ class _Problem:
             # Both first: a graph that computes something else is found before anything is timed. One graph at a time holds memory.
             for which in reversed(PASSES):
                 work = getattr(passes, which)
-                extra = {which: size} if (size := peak_bytes(work, clock.device)) is not None else {}
+                size = peak_bytes(work, clock.device)
+                extra = {} if size is None else {which: size + record.peer_bytes}
                 if record.launch == "graph":
                     work = captured(work)
                     if which == "both" and not (checked := self._replayed(record, work, passes)).is_timed:
