@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a machine with GPUs must show, each part within its seconds; each part leaves one archive of its files.
-# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|half_million|million ...]
+# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
 parts=${*:-correct speed long masks heads auto ablate soak steps}
@@ -86,6 +86,11 @@ for part in $parts; do
         # shellcheck disable=SC2086
         step 90 --layers 4 --context "${CONTEXT:-131072}" --offload --steps 2 $how
       done ;;
+    run)
+      # The context is used, not just held: held-out loss by position after some hundred steps on a real text.
+      timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \
+        --validation-tokens 262144 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
+      rm -rf "$out"/long_run/checkpoint* ;;
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
@@ -94,6 +99,7 @@ for part in $parts; do
       # Longer than one call may take on some machines: `setsid` it, and look at steps.log.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step "${SECONDS_ALLOWED:-1600}" --context 1048576 --rematerialise full --layers-per-checkpoint 2 --offload --host-gib "${HOST_GIB:-50}" \
+        --kv-heads-per-stage 4 \
         --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
