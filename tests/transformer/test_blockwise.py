@@ -220,3 +220,11 @@ def test_what_may_look_at_other_positions_is_refused():
         mlp = MODULES["llama"]()
         mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
         blockwise(mlp, 3)
+
+
+def test_shelves_that_adapters_leave_empty_are_no_hindrance():
+    from ringspan.transformer.blockwise import check_position_wise
+
+    check_position_wise(nn.Sequential(nn.ModuleDict({"base": nn.Linear(4, 4)}), nn.ParameterDict()))
+    with pytest.raises(UnsupportedError, match="ParameterDict"):
+        check_position_wise(nn.Sequential(nn.ParameterDict({"weight": nn.Parameter(torch.ones(4))})))

@@ -71,6 +71,9 @@ def check_position_wise(module: nn.Module) -> None:
             if next(part.parameters(recurse=False), None) is not None:
                 raise _unsupported(module, f"{name or 'itself'} is a {type(part).__name__} with parameters of its own")
             continue
+        if isinstance(part, (nn.ModuleDict, nn.ParameterDict, nn.ModuleList)) and next(part.parameters(), None) is None:
+            # Adapters bring empty shelves.
+            continue
         known = isinstance(part, nn.Linear | nn.Identity | nn.Dropout) or type(part).__name__.endswith(_NORMS)
         if not (known or type(part).__module__.startswith(_ACTIVATIONS)):
             raise _unsupported(module, f"{name or 'itself'} is a {type(part).__name__}")
