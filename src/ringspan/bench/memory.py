@@ -107,9 +107,9 @@ def peak_bytes(work: Callable[[], tuple[Tensor, ...]], device: torch.device) -> 
 
 
 def release(device: torch.device) -> None:
-    """Gives memory back that the allocator keeps, graphs' pools included."""
-    gc.collect()
+    """Gives memory back that a GPU's allocator keeps, graphs' pools included; a CPU has none to spare it for."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
