@@ -26,9 +26,10 @@ step() {
   cat "$out/step.log" >> "$out/steps.log"
   echo "step $*: $status"
   if grep -q '^{' "$out/step.log"; then
-    grep '^{' "$out/step.log" | tail -1 | python3 -c 'import json, sys
-line = json.loads(sys.stdin.read())
-print({k: line.get(k) for k in ("seconds", "forward_and_backward_seconds", "losses", "mfu", "peak_gib", "reserved_gib", "out_of_memory") if k in line})'
+    grep '^{' "$out/step.log" | python3 -c 'import json, sys
+for text in sys.stdin:
+    line = json.loads(text)
+    print({k: line.get(k) for k in ("context", "seconds", "forward_and_backward_seconds", "losses", "mfu", "peak_gib", "reserved_gib", "out_of_memory") if k in line})'
   else
     grep -vE '^(W|\[rank|\*|$)' "$out/step.log" | tail -6 | cut -c1-300
   fi
@@ -84,7 +85,7 @@ for part in $parts; do
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--plain"; do
         # shellcheck disable=SC2086
-        step 90 --layers 4 --context "${CONTEXT:-131072}" --offload --steps 2 $how
+        step 90 --layers 4 --context "${CONTEXT:-65536,131072}" --offload --steps 2 $how
       done ;;
     run)
       # The context is used, not just held: held-out loss by position after some hundred steps on a real text.

@@ -1,12 +1,12 @@
 """Whole training steps of a Llama-shaped model: seconds, MFU and peak memory at a context, with each part of `parallelize` or without it.
 
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --json step.json
-    torchrun --nproc-per-node 2 benchmarks/training_step.py --context 131072 --without tiled_loss
+    torchrun --nproc-per-node 2 benchmarks/training_step.py --context 32768,65536 --without tiled_loss
     torchrun --nproc-per-node 4 benchmarks/training_step.py --context 131072 --tensor 2
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 16384 --plain
 
-Weights and tokens are random: speed and memory do not depend on them. One JSON line a run; an out-of-memory is a result as well. `--plain`
-is transformers with sdpa, FSDP2 and gradient checkpointing, each rank a whole sequence of its own.
+Weights and tokens are random: speed and memory do not depend on them. One JSON line a context; an out-of-memory is a result as well.
+`--plain` is transformers with sdpa, FSDP2 and gradient checkpointing, each rank a whole sequence of its own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def model_flops(shape: LayerShape, tokens: int) -> float:
 def make_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
     """Without memory, to be sharded before it has any."""
     vocabulary = 512 if arguments.model == "tiny" else 128256
-    config = LlamaConfig(**SIZES[arguments.model], vocab_size=vocabulary, max_position_embeddings=max(8192, arguments.context))
+    config = LlamaConfig(**SIZES[arguments.model], vocab_size=vocabulary, max_position_embeddings=max(8192, *arguments.context))
     if arguments.layers:
         config.num_hidden_layers = arguments.layers
     with torch.device("meta"):
@@ -70,8 +70,12 @@ def materialise(model: LlamaForCausalLM, device: torch.device, parameters_on_hos
             module.rotary_emb = type(module.rotary_emb)(model.config).to(device)
 
 
-def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Callable[[], float]]:
-    """The model, and a forward and backward that returns the loss."""
+Work = Callable[[int], float]
+"""A forward and backward over a context, which returns the loss."""
+
+
+def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Work]:
+    """The model as `parallelize` prepares it."""
     without = set(arguments.without)
     mode = "none" if "rematerialise" in without else arguments.rematerialise
     offloads = "offload" not in without and mode in ("full", "attention_output") and arguments.offload
@@ -94,9 +98,9 @@ def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape)
     materialise(model, device, arguments.parameters_on_host)
     if dist.get_rank() == 0:
         print(parallel.chosen, flush=True)
-    ids = torch.randint(shape.vocabulary, (1, arguments.context), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def work() -> float:
+    def work(context: int) -> float:
+        ids = torch.randint(shape.vocabulary, (1, context), generator=torch.Generator().manual_seed(0)).to(device)
         loss = parallel.loss(parallel.shard_batch({"input_ids": ids, "labels": ids}))
         loss.backward()
         return float(loss.detach())
@@ -104,7 +108,7 @@ def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape)
     return model, work
 
 
-def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Callable[[], float]]:
+def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape) -> tuple[nn.Module, Work]:
     """What one would do without this package."""
     model = make_model(arguments)
     model.set_attn_implementation("sdpa")
@@ -115,9 +119,9 @@ def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape
     materialise(model, device, False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    ids = torch.randint(shape.vocabulary, (1, arguments.context), generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
 
-    def work() -> float:
+    def work(context: int) -> float:
+        ids = torch.randint(shape.vocabulary, (1, context), generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         return float(loss.detach())
@@ -154,14 +158,23 @@ def profiled(work: Callable[[], object]) -> None:
             print(f"{took:10.1f} ms {count:6} x  {name}")
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Times every step, the first ones included and marked as warm-up."""
+Prepared = tuple[LayerShape, nn.Module, Work, torch.optim.Optimizer | None]
+
+
+def prepare(arguments: argparse.Namespace, device: torch.device) -> Prepared:
+    """The model, what it computes, and its optimizer."""
     shape = layer_shape(make_model(arguments))
     model, work = (plain if arguments.plain else ours)(arguments, device, shape)
     optimizer = None
     if arguments.optimizer != "none":
         # One pass over the states and not ten: in host memory that is the step's whole time.
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[arguments.optimizer](model.parameters(), lr=1e-5, fused=True)
+    return shape, model, work, optimizer
+
+
+def measure(arguments: argparse.Namespace, device: torch.device, prepared: Prepared, context: int) -> dict[str, Any]:
+    """Times every step, the first ones included and marked as warm-up."""
+    shape, model, work, optimizer = prepared
     on_gpu = device.type == "cuda"
     seconds, computing, losses, peak = [], [], [], 0
     for _ in range(arguments.warmup + arguments.steps):
@@ -170,7 +183,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
             torch.cuda.synchronize()
         dist.barrier()
         began = time.perf_counter()
-        losses.append(work())
+        losses.append(work(context))
         computing.append(time.perf_counter() - began)
         if optimizer is not None:
             optimizer.step()
@@ -180,18 +193,18 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
             peak = max(peak, torch.cuda.max_memory_allocated())
         seconds.append(time.perf_counter() - began)
     if arguments.profile:
-        profiled(work)
+        profiled(lambda: work(context))
     timed = sorted(seconds[arguments.warmup :])
     middle = timed[len(timed) // 2]
     ranks = dist.get_world_size()
     sequences = ranks if arguments.plain else 1
-    flops = model_flops(shape, arguments.context) * sequences
+    flops = model_flops(shape, context) * sequences
     return {
         "seconds": seconds,
         "forward_and_backward_seconds": computing,
         "warmup": arguments.warmup,
         "losses": losses,
-        "tokens_per_second": sequences * arguments.context / middle,
+        "tokens_per_second": sequences * context / middle,
         "tflops_per_gpu": flops / middle / ranks / 1e12,
         "mfu": flops / middle / ranks / 1e12 / arguments.peak_tflops,
         "peak_gib": peak / 2**30,
@@ -199,12 +212,16 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     }
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
 def main() -> None:
     """One run, one JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--context", type=_numbers, required=True, help="one, or several in turn")
     parser.add_argument("--tensor", type=int, default=1, help="ranks of the tensor axis; the others share the context")
     parser.add_argument("--strategy", default="ring")
     parser.add_argument("--kernel", default="auto")
@@ -235,18 +252,26 @@ def main() -> None:
         dist.init_process_group("gloo")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if on_gpu else "cpu"
-    line = {"commit": commit, "torch": torch.__version__, "gpu": gpu, "ranks": dist.get_world_size(), **vars(arguments)}
-    try:
-        line |= measure(arguments, device)
-    except torch.OutOfMemoryError as error:
-        # The other ranks wait for this one: it ends all of them.
-        print(json.dumps({**line, "out_of_memory": str(error).splitlines()[0]}), flush=True)
-        os._exit(3)
-    if dist.get_rank() == 0:
-        print(json.dumps(line), flush=True)
-        if arguments.json:
-            with Path(arguments.json).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    settings = {"commit": commit, "torch": torch.__version__, "gpu": gpu, "ranks": dist.get_world_size(), **vars(arguments)}
+    prepared = None
+    for context in arguments.context:
+        line = {**settings, "context": context}
+        try:
+            prepared = prepared or prepare(arguments, device)
+            line |= measure(arguments, device, prepared, context)
+        except torch.OutOfMemoryError as error:
+            # The other ranks wait for this one: it ends all of them.
+            said = json.dumps({**line, "out_of_memory": str(error).splitlines()[0]})
+            print(said, flush=True)
+            if arguments.json:
+                with Path(arguments.json).open("a") as file:
+                    file.write(said + "\n")
+            os._exit(3)
+        if dist.get_rank() == 0:
+            print(json.dumps(line), flush=True)
+            if arguments.json:
+                with Path(arguments.json).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
     dist.destroy_process_group()
 
 
