@@ -17,10 +17,9 @@ from ringspan.attention.program import resolve
 from ringspan.attention.reshard import make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.errors import UnsupportedError
-from ringspan.geometry import head_shares
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, Choice, Schedules, choose, held_back, link_bytes, make_schedules, pays
+from ringspan.strategies import MACHINES, Choice, Schedules, choose, held_back, link_bytes, make_schedules, pays, share_sizes
 from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
@@ -117,11 +116,7 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
         queries = make_schedules(strategy, layout, mask, rotate="queries")
         keys_bytes, queries_bytes = (link_bytes(each, layout, sizes, "backward").total() for each in (schedules, queries))
         schedules = queries if queries_bytes < keys_bytes else schedules
-    inner = sizes
-    if schedules.grid is not None:
-        widest = max(head_shares(sizes.heads, sizes.kv_heads, schedules.grid.degree), key=lambda share: share.heads)
-        inner = replace(sizes, heads=widest.heads, kv_heads=widest.kv_heads)
-    if pays(schedules.backward, inner, MACHINES[q.device.type]):
+    if pays(schedules.backward, share_sizes(schedules, sizes), MACHINES[q.device.type]):
         schedules = replace(schedules, backward=held_back(schedules.backward, schedules.layout, mask))
     return schedules, choice
 

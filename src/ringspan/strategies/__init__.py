@@ -11,7 +11,7 @@ from ringspan.strategies.all_gather import all_gather
 from ringspan.strategies.auto import Choice, choose
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import MACHINES, Cost, LayerForecast, cost, forecast_layer
+from ringspan.strategies.cost import MACHINES, Cost, LayerForecast, cost, forecast_layer, share_sizes
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
@@ -43,6 +43,7 @@ __all__ = [
     "link_bytes",
     "make_schedules",
     "pays",
+    "share_sizes",
     "strategy_options",
 ]
 

@@ -63,18 +63,23 @@ class LayerForecast:
         return sum(self.exchanges) + self.forward.seconds + self.backward.seconds
 
 
+def share_sizes(schedules: Schedules, sizes: PieceBytes) -> PieceBytes:
+    """Of the tensors that a rank of `schedules` computes, with the largest share of the heads where positions are exchanged for heads."""
+    if schedules.grid is None:
+        return sizes
+    widest = max(head_shares(sizes.heads, sizes.kv_heads, schedules.grid.degree), key=lambda share: share.heads)
+    return replace(sizes, heads=widest.heads, kv_heads=widest.kv_heads)
+
+
 def forecast_layer(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> LayerForecast:
     """Forward and backward of `schedules` for `layout` (of all ranks) and `mask`, with tensors of `sizes`, on `machine`."""
-    inner, exchanges = sizes, (0.0, 0.0, 0.0, 0.0)
-    if (grid := schedules.grid) is not None:
-        widest = max(head_shares(sizes.heads, sizes.kv_heads, grid.degree), key=lambda share: share.heads)
-        inner = replace(sizes, heads=widest.heads, kv_heads=widest.kv_heads)
-        if grid.degree > 1:
-            # q, k and v there, out back; dO there, dq, dk and dv back.
-            volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
-            overhead = machine.latency_seconds + machine.launch_seconds
-            there, back, there_again, back_again = (overhead + volume / machine.link_bytes_per_second for volume in volumes)
-            exchanges = (there, back, there_again, back_again)
+    inner, exchanges = share_sizes(schedules, sizes), (0.0, 0.0, 0.0, 0.0)
+    if (grid := schedules.grid) is not None and grid.degree > 1:
+        # q, k and v there, out back; dO there, dq, dk and dv back.
+        volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
+        overhead = machine.latency_seconds + machine.launch_seconds
+        there, back, there_again, back_again = (overhead + volume / machine.link_bytes_per_second for volume in volumes)
+        exchanges = (there, back, there_again, back_again)
     forward, backward = (forecast(schedule, schedules.layout, mask, inner, machine) for schedule in (schedules.forward, schedules.backward))
     return LayerForecast(forward=forward, backward=backward, sizes=inner, exchanges=exchanges)
 
