@@ -13,8 +13,6 @@ import itertools
 import re
 import shlex
 import tomllib
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,77 +24,12 @@ from typer.testing import CliRunner
 import ringspan
 from ringspan import strategies, transport
 from ringspan.cli.main import app
-from ringspan.errors import RingspanError
-from ringspan.geometry import MASK_FORMS, make_layout, parse_mask
+from ringspan.geometry import MASK_FORMS
 from ringspan.kernels import KERNELS, Kernel, lse_gradient
-from ringspan.strategies import STRATEGIES, link_bytes, make_schedules
-from ringspan.verify import allowed_pairs
-from ringspan.viz.study import piece_sizes, study
+from ringspan.strategies import STRATEGIES
+from tests.support.pages import PAGES, README, ROOT, Block, blocks, in_order, named, rows, section
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-GUIDES = ("adding_a_strategy", "compile", "exactness", "gallery", "masks", "tracing", "training", "training_longer")
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 COLUMNS = 118
-SIZES = piece_sizes(heads=32, kv_heads=8, head_dim=128, dtype_bytes=2)
-"""What the tables of the gallery count bytes for."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page; `follows` says whether nothing but an empty line stands between it and the block before."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    follows: bool
-
-
-@cache
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    found, end = [], -1
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        follows = end >= 0 and not text[end : match.start()].strip()
-        found.append(Block(page, text[: match.start()].count("\n") + 1, match[1], match[2], follows))
-        end = match.end()
-    return found
-
-
-def section(page: Path, heading: str) -> str:
-    """What stands under `## heading`."""
-    match = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert match is not None, f"{page.name} has no section {heading!r}"
-    return match[1]
-
-
-def rows(text: str) -> list[list[str]]:
-    """The cells of every table row below a header."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    rules = [index for index, row in enumerate(cells) if all(set(cell) <= set("-:") for cell in row)]
-    return [row for index, row in enumerate(cells) if index not in rules and index + 1 not in rules]
-
-
-def named(text: str) -> list[str]:
-    """The first cells of a table's rows, without their quotes."""
-    return [row[0].strip("`") for row in rows(text)]
-
-
-def in_order(shown: list[str], printed: list[str]) -> str | None:
-    """The first line of `shown` that `printed` does not have where it belongs; `…` stands for lines left out."""
-    place, free = 0, False
-    for line in shown:
-        if line.strip() == "…":
-            free = True
-            continue
-        rest = printed[place:] if free else printed[place : place + 1]
-        if line not in rest:
-            return line
-        place += rest.index(line) + 1
-        free = False
-    return None
 
 
 # ---- what a reader types ---------------------------------------------------------------------------------------------------------
@@ -321,81 +254,6 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-# ---- what the guides count -------------------------------------------------------------------------------------------------------
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:,.0f}"
-
-
-def test_the_gallery_counts_what_the_schedules_count():
-    said = rows(section(ROOT / "docs" / "gallery.md", "Side by side"))
-    counted = []
-    for strategy in STRATEGIES:
-        shown = study(strategy, layout="zigzag", mask="causal", length=65536, num_ranks=8, sizes=SIZES)
-        sent = [sum(shown.link_bytes[direction].values()) for direction in ("forward", "backward")]
-        visiting = [max(shown.visiting_bytes(direction, rank) for rank in range(8)) for direction in ("forward", "backward")]
-        idle = f"{100 * shown.idle_fraction('forward'):.1f}%"
-        steps = f"{shown.schedule('forward').num_steps}, {shown.schedule('backward').num_steps}"
-        counted.append([f"`{strategy}`", *map(mebibytes, sent), *map(mebibytes, visiting), steps, idle])
-    assert said == counted
-
-
-def test_what_direct_saves_is_what_the_schedules_say():
-    said = rows(section(ROOT / "docs" / "gallery.md", "`direct`"))
-    counted = []
-    for text, layout, num_ranks in [(row[0].strip("`"), row[1].strip("`"), int(row[2])) for row in said]:
-        mask = parse_mask(text)
-        made = make_layout(layout, 65536, num_ranks)
-        row = [f"`{text}`", f"`{layout}`", str(num_ranks)]
-        for direction in ("forward", "backward"):
-            ring, direct = (
-                sum(link_bytes(make_schedules(strategy, made, mask), made, SIZES, direction).values()) for strategy in ("ring", "direct")
-            )
-            row += [mebibytes(ring), mebibytes(direct), f"{100 * (1 - direct / ring):.1f}%"]
-        counted.append(row)
-    assert said and said == counted
-
-
-def test_the_masks_are_drawn_as_they_are():
-    drawn = [block for block in blocks(ROOT / "docs" / "masks.md") if block.language == "text" and not block.follows]
-    for block in drawn:
-        text, *drawing = block.text.splitlines()
-        allowed = allowed_pairs(parse_mask(text), len(drawing))
-        assert drawing == [" ".join(".x"[bool(pair)] for pair in row) for row in allowed], f"masks.md, line {block.line}"
-    names = {part.split(":")[0] for block in drawn for part in block.text.splitlines()[0].split("&")}
-    assert names == set(MASK_FORMS), "every mask is drawn"
-
-
-def test_the_only_layout_that_a_strategy_refuses_is_the_one_that_the_readme_names():
-    refused = set()
-    for strategy, layout, num_ranks in itertools.product(STRATEGIES, ringspan.layouts, range(1, 9)):
-        try:
-            make_schedules(strategy, make_layout(layout, 61, num_ranks), ringspan.causal())
-        except RingspanError:
-            refused.add((strategy, layout))
-    assert refused == {("two_dimensional", "striped")}
-    assert "`two_dimensional` with layout `striped`" in section(README, "What is refused, and why")
-
-
-def test_the_only_strategy_that_refuses_softcap_and_sinks_is_the_one_that_the_readme_names():
-    refused = set()
-    q, k, v = torch.randn(3, 1, 5, 2, 8).unbind()
-    for strategy, more in itertools.product(STRATEGIES, ({"softcap": 2.0}, {"sinks": torch.zeros(2)})):
-        try:
-            ringspan.ContextParallel(strategy=strategy).sequence(5).attention(q, k, v, **more)
-        except RingspanError:
-            refused.add((strategy, *more))
-    assert refused == {("ring_self_attention", "softcap"), ("ring_self_attention", "sinks")}
-    assert "`ring_self_attention` with a softcap or sinks" in section(README, "What is refused, and why")
-
-
-def test_every_test_that_a_guide_names_is_there():
-    for page in PAGES:
-        for name in re.findall(r"`(tests/[\w/.]+)`", page.read_text(encoding="utf-8")):
-            assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
 def test_a_command_whose_output_is_another_is_noticed():

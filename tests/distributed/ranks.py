@@ -12,6 +12,7 @@ import torch.distributed as dist
 import ringspan
 from ringspan.errors import RingspanError
 from ringspan.kernels import KERNELS
+from tests.support.attempts import said_of
 from tests.support.dense import make_tensors
 from tests.support.masks import EXAMPLES
 from tests.support.models import gradients, make_batch, tiny_llama, with_attention
@@ -69,7 +70,6 @@ def train(group: Any) -> list[Any]:
 
 def refuse(group: Any) -> list[str]:
     """Disagreements, each of which every rank is told about; the group goes on working."""
-    said = []
     rank = group.rank if hasattr(group, "exchange") else dist.get_rank(group)
     context = ringspan.ContextParallel(group)
     sequence = context.sequence(12)
@@ -81,13 +81,7 @@ def refuse(group: Any) -> list[str]:
         lambda: sequence.attention(*(torch.zeros(1 + (rank == 1), rows, heads, 8) for heads in (4, 2, 2))),
         lambda: sequence.attention(*(torch.zeros(1, rows + (rank == 1), heads, 8) for heads in (4, 2, 2))),
     )
-    for attempt in attempts:
-        try:
-            attempt()
-        except RingspanError as error:
-            said.append(str(error))
-        else:
-            said.append("went on")
+    said = said_of(attempts)
     sequence.attention(*(torch.zeros(1, rows, heads, 8) for heads in (4, 2, 2)))
     return said
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import ringspan
-from ringspan.errors import RingspanError
 from ringspan.transformer import Offload, ParallelModel, parallelize
 from ringspan.transformer.parallel_model import TOTAL_KEYWORD
+from tests.support.attempts import said_of
 from tests.support.models import VOCABULARY, make_batch, seeded, tiny_llama
 
 _SMALL = {
@@ -267,14 +267,7 @@ def refusals(group: Any) -> list[str]:
         lambda: parallel.shard_batches([make_batch(1, 9)] * (1 + rank)),
         lambda: parallel.shard_batch({**make_batch(1, 9), **({"extra": 1} if rank else {})}),
     )
-    said = []
-    for attempt in attempts:
-        try:
-            attempt()
-        except RingspanError as error:
-            said.append(str(error))
-        else:
-            said.append("went on")
+    said = said_of(attempts)
     parallel.loss(parallel.shard_batch(make_batch(1, 9 + rank)))
     return said
 
