@@ -148,7 +148,7 @@ def broken_splits(group: Any) -> dict[str, Any]:
     breakages = {
         "gradients of norms that no one sums": (pieces.SumGradient, "backward", staticmethod(lambda ctx, gradient: (gradient, None))),
         "biases that every rank adds": (tensor_parallel, "bias_apart", lambda module: nullcontext()),
-        "gradients of gathered tokens that are this rank's alone": (pieces._Gather, "backward", pieces._Show.backward),
+        "gradients of gathered tokens that are this rank's alone": (pieces.TensorGroup, "gather_rows", _gather_unsummed),
         "fillings that are labelled": (pieces.TensorGroup, "take", _take_and_repeat),
     }
     found = {}
@@ -156,6 +156,10 @@ def broken_splits(group: Any) -> dict[str, Any]:
         with mock.patch.object(owner, attribute, wrong):
             found[name] = run_case(case)
     return found
+
+
+def _gather_unsummed(self: pieces.TensorGroup, x: Tensor) -> Tensor:
+    return pieces._Moved.apply(x, self, pieces._gather, pieces._own_rows)
 
 
 def _take_and_repeat(self: pieces.TensorGroup, x: Tensor, fill: float = 0) -> Tensor:

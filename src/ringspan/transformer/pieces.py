@@ -5,6 +5,7 @@ Korthikanti et al. (2205.05198) call the two g and ḡ: an all-gather whose back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class TensorGroup:
 
     def show(self, piece: Tensor, length: int) -> Tensor:
         """As `gather`, for what every rank then does alike: the gradient of a piece is what its own rank asks of it."""
-        return _joined(_Show.apply(piece, self), self.size, length)
+        return _joined(_Moved.apply(piece, self, _gather, _own_rows), self.size, length)
 
     def sum_pieces(self, x: Tensor) -> Tensor:
         """This rank's piece of the sum over the ranks of `x [batch, length, …]` (ḡ)."""
@@ -77,11 +78,11 @@ class TensorGroup:
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """`[rows, …]` of every rank under one another; the gradient is summed over the ranks."""
-        return _Gather.apply(x, self)
+        return _Moved.apply(x, self, _gather, _sum)
 
     def sum_rows(self, x: Tensor) -> Tensor:
         """This rank's share of the rows of the sum over the ranks of `x [size · rows, …]`."""
-        return _Sum.apply(x, self)
+        return _Moved.apply(x, self, _sum, _gather)
 
 
 def _joined(rows: Tensor, size: int, length: int) -> Tensor:
@@ -101,37 +102,24 @@ def _sum(x: Tensor, group: TensorGroup) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return _sum(gradients[0], ctx.group), None
+def _own_rows(x: Tensor, group: TensorGroup) -> Tensor:
+    return x.chunk(group.size)[group.rank]
 
 
-class _Sum(torch.autograd.Function):
+_Move = Callable[[Tensor, TensorGroup], Tensor]
+
+
+class _Moved(torch.autograd.Function):
+    """One way forward, another for the gradient."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return _sum(x, group)
+    def forward(ctx, x: Tensor, group: TensorGroup, there: _Move, back: _Move) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        return _gather(gradients[0], ctx.group), None
-
-
-class _Show(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return gradients[0].chunk(ctx.group.size)[ctx.group.rank], None
+        return ctx.back(gradients[0], ctx.group), None, None, None
 
 
 class SumGradient(torch.autograd.Function):
