@@ -39,7 +39,7 @@ for part in $parts; do
   case $part in
     correct)
       # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
-      CUDA_VISIBLE_DEVICES=0 timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
+      CUDA_VISIBLE_DEVICES=0 timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
         CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
           tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
@@ -75,6 +75,9 @@ for part in $parts; do
       bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
       bench kernels 90 --kernel "flash4,cudnn,flash2,auto" --strategy ring --length 2048,8192,32768 --launch graph --peers none ;;
     ablate) bench ablation 120 --kernel "$kernel" --strategy ring --length 8192,32768 --ablate --peers none ;;
+    gpu_tests)
+      CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 400 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1
+      echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log" ;;
     soak) timeout 150 torchrun --nproc-per-node "$gpus" benchmarks/soak.py --steps "${STEPS:-1000}" 2>&1 | grep -v -i warn | tail -4 ;;
     steps)
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

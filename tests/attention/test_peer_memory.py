@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import outbox as outbox_module
-from ringspan.attention.outbox import Message, Outbox, outbox
+from ringspan.attention import inbox as inbox_module
+from ringspan.attention.inbox import Inbox, Message, inbox
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
-from ringspan.schedule import Schedule
+from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
 from tests.strategies.combinations import MASKS, VARIANTS
@@ -38,50 +37,52 @@ def schedules_of(variant: str, layout: str, mask: str, ranks: int, length: int) 
     return [both.forward, both.backward]
 
 
-def check_outboxes(schedule: Schedule, singles: Any = None) -> None:
-    """Every receive reads what its send wrote, nothing is overwritten while somebody may read it, every signal is set and cleared once."""
-    boxes: list[Outbox] = [outbox(schedule, rank, ROW_BYTES, singles) for rank in range(schedule.num_ranks)]
+def check_inboxes(schedule: Schedule, singles: Any = None) -> None:
+    """Every receive finds what its send wrote, nothing is overwritten while somebody may read it, every signal is set and cleared once."""
+    ranks = range(schedule.num_ranks)
+    boxes: list[Inbox] = [inbox(schedule, rank, ROW_BYTES, singles) for rank in ranks]
     assert len({(box.nbytes, box.messages) for box in boxes}) == 1, "every rank reserves alike"
     batches_of = [
-        [batch for _, batches in sorted(outbox_module.rank_batches(program).items()) for batch in batches] for program in schedule.programs
+        [batch for _, batches in sorted(inbox_module.rank_batches(program).items()) for batch in batches] for program in schedule.programs
     ]
-    written_at = {
-        (rank, send.piece, send.peer, send.step, send.due): places
-        for rank, box in enumerate(boxes)
-        for batch, posting in zip(batches_of[rank], box.postings, strict=True)
-        for send, places in zip(batch.sends, posting.written, strict=True)
-    }
-    ready: set[tuple[int, Message]] = set()
-    read: set[tuple[int, Message]] = set()
+    written: dict[tuple[int, Message], dict[Piece, tuple]] = {}
     for rank, box in enumerate(boxes):
-        # What lies where, until it is known that its readers are done.
-        held: dict[Message, list[tuple[int, int, tuple]]] = defaultdict(list)
         for batch, posting in zip(batches_of[rank], box.postings, strict=True):
-            for message in posting.awaited:
-                assert (rank, message) in ready, "waits for the readers of what was sent before"
-                del held[message]
-            messages = {message.peer: message for message in posting.ready}
-            assert set(messages) == {send.peer for send in batch.sends}
-            for send, places in zip(batch.sends, posting.written, strict=True):
-                sizes = singles if singles is not None and (rank, send) in schedule.singles else ROW_BYTES
-                assert [place.nbytes for place in places] == [len(send.piece) * size for size in sizes[send.piece.kind]]
-                for component, place in enumerate(places):
-                    assert place.offset + place.nbytes <= box.nbytes
-                    # The same rows of the same own input may lie in one place for several readers.
-                    what = (send.piece.kind, send.piece.owner, component)
-                    for start, stop, other in (entry for others in held.values() for entry in others):
-                        apart = stop <= place.offset or place.offset + place.nbytes <= start
-                        assert apart or (other == what and send.piece.owner == rank), "overwritten while it may be read"
-                    held[messages[send.peer]].append((place.offset, place.offset + place.nbytes, what))
-            ready |= {(rank, message) for message in posting.ready}
-            for message, parts in posting.read:
-                read.add((message.peer, Message(rank, message.index)))
+            assert {message.peer for message, _ in posting.written} == {send.peer for send in batch.sends}
+            assert sorted(position for _, parts in posting.written for position, _ in parts) == list(range(len(batch.sends)))
+            for message, parts in posting.written:
+                assert (rank, message) not in written, "written once"
+                written[(rank, message)] = {batch.sends[position].piece: places for position, places in parts}
                 for position, places in parts:
-                    receive = batch.receives[position]
-                    there = written_at[(message.peer, receive.piece, rank, receive.step, receive.due)]
-                    assert there == places, "read where it was written"
-        assert set(held) == set(box.awaited), "the pass ends when all readers are done"
-    assert ready == read, "every signal is waited for, and every wait has its signal"
+                    send = batch.sends[position]
+                    assert send.peer == message.peer
+                    sizes = singles if singles is not None and (rank, send) in schedule.singles else ROW_BYTES
+                    assert [place.nbytes for place in places] == [len(send.piece) * size for size in sizes[send.piece.kind]]
+    for rank, box in enumerate(boxes):
+        needed = dict(lifetimes(schedule.programs[rank]))
+        freed_after = {message: step for step, messages in box.freed.items() for message in messages}
+        assert len(freed_after) == sum(map(len, box.freed.values())), "let come once"
+        held: list[tuple[int, int, int]] = []
+        seen: set[Message] = set()
+        for batch, posting in zip(batches_of[rank], box.postings, strict=True):
+            messages = {message.peer: message for message in posting.awaited}
+            assert set(messages) == {receive.peer for receive in batch.receives}
+            seen |= set(posting.awaited)
+            for receive, places in zip(batch.receives, posting.places, strict=True):
+                message = messages[receive.peer]
+                assert written[(receive.peer, Message(rank, message.index))][receive.piece] == places, "written where it is read"
+                assert freed_after[message] < receive.step, "let come before it is awaited"
+                for place in places:
+                    assert place.offset + place.nbytes <= box.nbytes
+                    for start, stop, last in held:
+                        apart = stop <= place.offset or place.offset + place.nbytes <= start
+                        assert apart or last <= freed_after[message], "overwritten while it may be read"
+                held += [(place.offset, place.offset + place.nbytes, needed[receive]) for place in places]
+        assert seen == set(freed_after), "what may come, comes"
+    read = {
+        (message.peer, Message(rank, message.index)) for rank, box in enumerate(boxes) for each in box.postings for message in each.awaited
+    }
+    assert read == set(written), "every signal is waited for, and every wait has its signal"
 
 
 @pytest.mark.parametrize("variant", CARRIED)
@@ -90,14 +91,14 @@ def test_nothing_is_read_elsewhere_or_overwritten_early(variant: str, layout: st
     for ranks in (1, 2, 3, 5, 8):
         for mask in ("causal", "full", "window", "documents"):
             for schedule in schedules_of(variant, layout, mask, ranks, 4 * ranks + 3):
-                check_outboxes(schedule)
+                check_inboxes(schedule)
 
 
 def test_a_ring_reuses_its_places_and_holds_no_more_than_a_few_visitors():
     forward, backward = schedules_of("ring", "zigzag", "full", 16, 16 * 6)
     rows = 6
-    assert outbox(forward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256), "its own keys, and those that it passes on"
-    assert outbox(backward, 0, ROW_BYTES).nbytes <= 4 * (rows * 40 + 256) + 4 * (rows * 80 + 256)
+    assert inbox(forward, 0, ROW_BYTES).nbytes <= 3 * (rows * 40 + 2 * 256), "which it reads and passes on, which comes, and one between"
+    assert inbox(backward, 0, ROW_BYTES).nbytes <= 3 * (rows * 40 + 2 * 256) + 4 * (rows * 80 + 2 * 256)
 
 
 def test_results_of_one_attend_take_the_room_that_they_travel_in():
@@ -105,17 +106,17 @@ def test_results_of_one_attend_take_the_room_that_they_travel_in():
     # On two ranks, and wherever they go straight home, every gradient that travels is one tile's; in a longer ring the first is.
     for strategy, ranks in (("ring", 2), ("direct", 4), ("ring", 4)):
         backward = schedules_of(strategy, "zigzag", "causal", ranks, 64 * ranks)[1]
-        wide, less = outbox(backward, 0, ROW_BYTES).nbytes, outbox(backward, 0, ROW_BYTES, narrow).nbytes
+        wide, less = inbox(backward, 0, ROW_BYTES).nbytes, inbox(backward, 0, ROW_BYTES, narrow).nbytes
         assert less < wide, (strategy, ranks, wide, less)
-        check_outboxes(backward, narrow)
+        check_inboxes(backward, narrow)
 
 
 def test_places_that_are_given_away_early_are_found(monkeypatch: pytest.MonkeyPatch):
-    right = outbox_module._free_place
-    monkeypatch.setattr(outbox_module, "_free_place", lambda base, size, taken: right(base, size, []))
-    with pytest.raises(AssertionError, match="overwritten"):
+    right = inbox_module._free_place
+    monkeypatch.setattr(inbox_module, "_free_place", lambda size, taken: right(size, []))
+    with pytest.raises(AssertionError, match="let come before it is awaited"):
         for schedule in schedules_of("ring", "zigzag", "full", 5, 40):
-            check_outboxes(schedule)
+            check_inboxes(schedule)
 
 
 @pytest.mark.parametrize("variant", CARRIED)
@@ -179,24 +180,24 @@ def test_an_unknown_transport_is_refused_on_every_rank():
         ringspan.run_in_process(2, lambda group: ringspan.ContextParallel(group, transport="pigeon"))
 
 
-def test_a_broken_outbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
+def test_a_broken_inbox_is_seen_by_the_law(monkeypatch: pytest.MonkeyPatch):
     from ringspan.attention import planning
 
     def shifted(schedule, rank, sizes, singles):
-        box = outbox(schedule, rank, sizes, singles)
+        box = inbox(schedule, rank, sizes, singles)
         moved = tuple(
             replace(
                 posting,
-                read=tuple(
+                written=tuple(
                     (message, tuple((at, tuple(replace(place, offset=0) for place in places)) for at, places in parts))
-                    for message, parts in posting.read
+                    for message, parts in posting.written
                 ),
             )
             for posting in box.postings
         )
         return replace(box, postings=moved)
 
-    monkeypatch.setattr(planning, "outbox", shifted)
+    monkeypatch.setattr(planning, "inbox", shifted)
     tensors = make_tensors(40, heads=2, kv_heads=2, head_dim=4, seed=0)
     split = Split(num_ranks=4, mask=ringspan.causal(), strategy="balanced", layout="contiguous", options={"transport": "peer_memory"})
     with pytest.raises(AssertionError):

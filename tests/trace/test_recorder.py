@@ -120,7 +120,9 @@ def test_what_is_read_through_peer_memory_is_waited_for_by_its_event(gpu: Gpu, m
 def test_a_batch_that_a_transport_carries_passes_its_works_on(gpu: Gpu):
     work = SimpleNamespace(wait=lambda: None)
     carried = SimpleNamespace(works=[work], wait=lambda: None)
-    courier = TransportCourier(cast(Any, SimpleNamespace(exchange=lambda sends, receives, lane: carried)), torch.float32)
+    courier = TransportCourier(
+        cast(Any, SimpleNamespace(exchange=lambda sends, receives, lane: carried)), cast(Any, None), torch.device("cpu")
+    )
     assert works(courier.post(Batch(0, 0, 1, (), ()), [], [])) == [work]
 
 

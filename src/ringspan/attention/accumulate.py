@@ -29,11 +29,11 @@ class Partial:
         self._held: tuple[Tensor, Tensor] | None = None
         self._settled = False
 
-    def add(self, start: int, stop: int, out: Tensor, lse: Tensor) -> None:
-        """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse`."""
+    def add(self, start: int, stop: int, out: Tensor, lse: Tensor, lent: bool = False) -> None:
+        """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse` unless they are `lent`."""
         self._ahead -= 1
         if self._held is None and (start, stop) == (self.piece.start, self.piece.stop):
-            self._held = (out, lse)
+            self._held = (out.clone(), lse.clone()) if lent else (out, lse)
             return
         if self._held is None:
             self._settle()
@@ -98,11 +98,11 @@ class Accumulator:
         self._held: list[Tensor] | None = None
         self._fresh = True
 
-    def add(self, start: int, stop: int, *parts: Tensor) -> None:
-        """Adds to rows `[start, stop)`; may keep and overwrite `parts`."""
+    def add(self, start: int, stop: int, *parts: Tensor, lent: bool = False) -> None:
+        """Adds to rows `[start, stop)`; may keep and overwrite `parts` unless they are `lent`."""
         self._ahead -= 1
         if self._fresh and (start, stop) == (self.piece.start, self.piece.stop):
-            self._held, self._fresh = list(parts), False
+            self._held, self._fresh = [part.clone() if lent else part for part in parts], False
             return
         self._settle()
         assert self._held is not None

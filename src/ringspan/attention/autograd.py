@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
+from ringspan.attention.inbox import Inbox
 from ringspan.attention.mail import Courier, TransportCourier, Wire
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
-from ringspan.attention.outbox import Outbox
 from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
 from ringspan.attention.reshard import Exchange
@@ -43,7 +43,7 @@ class Plan:
     materialised: bool = False
     kv_heads_per_stage: int | None = None
     lse_gradient_refusal: str | None = None
-    peers: tuple[PeerMemory, Mapping[str, Outbox]] | None = None
+    peers: tuple[PeerMemory, Mapping[str, Inbox]] | None = None
     observer: Observer | None = None
 
     def observed(self, observer: Observer) -> Plan:
@@ -55,9 +55,9 @@ class Plan:
         wide = accumulator_dtype(q.dtype)
         wire = Wire(wide, q.dtype if self.kernel.rounds and not self.materialised else wide)
         if self.peers is None:
-            return TransportCourier(self.transport, wire)
-        memory, outboxes = self.peers
-        return PeerCourier(outboxes[direction], memory, self.transport, wire)
+            return TransportCourier(self.transport, wire, q.device)
+        memory, inboxes = self.peers
+        return PeerCourier(inboxes[direction], memory, self.transport, wire)
 
 
 class DistributedAttention(torch.autograd.Function):

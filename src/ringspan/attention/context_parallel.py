@@ -40,7 +40,7 @@ class ContextParallel:
         mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
             group (a single rank where torch.distributed is not initialised).
         strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says
-            which and why. The backward of `ring` rotates keys or queries, whichever is less traffic for the heads at hand.
+            which and why. The backward of `ring` rotates keys or queries, whichever is sooner done for the heads at hand.
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
         kernel: one of `ringspan.kernels.KERNELS`, or `auto`: on CUDA the fastest that computes the tensors at hand, which rank 0 times
             once for a class of shapes; on CPUs the first that does. `Sequence.kernel` says which.

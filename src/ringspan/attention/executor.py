@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator, Partial
-from ringspan.attention.mail import Courier
+from ringspan.attention.mail import Component, Courier
 from ringspan.attention.observe import Observer, watch
 from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
@@ -38,6 +38,7 @@ class Pass:
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
+        self.courier.give_back(-1)
         waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
@@ -46,7 +47,7 @@ class Pass:
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
                     outgoing = [self._outgoing(send) for send in batch.sends]
-                    incoming = [self._incoming(receive, receive in batch.singles) for receive in batch.receives]
+                    incoming = [self._incoming(batch, receive) for receive in batch.receives]
                     pending = self.courier.post(batch, outgoing, incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
@@ -62,8 +63,8 @@ class Pass:
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
+            self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
-        self.courier.finish()
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
         """Does what an attend put off until its results are on their way."""
@@ -71,8 +72,8 @@ class Pass:
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
 
-    def _incoming(self, receive: Receive, single: bool) -> list[Tensor]:
-        tensors = self.empty(receive.piece, single)
+    def _incoming(self, batch: Batch, receive: Receive) -> list[Tensor]:
+        tensors = self.courier.buffers(batch, receive, self.components(receive.piece, receive in batch.singles))
         if LANES[receive.piece.kind] == 0:
             self.shelf.put(receive.piece, tensors)
         else:
@@ -91,8 +92,8 @@ class Pass:
         """What this rank has accumulated of `piece`, to be sent."""
         raise NotImplementedError
 
-    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
-        """Buffers for `piece` to arrive in; `single`: as the kernel gave it."""
+    def components(self, piece: Piece, single: bool) -> list[Component]:
+        """What `piece` consists of when it arrives; `single`: as the kernel gave it."""
         raise NotImplementedError
 
 
@@ -114,25 +115,25 @@ class _FlashPass(Pass):
         k, v = self.shelf.view(Piece("kv", owner, start, stop))
         return batch_first(k), batch_first(v)
 
-    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
-        """Buffers for what visits."""
+    def components(self, piece: Piece, single: bool) -> list[Component]:
+        """Of what visits."""
         result = self._q.dtype if single and self.kernel.rounds else self.wide
         batch, heads, head_dim = self._q.shape[0], *self._q.shape[2:]
         query, key = (len(piece), batch, heads, head_dim), (len(piece), batch, *self._k.shape[2:])
         match piece.kind:
             case "kv":
                 # Apart, so that nothing is packed and kernels read contiguous rows.
-                return [self._k.new_empty(key) for _ in range(2)]
+                return [Component(key, self._k.dtype)] * 2
             case "dkv":
-                return [self._k.new_empty(key, dtype=result) for _ in range(2)]
+                return [Component(key, result)] * 2
             case "q":
-                return [self._q.new_empty(query)]
+                return [Component(query, self._q.dtype)]
             case "dq":
-                return [self._q.new_empty(query, dtype=result)]
+                return [Component(query, result)]
             case "o":
-                return [self._q.new_empty(query, dtype=result), self._q.new_empty(query[:3], dtype=self.wide)]
+                return [Component(query, result), Component(query[:3], self.wide)]
         own = self.shelf.view(Piece("do", self.program.rank, 0, 0))
-        return [self._q.new_empty(query[: tensor.ndim], dtype=tensor.dtype) for tensor in own]
+        return [Component(query[: tensor.ndim], tensor.dtype) for tensor in own]
 
 
 class ForwardPass(_FlashPass):
@@ -159,7 +160,7 @@ class ForwardPass(_FlashPass):
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Merges a partial that another rank computed."""
-        self._partials[piece.owner].add(piece.start, piece.stop, *arrived)
+        self._partials[piece.owner].add(piece.start, piece.stop, *arrived, lent=self.courier.lends)
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """`out` and `lse` of the rows of `piece`."""
@@ -194,14 +195,14 @@ class BackwardPass(_FlashPass):
             )
             for (kind, owner), (start, stop) in spans.items()
         }
-        self._late: tuple[Launch, Tensor] | None = None
+        self._late: tuple[Piece, list[Tensor]] | None = None
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
-        """Adds the last tile's dq, which stays here: its dk and dv, which may travel, need not wait for that."""
+        """Adds those gradients of the last tile that stay here: the others, which may travel, need not wait for that."""
         if self._late is not None:
-            (launch, dq), self._late = self._late, None
+            (piece, gradients), self._late = self._late, None
             with watch(observer, index, "merge"):
-                self._accumulators[("dq", launch.q_owner)].add(launch.tile.q_start, launch.tile.q_stop, dq)
+                self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *gradients)
 
     def attend(self, launch: Launch) -> None:
         """Adds the tile's share of dq, dk and dv."""
@@ -215,20 +216,25 @@ class BackwardPass(_FlashPass):
             self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
-        self._accumulators[("dkv", kv_owner)].add(tile.k_start, tile.k_stop, rows_first(dk), rows_first(dv))
-        self._late = (launch, rows_first(dq))
+        of_queries = Piece("dq", q_owner, tile.q_start, tile.q_stop), [rows_first(dq)]
+        of_keys = Piece("dkv", kv_owner, tile.k_start, tile.k_stop), [rows_first(dk), rows_first(dv)]
+        first, self._late = (of_keys, of_queries) if q_owner == self.program.rank else (of_queries, of_keys)
+        piece, gradients = first
+        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *gradients)
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
-        if piece.kind == "dq":
-            self.settle()
-        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *arrived)
+        self._settle_before(piece)
+        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *arrived, lent=self.courier.lends)
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""
-        if piece.kind == "dq":
-            self.settle()
+        self._settle_before(piece)
         return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
+
+    def _settle_before(self, piece: Piece) -> None:
+        if self._late is not None and (self._late[0].kind, self._late[0].owner) == (piece.kind, piece.owner):
+            self.settle()
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""

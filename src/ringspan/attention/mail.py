@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,25 @@ Pieces = Sequence[Sequence[Tensor]]
 """For each piece its components, `[rows, …]` each: k and v of `kv`, dk and dv of `dkv`, out and lse of `o`, …"""
 
 
+class Component(NamedTuple):
+    """One tensor of a piece that arrives: its shape `[rows, …]` and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Courier(Protocol):
-    """Carries the batches of one pass."""
+    """Carries the batches of one pass.
+
+    Attributes:
+        lends: whether what arrives is overwritten once its step is over.
+    """
+
+    lends: bool
+
+    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
+        """Where `receive` of `batch` arrives, contiguous."""
+        ...
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """Starts a batch and returns at once; what it returns waits until it is over.
@@ -26,12 +43,12 @@ class Courier(Protocol):
         Args:
             batch: what is sent and received.
             outgoing: for each send its components, which travel in the dtype that `Wire` says.
-            incoming: for each receive its contiguous buffers.
+            incoming: for each receive its `buffers`.
         """
         ...
 
-    def finish(self) -> None:
-        """The pass is over: nothing of it is under way when the next begins."""
+    def give_back(self, step: int) -> None:
+        """This rank has done `step`, -1 for the time before the first: buffers that were needed until then may be written again."""
         ...
 
 
@@ -78,10 +95,17 @@ class TransportCourier:
     Args:
         transport: carries them.
         wire: in which dtypes.
+        device: where what arrives is kept.
     """
 
-    def __init__(self, transport: Transport, wire: Wire) -> None:
-        self._transport, self._wire = transport, wire
+    lends = False
+
+    def __init__(self, transport: Transport, wire: Wire, device: torch.device) -> None:
+        self._transport, self._wire, self._device = transport, wire, device
+
+    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
+        """See `Courier.buffers`: new ones, which live as long as somebody needs them."""
+        return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in components]
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""
@@ -93,5 +117,5 @@ class TransportCourier:
         receives = [Parcel(tensor, receive.peer) for receive, tensors in zip(batch.receives, incoming, strict=True) for tensor in tensors]
         return UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
 
-    def finish(self) -> None:
-        """Every batch has been waited for."""
+    def give_back(self, step: int) -> None:
+        """See `Courier.give_back`: every buffer is its own."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator
 from ringspan.attention.executor import Pass
-from ringspan.attention.mail import Courier
+from ringspan.attention.mail import Component, Courier
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.errors import UnsupportedError
@@ -34,11 +34,11 @@ class _MaterialisedPass(Pass):
         self.shelf.put(Piece("v", rank, 0, v.shape[1]), [rows_first(v)])
         self.lengths = scores.shard_lengths
 
-    def empty(self, piece: Piece, single: bool) -> list[Tensor]:
-        """Buffers for visiting k and v, and for gradients."""
+    def components(self, piece: Piece, single: bool) -> list[Component]:
+        """Of visiting k and v, and of gradients."""
         like = self._q if piece.kind in ("q", "dq", "o") else self._k
         dtype = like.dtype if piece.kind in ("q", "k", "v") else self.wide
-        return [like.new_empty((len(piece), like.shape[0], *like.shape[2:]), dtype=dtype)]
+        return [Component((len(piece), like.shape[0], *like.shape[2:]), dtype)]
 
     def keys(self, launch: Launch) -> Tensor:
         """The k or v of a launch, wide, expanded to the query heads: `[batch, keys, heads, head_dim]`."""

@@ -1,4 +1,4 @@
-"""Carries the batches of a pass through peer memory: written once by the sender, copied out by each reader, beside the computing."""
+"""Carries the batches of a pass through peer memory: written once, by the sender, where the receiver's kernels read it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringspan.attention.mail import Pieces, UnderWay, Wire
-from ringspan.attention.outbox import Message, Outbox, Place
+from ringspan.attention.inbox import Inbox, Message, Place
+from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
-from ringspan.schedule import Send
+from ringspan.schedule import Piece, Receive, Send
 from ringspan.transport import PeerMemory, Pending, Transport
 
 
@@ -19,58 +19,65 @@ class PeerCourier:
     """One pass through peer memory. See `Courier`.
 
     Args:
-        outbox: this rank's part in it.
-        memory: the ranks' outboxes and signals.
+        inbox: this rank's part in it.
+        memory: the ranks' inboxes and signals.
         transport: counts what is sent.
         wire: in which dtypes results travel.
     """
 
-    def __init__(self, outbox: Outbox, memory: PeerMemory, transport: Transport, wire: Wire) -> None:
-        self._outbox, self._memory, self._transport, self._wire = outbox, memory, transport, wire
-        self._mine = memory.outbox(transport.rank)
-        self._written: set[tuple[str, int, int]] = set()
+    lends = True
+
+    def __init__(self, inbox: Inbox, memory: PeerMemory, transport: Transport, wire: Wire) -> None:
+        self._inbox, self._memory, self._transport, self._wire = inbox, memory, transport, wire
+        self._packed: dict[Piece, list[Tensor]] = {}
+        memory.begin()
+
+    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
+        """See `Courier.buffers`: in this rank's inbox."""
+        places = self._inbox.postings[batch.index].places[batch.receives.index(receive)]
+        mine = self._memory.inbox(self._transport.rank)
+        return [_tensor(mine, place, shape, dtype) for (shape, dtype), place in zip(components, places, strict=False)]
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`.
 
-        What is sent is copied into the outbox before the computing begins. Beside a kernel that fills the GPU such a copy would find no
-        multiprocessor until that kernel ends, and the peer's copy engine nothing to read: then nothing is hidden at all.
+        What is not contiguous, or not in the dtype in which it travels, is packed before the computing begins. Beside a kernel that fills
+        the GPU such a copy would find no multiprocessor until that kernel ends, and the copy engine nothing to carry: then nothing is
+        hidden at all.
         """
-        posting, memory = self._outbox.postings[batch.index], self._memory
+        posting, memory = self._inbox.postings[batch.index], self._memory
+        packed = [self._pack(batch, send, tensors) for send, tensors in zip(batch.sends, outgoing, strict=True)]
 
-        def read() -> None:
-            for message, parts in posting.read:
-                memory.wait(message.peer, _ready(message))
-                theirs = memory.outbox(message.peer)
+        def write() -> None:
+            for message, parts in posting.written:
+                memory.wait(message.peer, _free(message))
+                theirs = memory.inbox(message.peer)
                 for position, places in parts:
-                    for target, place in zip(incoming[position], places, strict=False):
-                        target.copy_(_tensor(theirs, place, target.shape, target.dtype))
-                memory.signal(message.peer, _free(message))
+                    for tensor, place in zip(packed[position], places, strict=False):
+                        _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
+                memory.signal(message.peer, _ready(message))
 
-        for message in posting.awaited:
-            memory.wait(message.peer, _free(message))
-        for send, tensors, places in zip(batch.sends, outgoing, posting.written, strict=True):
-            self._write(batch, send, tensors, places)
-        for message in posting.ready:
-            memory.signal(message.peer, _ready(message))
-        # What arrives is copied beside the computing and must not be freed before.
-        return UnderWay(memory.aside(batch.lane, read), (outgoing, incoming))
+        def arrive() -> None:
+            for message in posting.awaited:
+                memory.wait(message.peer, _ready(message))
 
-    def _write(self, batch: Batch, send: Send, tensors: Sequence[Tensor], places: tuple[Place, ...]) -> None:
-        piece, own = send.piece, send.piece.owner == self._transport.rank and batch.lane == 0
-        there = own and (piece.kind, piece.start, piece.stop) in self._written
-        for tensor, place in zip(tensors, places, strict=False):
-            target = _tensor(self._mine, place, tensor.shape, self._wire.dtype(batch, send, tensor))
-            if not there:
-                target.copy_(tensor)
-            self._transport.bytes_sent[send.peer] += target.numel() * target.element_size()
-        if own:
-            self._written.add((piece.kind, piece.start, piece.stop))
+        # What is read beside the computing must not be freed before.
+        return UnderWay(memory.aside(batch.lane, write, arrive), packed)
 
-    def finish(self) -> None:
-        """See `Courier.finish`: who reads this rank's outbox is done with it."""
-        for message in self._outbox.awaited:
-            self._memory.wait(message.peer, _free(message))
+    def give_back(self, step: int) -> None:
+        """See `Courier.give_back`."""
+        for message in self._inbox.freed.get(step, ()):
+            self._memory.signal(message.peer, _free(message))
+
+    def _pack(self, batch: Batch, send: Send, tensors: Sequence[Tensor]) -> list[Tensor]:
+        packed = self._packed.get(send.piece)
+        if packed is None:
+            packed = [tensor.to(self._wire.dtype(batch, send, tensor)).contiguous() for tensor in tensors]
+            if batch.lane == 0 and send.piece.owner == self._transport.rank:
+                # For all who read it.
+                self._packed[send.piece] = packed
+        self._transport.bytes_sent[send.peer] += sum(tensor.numel() * tensor.element_size() for tensor in packed)
+        return packed
 
 
 def row_bytes(q: Tensor, k: Tensor, rounded: bool = False) -> dict[str, tuple[int, ...]]:
@@ -101,8 +108,9 @@ def _free(message: Message) -> int:
     return 2 * message.index + 1
 
 
-def _tensor(outbox: Tensor, place: Place, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _tensor(inbox: Tensor, place: Place, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`place` as a tensor."""
+    shape = torch.Size(shape)
     nbytes = shape.numel() * dtype.itemsize
     assert nbytes <= place.nbytes, f"{shape} of {dtype} in a place of {place.nbytes} bytes"
-    return outbox[place.offset : place.offset + nbytes].view(dtype).view(shape)
+    return inbox[place.offset : place.offset + nbytes].view(dtype).view(shape)

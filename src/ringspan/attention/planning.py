@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from ringspan.attention import checks
 from ringspan.attention.autograd import Plan
 from ringspan.attention.choice import choose_kernel
+from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.materialised import check_materialised
-from ringspan.attention.outbox import Outbox, outbox
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import make_exchange
@@ -19,13 +18,13 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, Choice, Schedules, choose, held_back, link_bytes, make_schedules, pays, share_sizes
+from ringspan.strategies import MACHINES, Choice, Schedules, choose, forecast, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import Sequence
 
-Peers = tuple[PeerMemory, dict[str, Outbox]]
+Peers = tuple[PeerMemory, dict[str, Inbox]]
 
 
 class Planned(NamedTuple):
@@ -114,10 +113,9 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
     schedules = make_schedules(strategy, layout, mask, **options)
     if strategy == "ring" and "rotate" not in options:
         queries = make_schedules(strategy, layout, mask, rotate="queries")
-        keys_bytes, queries_bytes = (link_bytes(each, layout, sizes, "backward").total() for each in (schedules, queries))
-        schedules = queries if queries_bytes < keys_bytes else schedules
-    if pays(schedules.backward, share_sizes(schedules, sizes), MACHINES[q.device.type]):
-        schedules = replace(schedules, backward=held_back(schedules.backward, schedules.layout, mask))
+        # What visits last leaves results whose way home is under no computing: one dq is less than dk and dv where no key head is shared.
+        soonest = [forecast(each.backward, layout, mask, sizes, MACHINES[q.device.type]).seconds for each in (schedules, queries)]
+        schedules = queries if soonest[1] < soonest[0] else schedules
     return schedules, choice
 
 
@@ -132,10 +130,10 @@ def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank:
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
         sizes, singles = row_bytes(q, k), row_bytes(q, k, rounded=kernel.rounds)
-        outboxes = {each.direction: outbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
-        if 2 * max(each.messages for each in outboxes.values()) <= memory.channels:
-            memory.reserve(max(each.nbytes for each in outboxes.values()))
-            return memory, outboxes
+        inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
+        if 2 * max(each.messages for each in inboxes.values()) <= memory.channels:
+            memory.reserve(max(each.nbytes for each in inboxes.values()))
+            return memory, inboxes
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
     if wanted == "peer_memory":
         raise UnsupportedError(

@@ -15,7 +15,6 @@ from ringspan.strategies.cost import MACHINES, Cost, LayerForecast, cost, foreca
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
-from ringspan.strategies.held_back import held_back, pays
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
@@ -39,10 +38,8 @@ __all__ = [
     "cost",
     "forecast",
     "forecast_layer",
-    "held_back",
     "link_bytes",
     "make_schedules",
-    "pays",
     "share_sizes",
     "strategy_options",
 ]

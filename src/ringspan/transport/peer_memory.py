@@ -1,6 +1,6 @@
-"""Memory that every rank of one host can read: PyTorch's symmetric memory over NVLink, and the memory that threads share anyway.
+"""Memory that every rank of one host can write: PyTorch's symmetric memory over NVLink, and the memory that threads share anyway.
 
-Copies out of a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from attention. Signals are one
+Copies into a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from attention. Signals are one
 word each. No multicast.
 """
 
@@ -25,7 +25,7 @@ Work = Callable[[], None]
 
 
 class PeerMemory(Protocol):
-    """One rank's view of the outboxes of all ranks, and of the signals between them.
+    """One rank's view of the inboxes of all ranks, and of the signals between them.
 
     A signal is a word that one rank sets and another waits for and clears; setting one that is still set waits.
 
@@ -36,11 +36,15 @@ class PeerMemory(Protocol):
     channels: int
 
     def reserve(self, nbytes: int) -> None:
-        """Makes every outbox at least so large. Collective, with the same number on every rank, and between passes."""
+        """Makes every inbox at least so large. Collective, with the same number on every rank, and between passes."""
         ...
 
-    def outbox(self, rank: int) -> Tensor:
-        """The outbox of `rank`, uint8. Only `rank` itself writes to it."""
+    def inbox(self, rank: int) -> Tensor:
+        """The inbox of `rank`, uint8. Others write where it has said that they may."""
+        ...
+
+    def begin(self) -> None:
+        """A pass begins on the current stream: after the one before, whose stream may have been another."""
         ...
 
     def signal(self, peer: int, channel: int) -> None:
@@ -51,8 +55,14 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, read: Work) -> Pending:
-        """Has `read` done beside what follows, lane by lane in order; what it returns waits until it is done."""
+    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+        """Has both done beside what follows, lane by lane in order; what it returns waits until they are.
+
+        Args:
+            lane: what is done on the same one is done in turn.
+            write: waits only for room that a peer gives without waiting for `arrive`.
+            arrive: waits for what peers write.
+        """
         ...
 
 
@@ -85,30 +95,40 @@ class SymmetricMemory:
         self._module = symmetric_memory
         self._group, self._device, self._size = transport.group, device, transport.size
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
-        self._outboxes: list[Tensor] = []
-        # Outboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
+        self._inboxes: list[Tensor] = []
+        # Inboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
         self._captured, self._retired = False, []
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._before: torch.cuda.Stream | None = None
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
 
     def reserve(self, nbytes: int) -> None:
         """See `PeerMemory.reserve`."""
-        if self._outboxes and self._outboxes[0].numel() >= nbytes:
+        if self._inboxes and self._inboxes[0].numel() >= nbytes:
             return
-        # Nobody reads an old outbox any more: a pass ends when its readers are done, and all ranks are between passes.
+        # Nobody writes to an old inbox any more: a pass ends when all has come, and all ranks are between passes.
         torch.cuda.synchronize(self._device)
         if self._captured:
-            self._retired.append((self._mine, self._handle, self._outboxes))
-        self._outboxes, self._captured = [], False
+            self._retired.append((self._mine, self._handle, self._inboxes))
+        self._inboxes, self._captured = [], False
         nbytes = -(-nbytes >> 21) << 21
         self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
         self._handle = self._module.rendezvous(self._mine, self._group)
-        self._outboxes = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self._size)]
+        self._inboxes = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self._size)]
 
-    def outbox(self, rank: int) -> Tensor:
-        """See `PeerMemory.outbox`."""
-        return self._outboxes[rank]
+    def inbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.inbox`."""
+        return self._inboxes[rank]
+
+    def begin(self) -> None:
+        """See `PeerMemory.begin`. Whoever replays a captured graph orders it among the passes around it."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        current = torch.cuda.current_stream(self._device)
+        if self._before is not None and self._before != current:
+            current.wait_stream(self._before)
+        self._before = current
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
@@ -119,7 +139,7 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, read: Work) -> Pending:
+    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         current = torch.cuda.current_stream(self._device)
         if lane not in self._streams:
@@ -128,18 +148,19 @@ class SymmetricMemory:
         stream = self._streams[lane]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            read()
+            write()
+            arrive()
         done = torch.cuda.Event()
         done.record(stream)
         return _Aside(done, self._device)
 
 
 class _WhenNeeded:
-    def __init__(self, read: Work) -> None:
-        self._read = read
+    def __init__(self, arrive: Work) -> None:
+        self._arrive = arrive
 
     def wait(self) -> None:
-        self._read()
+        self._arrive()
 
 
 class SharedMemory:
@@ -154,18 +175,21 @@ class SharedMemory:
 
     def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
         self._transport, self._device = transport, device
-        self._outboxes: list[Tensor] = []
+        self._inboxes: list[Tensor] = []
         # The ranks share the first one's lock and signals.
         self._changed, self._set = transport.gather_objects((threading.Condition(), set()))[0]
 
     def reserve(self, nbytes: int) -> None:
         """See `PeerMemory.reserve`."""
-        if not self._outboxes or self._outboxes[0].numel() < nbytes:
-            self._outboxes = self._transport.gather_objects(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
+        if not self._inboxes or self._inboxes[0].numel() < nbytes:
+            self._inboxes = self._transport.gather_objects(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
 
-    def outbox(self, rank: int) -> Tensor:
-        """See `PeerMemory.outbox`."""
-        return self._outboxes[rank]
+    def inbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.inbox`."""
+        return self._inboxes[rank]
+
+    def begin(self) -> None:
+        """See `PeerMemory.begin`."""
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
@@ -188,9 +212,10 @@ class SharedMemory:
                 waited += 0.05
             self._set.remove(word)
 
-    def aside(self, lane: int, read: Work) -> Pending:
-        """See `PeerMemory.aside`: a thread reads when it needs what it reads."""
-        return _WhenNeeded(read)
+    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+        """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
+        write()
+        return _WhenNeeded(arrive)
 
 
 _MEMORIES: WeakKeyDictionary[Transport, PeerMemory | str] = WeakKeyDictionary()
