@@ -26,6 +26,7 @@ def _smallest_divisor(ranks: int) -> int:
 VARIANTS: dict[str, tuple[str, Callable[[int], Options]]] = {
     "ring": ("ring", lambda ranks: {}),
     "ring of queries": ("ring", lambda ranks: {"rotate": "queries"}),
+    "ring in parts": ("ring", lambda ranks: {"parts": 1 + ranks // 2}),
     "all_gather": ("all_gather", lambda ranks: {}),
     "all_gather in stages": ("all_gather", lambda ranks: {"stages": 1 + ranks // 2}),
     "pass_query": ("pass_query", lambda ranks: {}),

@@ -18,7 +18,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, Choice, Schedules, choose, forecast, make_schedules
+from ringspan.strategies import MACHINES, QUEUED, Choice, Schedules, choose, complete_ring, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
@@ -110,13 +110,9 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
     if strategy == "auto":
         choice = choose(layout, mask, sizes, MACHINES[q.device.type], make_schedules)
         strategy, options = choice.strategy, dict(choice.options)
-    schedules = make_schedules(strategy, layout, mask, **options)
-    if strategy == "ring" and "rotate" not in options:
-        queries = make_schedules(strategy, layout, mask, rotate="queries")
-        # What visits last leaves results whose way home is under no computing: one dq is less than dk and dv where no key head is shared.
-        soonest = [forecast(each.backward, layout, mask, sizes, MACHINES[q.device.type]).seconds for each in (schedules, queries)]
-        schedules = queries if soonest[1] < soonest[0] else schedules
-    return schedules, choice
+    if strategy == "ring":
+        options = complete_ring(options, layout, mask, sizes, QUEUED[q.device.type], make_schedules)
+    return make_schedules(strategy, layout, mask, **options), choice
 
 
 def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool) -> Peers | None:

@@ -8,10 +8,10 @@ from threading import RLock
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
 from ringspan.strategies.all_gather import all_gather
-from ringspan.strategies.auto import Choice, choose
+from ringspan.strategies.auto import Choice, choose, complete_ring
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import MACHINES, Cost, LayerForecast, cost, forecast_layer, share_sizes
+from ringspan.strategies.cost import MACHINES, QUEUED, Cost, LayerForecast, cost, forecast_layer, share_sizes
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
@@ -25,6 +25,7 @@ from ringspan.strategies.ulysses import ulysses
 
 __all__ = [
     "MACHINES",
+    "QUEUED",
     "STRATEGIES",
     "Carried",
     "Choice",
@@ -35,6 +36,7 @@ __all__ = [
     "Prices",
     "Schedules",
     "choose",
+    "complete_ring",
     "cost",
     "forecast",
     "forecast_layer",

@@ -7,7 +7,7 @@ that hold more visitors at once than `memory_bytes` are out. The quickest wins; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from ringspan.geometry import Layout, Mask
 from ringspan.schedule import PieceBytes
 from ringspan.strategies.common import Schedules
 from ringspan.strategies.cost import Cost, cost
-from ringspan.strategies.forecast import Machine
+from ringspan.strategies.forecast import Machine, forecast
 
 CLOSE = 1.03
 """Predictions nearer than this are not told apart."""
@@ -49,6 +49,28 @@ def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
     degrees = [degree for degree in range(2, num_ranks) if num_ranks % degree == 0]
     found.extend(("two_dimensional", {"ulysses": degree}) for degree in degrees)
     return found
+
+
+def complete_ring(
+    options: Mapping[str, int | str], layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make
+) -> dict[str, int | str]:
+    """`options` of a ring, with those that it leaves open: what the backward rotates, and in how many parts shards travel forward.
+
+    By the forecast of each on `machine`, since bytes alone do not tell: the results of what visits last go home under no computing, and
+    that is one dq or a dk and a dv; a shard in two parts is a launch more, which pays where it is longer under way than its reader has to
+    compute before.
+    """
+    completed = dict(options)
+
+    def seconds(direction: str, **option: int | str) -> float:
+        schedules = make("ring", layout, mask, **{**completed, **option})
+        return forecast(getattr(schedules, direction), layout, mask, sizes, machine).seconds
+
+    if "rotate" not in options:
+        completed["rotate"] = min("keys", "queries", key=lambda what: seconds("backward", rotate=what))
+    if "parts" not in options:
+        completed["parts"] = 2 if CLOSE * seconds("forward", parts=2) < seconds("forward", parts=1) else 1
+    return completed
 
 
 @lru_cache(maxsize=256)

@@ -39,9 +39,15 @@ class Visit(NamedTuple):
 
 
 @lru_cache(maxsize=65536)
-def block(layout: Layout, mask: Mask, q_rank: int, k_rank: int) -> tuple[Piece, Piece] | None:
-    """The smallest (queries, keys) pieces that hold every allowed pair of two shards, or None where there is no such pair."""
+def block(layout: Layout, mask: Mask, q_rank: int, k_rank: int, keys: tuple[int, int] | None = None) -> tuple[Piece, Piece] | None:
+    """The smallest (queries, keys) pieces that hold every allowed pair of two shards, or None where there is no such pair.
+
+    `keys`: of pairs with keys in these rows alone.
+    """
     found = tiles(layout, mask, q_rank, k_rank)
+    if keys is not None:
+        clipped = (tile.clipped(tile.q_start, tile.q_stop, *keys) for tile in found)
+        found = tuple(tile for tile in clipped if tile is not None)
     if not found:
         return None
     q = Piece("q", q_rank, min(tile.q_start for tile in found), max(tile.q_stop for tile in found))
@@ -54,9 +60,12 @@ def hull(pieces: list[Piece]) -> Piece:
     return Piece(first.kind, first.owner, min(piece.start for piece in pieces), max(piece.stop for piece in pieces))
 
 
-def key_visits(layout: Layout, mask: Mask, owner: int, stops: list[tuple[int, int]]) -> list[Visit]:
-    """The visits of the keys of `owner` at `stops`, (step, rank) in order, without the ranks that read nothing of them."""
-    found = ((step, rank, block(layout, mask, rank, owner)) for step, rank in stops)
+def key_visits(layout: Layout, mask: Mask, owner: int, stops: list[tuple[int, int]], keys: tuple[int, int] | None = None) -> list[Visit]:
+    """The visits of the keys of `owner` at `stops`, (step, rank) in order, without the ranks that read nothing of them.
+
+    `keys`: of those in these rows alone.
+    """
+    found = ((step, rank, block(layout, mask, rank, owner, keys)) for step, rank in stops)
     return [Visit(step, rank, *pieces) for step, rank, pieces in found if pieces is not None]
 
 

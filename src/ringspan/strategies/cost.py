@@ -23,6 +23,9 @@ MACHINES = {
 }
 """By device: what was measured on two H100 over NVLink (2026-11), and what gloo does on one host."""
 
+QUEUED = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, launch_seconds=1e-5)}
+"""The same where Python runs ahead of the device, or a graph is replayed: what a launch and a signal take on the device (2026-11)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
