@@ -42,6 +42,8 @@ def test_a_graph_is_timed_beside_a_graph(monkeypatch: pytest.MonkeyPatch):
     assert [(record.kind, record.launch, record.status) for record in found] == [
         (kind, launch, "timed") for kind in ("one device", "ringspan") for launch in ("eager", "graph")
     ]
+    halves = {record.kind: len(record.timings["both"].samples_ms) for record in found}
+    assert halves == {"one device": 2 * CLOCK.samples, "ringspan": CLOCK.samples}, "one device before and after"
 
 
 def test_a_graph_that_replays_something_else_is_wrong_on_both_sides(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,10 @@ class Timing:
 
     samples_ms: tuple[float, ...]
     repeats: int
+
+    def with_more(self, others: Timing) -> Timing:
+        """All samples together."""
+        return replace(self, samples_ms=(*self.samples_ms, *others.samples_ms))
 
 
 @dataclass(frozen=True)
