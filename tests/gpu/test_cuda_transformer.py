@@ -104,7 +104,8 @@ def test_a_tile_of_the_loss_takes_two_bytes_a_logit_and_equals_plain_torch(monke
         found.append((loss.detach(), hidden.grad, peak))
     (loss, gradient, peak), (plain_loss, plain_gradient, plain_peak) = found
     assert relative(loss, plain_loss) < 1e-5 and relative(gradient, plain_gradient) < 4e-3
-    assert peak < 1.3 * 2 * columns * tile + 2 * hidden.numel() < plain_peak / 3
+    # The plain one holds the logits as they come and in float32: six bytes each.
+    assert peak < 1.3 * 2 * columns * tile + 2 * hidden.numel() < plain_peak / 2
 
 
 SIZES = {
@@ -142,7 +143,8 @@ def test_fused_norms_and_gates_are_their_specification():
 def test_a_model_whose_parts_are_fused_has_the_gradients_that_it_has_as_transformers_wrote_it(monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama("ringspan", torch.bfloat16, **SIZES).cuda()
     fused = run(model, 4096, **HOW["full"])
-    monkeypatch.setattr("ringspan.transformer.blockwise.can_fuse", lambda x: False)
+    for module in ("blockwise", "fused"):
+        monkeypatch.setattr(sys.modules[f"ringspan.transformer.{module}"], "can_fuse", lambda x: False)
     unfused = run(model, 4096, **HOW["full"])
     assert abs(fused[0] - unfused[0]) <= 1e-3 * unfused[0]
     # Both round to bfloat16 at every step, at the same places on the way forward.

@@ -98,7 +98,7 @@ def test_when_a_transfer_came_is_told_by_a_stream_that_does_nothing_but_wait_for
     assert recorder.finish()[0].arrived is not None
 
 
-def test_what_is_read_through_peer_memory_is_waited_for_by_its_event(gpu: Gpu, monkeypatch: pytest.MonkeyPatch):
+def test_what_goes_through_peer_memory_is_waited_for_by_its_events(gpu: Gpu, monkeypatch: pytest.MonkeyPatch):
     waited = []
 
     class Stream(str):
@@ -109,10 +109,10 @@ def test_what_is_read_through_peer_memory_is_waited_for_by_its_event(gpu: Gpu, m
     device = torch.device("cuda", 0)
     recorder = Recorder(CudaClock(device))
     recorder.start("forward")
-    pending = _Aside(cast(Any, "read"), device)
+    pending = _Aside(cast(Any, ["written", "arrived"]), device)
     token = recorder.begin(0, "transfer", "batch", pending)
     pending.wait()
-    assert waited == [("probe", "read"), ("main", "read")]
+    assert waited == [(stream, event) for stream in ("probe", "main") for event in ("written", "arrived")]
     recorder.end(token)
     assert recorder.finish()[0].arrived is not None
 

@@ -2,7 +2,7 @@
 
 A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is; if the next is also the last, both
 are added in registers, in float32, and rounded once, into the first. With more to come the sum is kept in float32 (float64 for float64),
-and the last addition of a partial output rounds it while it passes through anyway.
+of a partial output only those rows to which more comes, and the last addition rounds it while it passes through anyway.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ class Partial:
         piece: the rows.
         like: q, `[batch, shard, heads, head_dim]`: batch, heads, dtype and device.
         additions: how many additions there will be.
+        again: the rows to which all but the first are made.
         rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
     """
 
-    def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True) -> None:
+    def __init__(self, piece: Piece, like: Tensor, additions: int, again: tuple[int, int], rounds: bool = True) -> None:
         self.piece, self._like, self._ahead, self._rounds = piece, like, additions, rounds
+        self._again = slice(again[0] - piece.start, again[1] - piece.start) if rounds else slice(0, len(piece))
         self._held: tuple[Tensor, Tensor] | None = None
-        self._settled = False
+        self._wide: tuple[Tensor, Tensor] | None = None
 
     def add(self, start: int, stop: int, out: Tensor, lse: Tensor, lent: bool = False) -> None:
         """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse` unless they are `lent`."""
@@ -36,49 +38,44 @@ class Partial:
             self._held = (out.clone(), lse.clone()) if lent else (out, lse)
             return
         if self._held is None:
-            self._settle()
-        assert self._held is not None
-        into, goes_on = None, bool(self._ahead) or not self._rounds
-        if goes_on and not self._settled:
-            into, self._settled = self._empty(accumulator_dtype(self._like.dtype)), True
-        elif self._settled and not goes_on:
-            into, self._settled = self._empty(self._like.dtype), False
-        merge_(*self._held, out, lse, start=start - self.piece.start, into=into)
-        self._held = into or self._held
+            self._again = slice(0, len(self.piece))
+        held = self._hold()
+        kept = held[0][self._again], held[1][self._again]
+        mine, into, wide = self._wide or kept, None, accumulator_dtype(self._like.dtype)
+        if not self._ahead and self._rounds:
+            into, self._wide = (None if self._wide is None else kept), None
+        elif mine[0].dtype != wide:
+            self._wide = into = self._empty(mine[0].shape[0], wide)
+        merge_(*mine, out, lse, start=start - self.piece.start - self._again.start, into=into)
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """`out` and `lse` of the rows, views, as wide as they need to be."""
-        if self._held is None:
-            self._settle()
-        assert self._held is not None
-        return [tensor[start - self.piece.start : stop - self.piece.start] for tensor in self._held]
+        return [tensor[start - self.piece.start : stop - self.piece.start] for tensor in self._whole()]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, rows, heads, head_dim]`, in the dtype of q where it rounds, and `lse [batch, heads, rows]`."""
-        if self._held is None:
-            self._settle()
-        assert self._held is not None
-        out, lse = self._held
+        out, lse = self._whole()
         out = out.to(self._like.dtype) if self._rounds else out
         return out.movedim(0, 1).contiguous(), lse.permute(1, 2, 0).contiguous()
 
-    def _settle(self) -> None:
-        """From nothing, or from what a kernel gave, to the accumulator's own dtype."""
-        if self._settled:
-            return
-        held, self._held, self._settled = self._held, self._empty(accumulator_dtype(self._like.dtype)), True
-        if held is None:
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """What there is of all rows."""
+        assert self._wide is None or not self._rounds, "what is rounded at the end is asked for at the end"
+        return self._wide or self._hold()
+
+    def _hold(self) -> tuple[Tensor, Tensor]:
+        """What was first there of all rows, or the identity."""
+        if self._held is None:
+            self._held = self._empty(len(self.piece), self._like.dtype if self._rounds else accumulator_dtype(self._like.dtype))
             self._held[0].zero_()
             self._held[1].fill_(float("-inf"))
-        else:
-            for into, tensor in zip(self._held, held, strict=True):
-                into.copy_(tensor)
+        return self._held
 
-    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _empty(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # As kernels lay them out: rows before heads in out, after them in lse.
         batch, _, heads, head_dim = self._like.shape
-        out = self._like.new_empty((batch, len(self.piece), heads, head_dim), dtype=dtype)
-        lse = self._like.new_empty((batch, heads, len(self.piece)), dtype=accumulator_dtype(dtype))
+        out = self._like.new_empty((batch, rows, heads, head_dim), dtype=dtype)
+        lse = self._like.new_empty((batch, heads, rows), dtype=accumulator_dtype(dtype))
         return out.movedim(1, 0), lse.permute(2, 0, 1)
 
 

@@ -146,7 +146,13 @@ class ForwardPass(_FlashPass):
         super().__init__(program, courier, scores, kernel, q, k, v)
         spans = {**program.accumulators, ("o", program.rank): (0, q.shape[1])}
         self._partials = {
-            owner: Partial(Piece(kind, owner, start, stop), q, program.additions[(kind, owner)], rounds and owner == program.rank)
+            owner: Partial(
+                Piece(kind, owner, start, stop),
+                q,
+                program.additions[(kind, owner)],
+                program.again.get((kind, owner), (start, stop)),
+                rounds and owner == program.rank,
+            )
             for (kind, owner), (start, stop) in spans.items()
         }
 

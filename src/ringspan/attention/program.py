@@ -62,12 +62,14 @@ class RankProgram:
         steps: in order.
         accumulators: the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`.
         additions: how often each is added to: the last addition may round.
+        again: the span of each that is added to after the first addition, which may cover all of it.
     """
 
     rank: int
     steps: tuple[Step, ...]
     accumulators: dict[tuple[str, int], tuple[int, int]]
     additions: Counter[tuple[str, int]]
+    again: dict[tuple[str, int], tuple[int, int]]
 
 
 def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int, varlen: bool = False) -> RankProgram:
@@ -75,10 +77,12 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
     actions = schedule.programs[rank]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
     additions: Counter[tuple[str, int]] = Counter()
+    again: dict[tuple[str, int], tuple[int, int]] = {}
 
     def grow(kind: str, owner: int, start: int, stop: int) -> None:
-        low, high = spans.get((kind, owner), (start, stop))
-        spans[(kind, owner)] = (min(low, start), max(high, stop))
+        for hulls in [spans, again] if (kind, owner) in spans else [spans]:
+            low, high = hulls.get((kind, owner), (start, stop))
+            hulls[(kind, owner)] = (min(low, start), max(high, stop))
         additions[(kind, owner)] += 1
 
     releases: dict[int, list[Piece]] = defaultdict(list)
@@ -107,7 +111,7 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
-    return RankProgram(rank, tuple(steps), spans, additions)
+    return RankProgram(rank, tuple(steps), spans, additions, again)
 
 
 def _marked(batch: Batch, schedule: Schedule, rank: int) -> Batch:

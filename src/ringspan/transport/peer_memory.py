@@ -56,10 +56,10 @@ class PeerMemory(Protocol):
         ...
 
     def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
-        """Has both done beside what follows, lane by lane in order; what it returns waits until they are.
+        """Has both done beside what follows; what it returns waits until they are.
 
         Args:
-            lane: what is done on the same one is done in turn.
+            lane: what is written on the same one is written in turn, and what arrives is awaited in turn.
             write: waits only for room that a peer gives without waiting for `arrive`.
             arrive: waits for what peers write.
         """
@@ -67,10 +67,10 @@ class PeerMemory(Protocol):
 
 
 class _Aside:
-    """What a stream does beside the current one, which is done at `event`."""
+    """What streams do beside the current one, which is done at all `events`."""
 
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self._event, self._device = event, device
+    def __init__(self, events: list[torch.cuda.Event], device: torch.device) -> None:
+        self._events, self._device = events, device
 
     @property
     def works(self) -> list[Pending]:
@@ -78,7 +78,8 @@ class _Aside:
         return [self]
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        for event in self._events:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class SymmetricMemory:
@@ -98,7 +99,7 @@ class SymmetricMemory:
         self._inboxes: list[Tensor] = []
         # Inboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
         self._captured, self._retired = False, []
-        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._streams: dict[tuple[int, str], torch.cuda.Stream] = {}
         self._before: torch.cuda.Stream | None = None
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
@@ -141,18 +142,19 @@ class SymmetricMemory:
 
     def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
-        current = torch.cuda.current_stream(self._device)
-        if lane not in self._streams:
+        # On streams of their own: what a lane sends next does not wait for what it is still to receive.
+        return _Aside([self._on(lane, "write", write), self._on(lane, "arrive", arrive)], self._device)
+
+    def _on(self, lane: int, what: str, work: Work) -> torch.cuda.Event:
+        if (lane, what) not in self._streams:
             # Its few words of work must not queue behind the blocks of an attention kernel.
-            self._streams[lane] = torch.cuda.Stream(self._device, priority=-1)
-        stream = self._streams[lane]
-        stream.wait_stream(current)
+            self._streams[(lane, what)] = torch.cuda.Stream(self._device, priority=-1)
+        stream, done = self._streams[(lane, what)], torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            write()
-            arrive()
-        done = torch.cuda.Event()
+            work()
         done.record(stream)
-        return _Aside(done, self._device)
+        return done
 
 
 class _WhenNeeded:

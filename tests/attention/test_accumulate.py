@@ -1,0 +1,73 @@
+"""Partial outputs are added up in float32 and rounded once, and only where more than two meet is there a float32 copy of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringspan.attention.accumulate import Partial
+from ringspan.kernels.partial import merge_
+from ringspan.schedule import Piece
+
+ROWS = 12
+
+
+def partials(spans: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return [
+        (torch.randn(stop - start, 1, 2, 4).to(dtype), torch.randn(stop - start, 1, 2, dtype=torch.float32)) for start, stop in spans
+    ]  # rows first
+
+
+def exact(spans: list[tuple[int, int]], parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    out, lse = torch.zeros(ROWS, 1, 2, 4, dtype=torch.float64), torch.full((ROWS, 1, 2), float("-inf"), dtype=torch.float64)
+    for (start, _), (part, part_lse) in zip(spans, parts, strict=True):
+        merge_(out, lse, part.double(), part_lse.double(), start=start)
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 12), (6, 12), (6, 12)],
+        [(0, 12), (6, 9), (4, 12), (7, 8)],
+        [(0, 12), (6, 12)],
+        [(0, 12)],
+        [(0, 5), (5, 12)],
+        [(3, 5)],
+        [(0, 5), (2, 12), (0, 12)],
+    ],
+)
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("lent", [True, False])
+def test_parts_add_up_to_the_whole_and_are_rounded_once(spans: list[tuple[int, int]], dtype: torch.dtype, rounds: bool, lent: bool):
+    parts = partials(spans, dtype)
+    expected, expected_lse = exact(spans, parts)
+    later = spans[1:] or [(0, ROWS)]
+    again = min(start for start, _ in later), max(stop for _, stop in later)
+    partial = Partial(Piece("o", 0, 0, ROWS), torch.empty(1, ROWS, 2, 4, dtype=dtype), len(spans), again, rounds)
+    before = [(out.clone(), lse.clone()) for out, lse in parts]
+    for (start, stop), (out, lse) in zip(spans, parts, strict=True):
+        partial.add(start, stop, out, lse, lent=lent)
+    found, found_lse = partial.result()
+    found, found_lse = found.movedim(1, 0), found_lse.permute(2, 0, 1)
+    unit = 2**-8 if dtype == torch.bfloat16 and (rounds or len(spans) == 1) else 2**-24
+    assert found.dtype == (dtype if rounds or spans == [(0, 12)] else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1.01 * unit + 1e-6, atol=2e-6)
+    torch.testing.assert_close(found_lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    if lent:
+        assert all(torch.equal(a, b) for old, new in zip(before, parts, strict=True) for a, b in zip(old, new, strict=True)), "left as lent"
+
+
+def test_only_rows_to_which_more_comes_are_kept_wide():
+    spans = [(0, 12), (6, 12), (6, 12)]
+    partial = Partial(Piece("o", 0, 0, ROWS), torch.empty(1, ROWS, 2, 4, dtype=torch.bfloat16), 3, (6, 12))
+    made = []
+    right = partial._empty
+    partial._empty = lambda rows, dtype: made.append((rows, dtype)) or right(rows, dtype)
+    for (start, stop), (out, lse) in zip(spans, partials(spans, torch.bfloat16), strict=True):
+        partial.add(start, stop, out, lse)
+    partial.result()
+    assert made == [(6, torch.float32)]
