@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -123,6 +124,8 @@ HOW: dict[str, dict[str, Any]] = {
 
 def run(model: Any, length: int, **how: Any) -> tuple[float, Any, int]:
     """Loss, gradients, and the most bytes beyond the model's."""
+    # The model of the run before is in a cycle with its hooks: if it went during this one, less would seem to be taken.
+    gc.collect()
     mine = copy.deepcopy(model)
     parallel = ringspan.parallelize(mine, feed_forward_chunk=2048, loss_tile=1024, **how)
     batch = {name: tensor.cuda() for name, tensor in make_batch(1, length).items()}
@@ -165,7 +168,7 @@ def test_the_peak_grows_by_what_the_formula_says():
     model = tiny_llama("ringspan", torch.bfloat16, **SIZES).cuda()
     most = {name: [run(model, length, **how)[2] for length in (16384, 49152)] for name, how in HOW.items()}
     slope = {name: (long - short) / 32768 for name, (short, long) in most.items()}
-    assert slope["full, offloaded"] < slope["full"] < slope["attention_output"] < slope["none"], slope
+    assert slope["full, offloaded"] < slope["full"] < slope["attention_output"] < slope["none"], (slope, most)
     saved = slope["attention_output"] - slope["full"]
     # Of six layers, each attention output and its statistics; the layer at work has its own either way.
     assert saved == pytest.approx(6 * (2 * 1024 + 4 * 8), rel=0.35), slope
