@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a machine with GPUs must show, each part within its seconds; each part leaves one archive of its files.
-# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|run|half_million|million ...]
+# usage: gpu_check.sh OUT_FOLDER [correct|speed|long|masks|heads|auto|ablate|soak|gpu_tests|steps|parts|reach|host|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
 parts=${*:-correct speed long masks heads auto ablate soak steps}
@@ -86,10 +86,18 @@ for part in $parts; do
     parts)
       # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--plain"; do
+      for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--without overlap" "--plain"; do
         # shellcheck disable=SC2086
         step 90 --layers 4 --context "${CONTEXT:-65536,131072}" --offload --steps 2 $how
       done ;;
+    reach)
+      # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs; and how far one GPU goes.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      step 120 --plain --context 4096,8192,16384,32768 --steps 1
+      GPUS=1 step 400 --context 131072,262144 --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
+    host)
+      # Where the host's time goes at short lengths.
+      timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
     run)
       # The context is used, not just held: held-out loss by position after some hundred steps on a real text.
       timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \

@@ -4,13 +4,17 @@
     torchrun --nproc-per-node 2 benchmarks/kernel_times.py --lengths 8192 --heads 32/32 --graph --timeline
 
 Each length is tokens per GPU. Times are microseconds a call on rank 0, summed over launches of the same name; what overlaps counts twice.
-With `--timeline` each rank lists what one call does in the order in which it begins.
+With `--timeline` each rank lists what one call does in the order in which it begins, and with `--python` rank 0 says in which functions the
+host is while it launches.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import os
+import pstats
+import time
 from collections import defaultdict
 
 import torch
@@ -21,6 +25,7 @@ import ringspan
 from ringspan.bench.graph import captured
 
 REPEATS = 5
+PYTHON_REPEATS, MOST_FUNCTIONS = 50, 40
 SHORTEST_US = 1.5
 """What is shorter is left out of a timeline."""
 
@@ -62,6 +67,26 @@ def show(title: str, work, rank: int, timeline: bool) -> None:
             print("\n".join([f"rank {rank}", *said] if timeline else said), flush=True)
 
 
+def show_python(title: str, work, rank: int) -> None:
+    """Prints where the host's time goes in calls that are launched one after the other, microseconds a call."""
+    dist.barrier()
+    torch.cuda.synchronize()
+    profiler = cProfile.Profile()
+    began = time.perf_counter()
+    profiler.enable()
+    for _ in range(PYTHON_REPEATS):
+        work()
+    profiler.disable()
+    took = (time.perf_counter() - began) / PYTHON_REPEATS * 1e6
+    torch.cuda.synchronize()
+    if rank == 0:
+        print(f"\n{title}: {took:,.0f} us of the host a call, itself and with what it calls")
+        stats: dict = pstats.Stats(profiler).stats  # pyright: ignore[reportAttributeAccessIssue]
+        for (file, line, name), (_, calls, own, whole, _) in sorted(stats.items(), key=lambda entry: -entry[1][2])[:MOST_FUNCTIONS]:
+            each, where = 1e6 / PYTHON_REPEATS, "/".join(file.split("/")[-2:])
+            print(f"  {own * each:8.1f} {whole * each:8.1f} us {calls / PYTHON_REPEATS:6.1f} x  {where}:{line} {name}"[:150])
+
+
 def main() -> None:
     """Profiles each strategy at each length."""
     parser = argparse.ArgumentParser()
@@ -72,6 +97,7 @@ def main() -> None:
     parser.add_argument("--heads", default="32/8", help="query/KV heads")
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph")
     parser.add_argument("--timeline", action="store_true")
+    parser.add_argument("--python", action="store_true", help="where the host's time goes, launched eagerly")
     arguments = parser.parse_args()
     heads, kv_heads = map(int, arguments.heads.split("/"))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -102,7 +128,10 @@ def main() -> None:
 
             for what, work in (("forward", forward), ("forward + backward", both)):
                 call = captured(work) if arguments.graph else work
-                show(f"{name}, {per_rank} tokens a GPU, {arguments.heads} heads, {what}", call, rank, arguments.timeline)
+                title = f"{name}, {per_rank} tokens a GPU, {arguments.heads} heads, {what}"
+                show(title, call, rank, arguments.timeline)
+                if arguments.python:
+                    show_python(title, work, rank)
     dist.destroy_process_group()
 
 

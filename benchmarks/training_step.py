@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,11 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ringspan
+from ringspan.bench.overlap import Awaited
 from ringspan.transformer import LayerShape, Offload, layer_shape
+from ringspan.transport import Transport
 
-PARTS = ("feed_forward", "tiled_loss", "rematerialise", "offload")
+PARTS = ("feed_forward", "tiled_loss", "rematerialise", "offload", "overlap")
 SIZES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -96,6 +98,8 @@ def ours(arguments: argparse.Namespace, device: torch.device, shape: LayerShape)
         parameters_on_host=arguments.parameters_on_host,
     )
     materialise(model, device, arguments.parameters_on_host)
+    if "overlap" in without:
+        parallel.context.transport = cast(Transport, Awaited(parallel.context.transport))
     if dist.get_rank() == 0:
         print(parallel.chosen, flush=True)
 
