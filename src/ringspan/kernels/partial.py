@@ -73,9 +73,9 @@ def _fused() -> Callable[..., None] | None:
 
 def rows_first(tensor: Tensor) -> Tensor:
     """`[batch, seq, …]` as `[seq, batch, …]`, a view."""
-    return tensor.movedim(1, 0)
+    return tensor.transpose(0, 1)
 
 
 def batch_first(tensor: Tensor) -> Tensor:
     """`[rows, batch, …]` as `[batch, rows, …]`, a view."""
-    return tensor.movedim(0, 1)
+    return tensor.transpose(0, 1)
