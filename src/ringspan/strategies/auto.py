@@ -17,6 +17,7 @@ from ringspan.schedule import PieceBytes
 from ringspan.strategies.common import Schedules
 from ringspan.strategies.cost import Cost, cost
 from ringspan.strategies.forecast import Machine, forecast
+from ringspan.strategies.links import link_bytes
 
 CLOSE = 1.03
 """Predictions nearer than this are not told apart."""
@@ -58,7 +59,7 @@ def complete_ring(
 
     By the forecast of each on `machine`, since bytes alone do not tell: the results of what visits last go home under no computing, and
     that is one dq or a dk and a dv; a shard in two parts is a launch more, which pays where it is longer under way than its reader has to
-    compute before.
+    compute before. Queries that are more bytes than keys by a tenth are no candidate: a forecast is not that sure of what is hidden.
     """
     completed = dict(options)
 
@@ -67,7 +68,11 @@ def complete_ring(
         return forecast(getattr(schedules, direction), layout, mask, sizes, machine).seconds
 
     if "rotate" not in options:
-        completed["rotate"] = min("keys", "queries", key=lambda what: seconds("backward", rotate=what))
+        keys, queries = (
+            link_bytes(make("ring", layout, mask, rotate=what), layout, sizes, "backward").total() for what in ("keys", "queries")
+        )
+        rotated = ("keys", "queries") if queries <= 1.1 * keys else ("keys",)
+        completed["rotate"] = min(rotated, key=lambda what: seconds("backward", rotate=what))
     if "parts" not in options:
         completed["parts"] = 2 if CLOSE * seconds("forward", parts=2) < seconds("forward", parts=1) else 1
     return completed
