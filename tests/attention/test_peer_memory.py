@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -140,6 +143,102 @@ def test_a_gradient_of_lse_travels_too():
     split = Split(num_ranks=3, mask=ringspan.causal(), strategy="ring", options={"rotate": "queries", "transport": "peer_memory"})
     found, _ = split_attention(split, tensors)
     assert_close(found, dense(tensors, MASKS["causal"].allowed(23)), BUDGETS[torch.float64], str(split))
+
+
+@pytest.mark.parametrize("transport", ["peer_memory", "process_group"])
+@pytest.mark.parametrize(
+    "options", [{"strategy": "ring", "rotate": "queries"}, {"strategy": "pass_query"}, {"strategy": "ring"}, {"strategy": "ulysses"}]
+)
+def test_a_loss_that_uses_lse_on_one_rank_alone_has_the_gradients_of_zeros_elsewhere(transport: str, options: dict):
+    if (transport, options["strategy"]) == ("peer_memory", "ulysses"):
+        pytest.skip("head groups do not go through peer memory")
+    tensors = make_tensors(24, heads=2, kv_heads=2, head_dim=4, seed=3, with_dlse=True)
+    assert tensors.dlse is not None
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", **options).sequence(24)
+        leaves = [sequence.shard(x).detach().requires_grad_() for x in (tensors.q, tensors.k, tensors.v)]
+        out, lse = sequence.attention(*leaves, return_lse=True)
+        loss = (out * sequence.shard(tensors.dout)).sum()
+        if group.rank == 1:
+            loss = loss + (lse * sequence.shard(tensors.dlse, dim=2)).sum()
+        loss.backward()
+        return sequence.positions, [leaf.grad for leaf in leaves]
+
+    parts = ringspan.run_in_process(2, run)
+    only_one = torch.zeros_like(tensors.dlse)
+    only_one[:, :, parts[1][0]] = tensors.dlse[:, :, parts[1][0]]
+    expected = dense(replace(tensors, dlse=only_one), MASKS["causal"].allowed(24))
+    for positions, gradients in parts:
+        for found, whole in zip(gradients, (expected.dq, expected.dk, expected.dv), strict=True):
+            torch.testing.assert_close(found, whole[:, positions], rtol=1e-10, atol=1e-10)
+
+
+def test_lse_is_asked_for_by_all_ranks_or_by_none():
+    def run(group):
+        sequence = ringspan.ContextParallel(group).sequence(8)
+        x = torch.randn(1, sequence.shard_length, 2, 4)
+        sequence.attention(x, x, x, return_lse=group.rank == 0)
+
+    with pytest.raises(RingspanError, match="return_lse"):
+        ringspan.run_in_process(2, run)
+
+
+def test_after_a_pass_that_an_error_left_the_next_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Its signals are still set: the next pass would take them for its own, and read what is not there yet."""
+    from ringspan.attention.executor import ForwardPass
+
+    right = ForwardPass.attend
+    failing = {"now": True}
+
+    def attend(self, launch):
+        if failing["now"] and launch.q_owner != launch.kv_owner:
+            raise torch.OutOfMemoryError("no room for the visitor")
+        right(self, launch)
+
+    monkeypatch.setattr(ForwardPass, "attend", attend)
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory").sequence(16)
+        x = torch.randn(1, sequence.shard_length, 2, 4)
+        with pytest.raises(torch.OutOfMemoryError):
+            sequence.attention(x, x, x)
+        group.gather_objects("both are out")
+        failing["now"] = False
+        with pytest.raises(RingspanError, match="new process group"):
+            sequence.attention(x, x, x)
+
+    ringspan.run_in_process(2, run)
+
+
+def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
+    # Rank 3 waits from the start, and 8,000 signals of others wake it.
+    def waiting(group):
+        memory = peer_memory(group, torch.device("cpu"))
+        assert not isinstance(memory, str)
+        if group.rank == 3:
+            memory.wait(2, 0)
+        elif group.rank == 2:
+            time.sleep(1.0)
+            memory.signal(3, 0)
+        else:
+            for turn in range(4000):
+                memory.signal(1 - group.rank, turn)
+                memory.wait(1 - group.rank, turn)
+        return "done"
+
+    assert ringspan.run_in_process(4, waiting, timeout_seconds=20.0) == ["done"] * 4
+
+
+def test_memory_goes_with_its_ranks():
+    def run(group):
+        x = torch.randn(1, 8, 2, 4)
+        ringspan.ContextParallel(group, transport="peer_memory").sequence(16).attention(x, x, x)
+        return weakref.ref(peer_memory(group, x.device))
+
+    memories = ringspan.run_in_process(2, run)
+    gc.collect()
+    assert [memory() for memory in memories] == [None, None]
 
 
 def test_many_passes_of_changing_lengths_leave_no_signal_behind():

@@ -15,7 +15,7 @@ def completed(tokens: int, heads: int, kv_heads: int, ranks: int = 2, **options)
     mask = ringspan.causal()
     layout = make_layout("zigzag", tokens * ranks, ranks, None, mask)
     sizes = PieceBytes(batch=1, heads=heads, kv_heads=kv_heads, head_dim=128, element_bytes=2, accumulator_bytes=4, single_bytes=2)
-    return complete_ring(options, layout, mask, sizes, QUEUED["cuda"], make_schedules), layout, mask, sizes
+    return complete_ring(tuple(options.items()), layout, mask, sizes, QUEUED["cuda"], make_schedules), layout, mask, sizes
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

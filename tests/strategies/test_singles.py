@@ -54,7 +54,7 @@ def promised(split: Split, tensors: Tensors) -> dict[tuple[int, int], int]:
         q, k, v = (sequence.shard(tensor) for tensor in (tensors.q, tensors.k, tensors.v))
         sequence.attention(q, k, v)
         total = link_bytes(sequence.schedules, sequence.layout, sizes, "forward", return_lse=True)
-        total += link_bytes(sequence.schedules, sequence.layout, sizes, "backward")
+        total += link_bytes(sequence.schedules, sequence.layout, sizes, "backward", return_lse=True)
         found.update({link: size for link, size in total.items() if size})
 
     ringspan.run_in_process(split.num_ranks, rank)

@@ -82,7 +82,7 @@ def promised_bytes(sequence: ringspan.Sequence, tensors: Tensors) -> dict[tuple[
         accumulator_bytes=8 if tensors.q.dtype == torch.float64 else 4,
     )  # fmt: skip
     total = link_bytes(sequence.schedules, sequence.layout, sizes, "forward", return_lse=True)
-    total.update(link_bytes(sequence.schedules, sequence.layout, sizes, "backward", return_lse=tensors.dlse is not None))
+    total.update(link_bytes(sequence.schedules, sequence.layout, sizes, "backward", return_lse=True))
     return {link: size for link, size in total.items() if size}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Plan:
 
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
-    `peers` where pieces go through peer memory, with this rank's part in each direction; `observer` where somebody looks on.
+    `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
+    of it may come; `observer` where somebody looks on.
     """
 
     forward: RankProgram
@@ -44,7 +46,16 @@ class Plan:
     kv_heads_per_stage: int | None = None
     lse_gradient_refusal: str | None = None
     peers: tuple[PeerMemory, Mapping[str, Inbox]] | None = None
+    return_lse: bool = False
     observer: Observer | None = None
+
+    @cached_property
+    def lse_gradient_travels(self) -> bool:
+        """Whether a gradient of lse goes from rank to rank: then every rank has one, of zeros where its loss did not use lse."""
+        if not self.return_lse or self.lse_gradient_refusal is not None:
+            return False
+        transfers = (transfer for step in self.backward.steps for batch in step.batches for transfer in (*batch.sends, *batch.receives))
+        return self.exchange is not None or any(transfer.piece.kind == "do" for transfer in transfers)
 
     def observed(self, observer: Observer) -> Plan:
         """The same, an `observer` looking on."""
@@ -68,7 +79,7 @@ class DistributedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Runs the forward program and keeps q, k, v, out and lse of this rank's heads; lse is None where it is not wanted."""
         exchange = plan.exchange
         ctx.plan, ctx.heads = plan, (q.shape[2], k.shape[2])
@@ -81,7 +92,7 @@ class DistributedAttention(torch.autograd.Function):
         else:
             out, lse = remembered(lambda: _forward(q, k, v, _own(sinks, plan), plan)[:2])
         ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
-        lse = lse if return_lse else None
+        lse = lse if plan.return_lse else None
         return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
 
     @staticmethod
@@ -107,6 +118,8 @@ class DistributedAttention(torch.autograd.Function):
             # The other ranks wait for it.
             rows = out.shape[1] if exchange is None else exchange.part_lengths[exchange.place]
             dout = out.new_zeros((out.shape[0], rows, ctx.heads[0], out.shape[3]))
+        if dlse is None and plan.lse_gradient_travels:
+            dlse = lse.new_zeros((dout.shape[0], ctx.heads[0], dout.shape[1]))
         if exchange is not None:
             dout, dlse = exchange.output_gradients_to_heads(dout, dlse)
         dq, dk, dv = _backward(q, k, v, out, lse, weights, dout, dlse, plan)
@@ -118,7 +131,7 @@ class DistributedAttention(torch.autograd.Function):
             dsinks = torch.zeros_like(sinks)
             own = sinks_gradient(dout, out, lse, dlse, sinks if exchange is None else sinks[exchange.q_heads[exchange.place]])
             (dsinks if exchange is None else dsinks[exchange.q_heads[exchange.place]]).copy_(own)
-        return dq, dk, dv, dsinks, None, None
+        return dq, dk, dv, dsinks, None
 
 
 class _Stage(NamedTuple):
@@ -207,7 +220,7 @@ def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
     return sinks if sinks is None or plan.exchange is None else sinks[plan.exchange.q_heads[plan.exchange.place]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
     with watch(plan.observer, BEFORE, "whole"):
-        return DistributedAttention.apply(q, k, v, sinks, plan, return_lse)
+        return DistributedAttention.apply(q, k, v, sinks, plan)

@@ -47,8 +47,9 @@ class ContextParallel:
         weights: for layout `weighted`, the share of each rank.
         kv_heads_per_stage: compute so many key heads (with their query heads) after one another, the whole schedule for each: head-strided
             gathering. What visits a rank shrinks by as much; launches and messages become more.
-        transport: `process_group` sends and receives; `peer_memory` has each rank read the others' memory, over NVLink by copy engines that
-            take nothing from attention, or as threads do; `auto` takes the latter on GPUs that reach each other, where the strategy allows.
+        transport: `process_group` sends and receives; `peer_memory` has each rank write to the others' memory, over NVLink by copy engines
+            that take nothing from attention, or as threads do; `auto` takes the latter on GPUs that reach each other, where the strategy
+            allows.
         deterministic: the gradients of attention are the same bits at every run on the same machine, or what cannot promise it is refused.
             Ranks' partials always add up in the schedule's order; within a tile the kernel decides. Not covered: reductions of the process
             group itself, in `sum_gradients` and the loss, and what a model computes besides.
@@ -294,7 +295,8 @@ class Sequence:
             softcap: scores become `softcap · tanh(scores / softcap)` (Gemma 2).
             sinks: `[heads]`, one more score a head that takes weight and gives nothing (gpt-oss); with a gradient. Each rank's gradient of
                 it is its own share: `ContextParallel.sum_gradients` adds them up.
-            return_lse: also return the log-sum-exp of each query's scores, the sink's included.
+            return_lse: also return the log-sum-exp of each query's scores, the sink's included. The same on every rank; a rank whose loss
+                does not use it counts as one whose gradient is zero.
 
         Returns:
             `out [batch, shard, heads, head_dim]` in the dtype of `q`; with `return_lse` also `lse [batch, heads, shard]`, float32 or wider.
@@ -308,18 +310,20 @@ class Sequence:
         # A head without a width has no such power; that it is none is then said on every rank.
         scale = q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
         about_sinks = None if sinks is None else (sinks.shape, sinks.device)
-        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks)
-        plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap))
+        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks, return_lse)
+        plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap, return_lse))
         if (observer := self.observer or self.context.observer) is not None:
             plan = plan.observed(observer)
-        out, lse = attend(q, k, v, sinks, plan, return_lse)
+        out, lse = attend(q, k, v, sinks, plan)
         if not return_lse:
             return out
         assert lse is not None
         return out, lse
 
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> Plan:
-        planned = make_plan(self, q, k, v, sinks, scale, softcap)
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool
+    ) -> Plan:
+        planned = make_plan(self, q, k, v, sinks, scale, softcap, return_lse)
         self.kernel, self._schedules, self.choice = planned.plan.kernel, planned.schedules, planned.choice
         self.peer_bytes = 0 if planned.plan.peers is None else max(each.nbytes for each in planned.plan.peers[1].values())
         return planned.plan

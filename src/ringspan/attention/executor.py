@@ -38,7 +38,7 @@ class Pass:
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
-        self.courier.give_back(-1)
+        self.courier.begin()
         waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
@@ -65,6 +65,7 @@ class Pass:
                 self.shelf.drop(piece)
             self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
+        self.courier.end()
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
         """Does what an attend put off until its results are on their way."""

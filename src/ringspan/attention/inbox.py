@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 from ringspan.attention.program import Batch, rank_batches
 from ringspan.schedule import Piece, Receive, Schedule, Send, lifetimes
+from ringspan.strategies import once
 
 ALIGNMENT = 256
 """Places begin at multiples of so many bytes: copy engines and kernels like it."""
 
 RowBytes = Mapping[str, tuple[int, ...]]
 """For each kind of piece the bytes of one row of each of its components, as it travels."""
+
+_Items = tuple[tuple[str, tuple[int, ...]], ...]
 
 BEFORE = -1
 """The time before the first step of a pass."""
@@ -90,17 +93,14 @@ class _Side:
     batches: tuple[Batch, ...]
     places: Mapping[tuple[int, int, Piece], tuple[Place, ...]]
     messages: Mapping[tuple[int, int], Message]
+    batch_of: Mapping[Message, int]
     freed: Mapping[int, tuple[Message, ...]]
     nbytes: int
-
-    def batch_of(self, message: Message) -> int:
-        """The index of the batch that brings `message`."""
-        return next(batch for (batch, _), found in self.messages.items() if found == message)
 
 
 def inbox(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: RowBytes | None = None) -> Inbox:
     """The part of `rank` in a pass of `schedule` through peer memory; `single_row_bytes` are those of results of one attend."""
-    sides = [_side(schedule, other, row_bytes, single_row_bytes or row_bytes) for other in range(schedule.num_ranks)]
+    sides = _sides(schedule, tuple(row_bytes.items()), tuple((single_row_bytes or row_bytes).items()))
     mine = sides[rank]
     postings = []
     sent: Counter[int] = Counter()
@@ -109,7 +109,7 @@ def inbox(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: 
         # Each rank begins with another, lest all write to one at a time.
         for target in sorted({send.peer for send in batch.sends}, key=lambda peer: (peer - rank) % schedule.num_ranks):
             message, sent[target] = Message(target, sent[target]), sent[target] + 1
-            there = sides[target].batch_of(Message(rank, message.index))
+            there = sides[target].batch_of[Message(rank, message.index)]
             parts = tuple(
                 (position, sides[target].places[(there, rank, send.piece)])
                 for position, send in enumerate(batch.sends)
@@ -121,6 +121,11 @@ def inbox(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: 
         postings.append(Posting(tuple(written), places, awaited))
     most = max((message.index + 1 for side in sides for message in side.messages.values()), default=0)
     return Inbox(max(side.nbytes for side in sides), most, tuple(postings), mine.freed)
+
+
+@once(maxsize=64)
+def _sides(schedule: Schedule, row_bytes: _Items, single_row_bytes: _Items) -> tuple[_Side, ...]:
+    return tuple(_side(schedule, rank, dict(row_bytes), dict(single_row_bytes)) for rank in range(schedule.num_ranks))
 
 
 def _side(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: RowBytes) -> _Side:
@@ -148,7 +153,8 @@ def _side(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: 
             message, met[source] = Message(source, met[source]), met[source] + 1
             messages[(batch.index, source)] = message
             freed[step].append(message)
-    return _Side(flat, places, messages, {step: tuple(found) for step, found in freed.items()}, nbytes)
+    batch_of = {message: batch for (batch, _), message in messages.items()}
+    return _Side(flat, places, messages, batch_of, {step: tuple(found) for step, found in freed.items()}, nbytes)
 
 
 def _is_single(schedule: Schedule, rank: int, receive: Receive) -> bool:

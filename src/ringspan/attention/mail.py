@@ -47,8 +47,16 @@ class Courier(Protocol):
         """
         ...
 
+    def begin(self) -> None:
+        """The pass begins."""
+        ...
+
     def give_back(self, step: int) -> None:
-        """This rank has done `step`, -1 for the time before the first: buffers that were needed until then may be written again."""
+        """This rank has done `step`: buffers that were needed until then may be written again."""
+        ...
+
+    def end(self) -> None:
+        """The pass is over, and everything has been waited for."""
         ...
 
 
@@ -56,7 +64,8 @@ class Courier(Protocol):
 class Wire:
     """In which dtype results travel.
 
-    A sum travels in the accumulator's. What one attend alone gave is as the kernel rounded it, and loses nothing if it travels so.
+    A sum travels in the accumulator's. What one attend alone gave is as the kernel rounded it, and loses nothing if it travels so; only
+    where a mask has made several launches of that attend is their sum rounded once more.
 
     Args:
         wide: the accumulator's dtype.
@@ -117,5 +126,11 @@ class TransportCourier:
         receives = [Parcel(tensor, receive.peer) for receive, tensors in zip(batch.receives, incoming, strict=True) for tensor in tensors]
         return UnderWay(self._transport.exchange(sends, receives, batch.lane), (sends, receives))
 
+    def begin(self) -> None:
+        """Nothing is left of a pass before."""
+
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`: every buffer is its own."""
+
+    def end(self) -> None:
+        """Every batch has been waited for."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringspan.attention.inbox import Inbox, Message, Place
+from ringspan.attention.inbox import BEFORE, Inbox, Message, Place
 from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
@@ -30,13 +30,12 @@ class PeerCourier:
     def __init__(self, inbox: Inbox, memory: PeerMemory, transport: Transport, wire: Wire) -> None:
         self._inbox, self._memory, self._transport, self._wire = inbox, memory, transport, wire
         self._packed: dict[Piece, list[Tensor]] = {}
-        memory.begin()
 
     def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
         """See `Courier.buffers`: in this rank's inbox."""
         places = self._inbox.postings[batch.index].places[batch.receives.index(receive)]
         mine = self._memory.inbox(self._transport.rank)
-        return [_tensor(mine, place, shape, dtype) for (shape, dtype), place in zip(components, places, strict=False)]
+        return [_tensor(mine, place, shape, dtype) for (shape, dtype), place in zip(components, places, strict=True)]
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`.
@@ -53,7 +52,7 @@ class PeerCourier:
                 memory.wait(message.peer, _free(message))
                 theirs = memory.inbox(message.peer)
                 for position, places in parts:
-                    for tensor, place in zip(packed[position], places, strict=False):
+                    for tensor, place in zip(packed[position], places, strict=True):
                         _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
                 memory.signal(message.peer, _ready(message))
 
@@ -63,6 +62,19 @@ class PeerCourier:
 
         # What is read beside the computing must not be freed before.
         return UnderWay(memory.aside(batch.lane, write, arrive), packed)
+
+    def begin(self) -> None:
+        """See `Courier.begin`.
+
+        Raises:
+            RingspanError: where an error left the pass before: nobody knows which of its signals are still set.
+        """
+        self._memory.begin()
+        self.give_back(BEFORE)
+
+    def end(self) -> None:
+        """See `Courier.end`."""
+        self._memory.end()
 
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`."""
@@ -80,10 +92,10 @@ class PeerCourier:
         return packed
 
 
-def row_bytes(q: Tensor, k: Tensor, rounded: bool = False) -> dict[str, tuple[int, ...]]:
+def row_bytes(q: Tensor, k: Tensor, rounded: bool = False, lse_gradient: bool = False) -> dict[str, tuple[int, ...]]:
     """The bytes of a row of each component of each kind of piece, for `q` and `k [batch, shard, heads, head_dim]`.
 
-    Results are as wide as sums, or, `rounded`, as a kernel gives them.
+    Results are as wide as sums, or, `rounded`, as a kernel gives them. `lse_gradient`: the gradient of lse travels with dO.
     """
     batch, _, heads, head_dim = q.shape
     element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
@@ -93,8 +105,8 @@ def row_bytes(q: Tensor, k: Tensor, rounded: bool = False) -> dict[str, tuple[in
         "q": (query * element,),
         "kv": (key * element, key * element),
         "o": (query * result, stats * wide),
-        # dO, out, lse, and the gradient of lse where there is one.
-        "do": (query * element, query * element, stats * wide, stats * wide),
+        # dO, out, lse, and the gradient of lse.
+        "do": (query * element, query * element, stats * wide, *[stats * wide] * lse_gradient),
         "dq": (query * result,),
         "dkv": (key * result, key * result),
     }

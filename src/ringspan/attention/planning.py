@@ -36,7 +36,7 @@ class Planned(NamedTuple):
 
 
 def make_plan(
-    sequence: Sequence, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None
+    sequence: Sequence, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool
 ) -> Planned:
     """The plan of attention of these tensors on `sequence`. Collective. See `Sequence.attention` for the arguments.
 
@@ -57,7 +57,7 @@ def make_plan(
             check_materialised(context.kernel, softcap, sinks)
 
     problem = checks.problem_of(check)
-    agree(context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap), problem)
+    agree(context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap, return_lse), problem)
     transport = context.transport
     asked = checks.kernel_problem(q, k, features, deterministic)
     if materialised:
@@ -79,6 +79,7 @@ def make_plan(
     scoring = Scoring(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
+    lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
     plan = Plan(
         forward,
         backward,
@@ -88,8 +89,9 @@ def make_plan(
         exchange,
         materialised,
         context.kv_heads_per_stage,
-        None if materialised else lse_gradient_refusal(kernel, asked),
-        _peers(sequence, q, k, schedules, transport.rank, kernel, materialised),
+        lse_refusal,
+        _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None),
+        return_lse,
     )
     return Planned(plan, schedules, choice)
 
@@ -108,14 +110,17 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
     )
     strategy, options, choice = context.strategy, context.options, None
     if strategy == "auto":
-        choice = choose(layout, mask, sizes, MACHINES[q.device.type], make_schedules)
+        choice = choose(layout, mask, sizes, MACHINES.get(q.device.type, MACHINES["cpu"]), make_schedules)
         strategy, options = choice.strategy, dict(choice.options)
-    if strategy == "ring":
-        options = complete_ring(options, layout, mask, sizes, QUEUED[q.device.type], make_schedules)
+    if strategy == "ring" and layout.num_ranks > 1:
+        machine = QUEUED.get(q.device.type, QUEUED["cpu"])
+        options = complete_ring(tuple(sorted(options.items())), layout, mask, sizes, machine, make_schedules)
     return make_schedules(strategy, layout, mask, **options), choice
 
 
-def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool) -> Peers | None:
+def _peers(
+    sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool, lse_gradient: bool
+) -> Peers | None:
     """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
     context = sequence.context
     wanted = context.carrier
@@ -125,7 +130,7 @@ def _peers(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank:
     reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
-        sizes, singles = row_bytes(q, k), row_bytes(q, k, rounded=kernel.rounds)
+        sizes, singles = (row_bytes(q, k, rounded, lse_gradient) for rounded in (False, kernel.rounds))
         inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
         if 2 * max(each.messages for each in inboxes.values()) <= memory.channels:
             memory.reserve(max(each.nbytes for each in inboxes.values()))

@@ -2,8 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
-from threading import RLock
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
@@ -16,6 +14,7 @@ from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
 from ringspan.strategies.links import link_bytes
+from ringspan.strategies.once import once
 from ringspan.strategies.pass_query import pass_query
 from ringspan.strategies.ring import ring
 from ringspan.strategies.ring_self_attention import ring_self_attention
@@ -42,6 +41,7 @@ __all__ = [
     "forecast_layer",
     "link_bytes",
     "make_schedules",
+    "once",
     "share_sizes",
     "strategy_options",
 ]
@@ -103,14 +103,9 @@ def make_schedules(strategy: str, layout: Layout, mask: Mask, **options: int | s
             found = f"it is of type {type(value).__name__}"
             raise RingspanError(f"strategy {strategy!r} with {name}={value!r}", found, f"{name} is of type {known[name].__name__}")
     mask.check_length(layout.length)
-    # In-process ranks ask for the same schedules at the same time: the first makes them, and the others find them made.
-    with _MAKING:
-        return _made(strategy, layout, mask, tuple(sorted(options.items())))
+    return _made(strategy, layout, mask, tuple(sorted(options.items())))
 
 
-_MAKING = RLock()
-
-
-@lru_cache(maxsize=128)
+@once(maxsize=128)
 def _made(strategy: str, layout: Layout, mask: Mask, options: tuple[tuple[str, int | str], ...]) -> Schedules:
     return STRATEGIES[strategy](layout, mask, **dict(options))

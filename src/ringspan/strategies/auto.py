@@ -7,9 +7,8 @@ that hold more visitors at once than `memory_bytes` are out. The quickest wins; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
@@ -18,6 +17,7 @@ from ringspan.strategies.common import Schedules
 from ringspan.strategies.cost import Cost, cost
 from ringspan.strategies.forecast import Machine, forecast
 from ringspan.strategies.links import link_bytes
+from ringspan.strategies.once import once
 
 CLOSE = 1.03
 """Predictions nearer than this are not told apart."""
@@ -52,10 +52,15 @@ def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
     return found
 
 
+MOST_IN_PARTS = 8
+"""Ranks of a ring whose shards may travel in parts: of a longer one the first visit, which alone is sooner, is too little of it."""
+
+
+@once(maxsize=256)
 def complete_ring(
-    options: Mapping[str, int | str], layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make
+    options: tuple[tuple[str, int | str], ...], layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make
 ) -> dict[str, int | str]:
-    """`options` of a ring, with those that it leaves open: what the backward rotates, and in how many parts shards travel forward.
+    """`options` (name and value) of a ring, and those that it leaves open: what the backward rotates, in how many parts shards travel.
 
     By the forecast of each on `machine`, since bytes alone do not tell: the results of what visits last go home under no computing, and
     that is one dq or a dk and a dv; a shard in two parts is a launch more, which pays where it is longer under way than its reader has to
@@ -67,18 +72,18 @@ def complete_ring(
         schedules = make("ring", layout, mask, **{**completed, **option})
         return forecast(getattr(schedules, direction), layout, mask, sizes, machine).seconds
 
-    if "rotate" not in options:
+    if "rotate" not in completed:
         keys, queries = (
             link_bytes(make("ring", layout, mask, rotate=what), layout, sizes, "backward").total() for what in ("keys", "queries")
         )
         rotated = ("keys", "queries") if queries <= 1.1 * keys else ("keys",)
         completed["rotate"] = min(rotated, key=lambda what: seconds("backward", rotate=what))
-    if "parts" not in options:
+    if "parts" not in completed and layout.num_ranks <= MOST_IN_PARTS:
         completed["parts"] = 2 if CLOSE * seconds("forward", parts=2) < seconds("forward", parts=1) else 1
     return completed
 
 
-@lru_cache(maxsize=256)
+@once(maxsize=256)
 def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make, memory_bytes: int | None = None) -> Choice:
     """The strategy for `layout` and `mask` with tensors of `sizes` on `machine`.
 

@@ -21,8 +21,8 @@ def link_bytes(schedules: Schedules, layout: Layout, sizes: PieceBytes, directio
         layout: of all ranks (in two-dimensional attention, before head groups are merged).
         sizes: of attention's tensors.
         direction: `forward` or `backward`.
-        return_lse: forward: whether lse is asked for, which is brought back where positions are exchanged for heads. Backward: whether a
-            gradient goes through it, which travels with dO.
+        return_lse: forward: whether lse is asked for, which is brought back where positions are exchanged for heads. Backward: whether it
+            was asked for of a kernel that computes a gradient through it, which travels with dO, zeros included.
     """
     sizes = replace(sizes, lse_gradient=return_lse and direction == "backward")
     schedule = schedules.forward if direction == "forward" else schedules.backward

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from collections.abc import Callable
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.errors import RankFailure
+from ringspan.errors import RankFailure, RingspanError
 from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
@@ -44,7 +44,15 @@ class PeerMemory(Protocol):
         ...
 
     def begin(self) -> None:
-        """A pass begins on the current stream: after the one before, whose stream may have been another."""
+        """A pass begins on the current stream: after the one before, whose stream may have been another.
+
+        Raises:
+            RingspanError: where the one before did not come to its end.
+        """
+        ...
+
+    def end(self) -> None:
+        """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
     def signal(self, peer: int, channel: int) -> None:
@@ -64,6 +72,26 @@ class PeerMemory(Protocol):
             arrive: waits for what peers write.
         """
         ...
+
+
+class _Passes:
+    """Whether a pass is under way: one that an error has left keeps its signals set, and the next would take them for its own."""
+
+    def __init__(self) -> None:
+        self._under_way = False
+
+    def begin(self) -> None:
+        if self._under_way:
+            raise RingspanError(
+                "attention through peer memory",
+                "an error left the attention before this one in the middle, and what it signalled to other ranks still stands",
+                "A pass relies on the signals of its own alone",
+                "a new process group on every rank (torch.distributed.new_group), or transport='process_group'",
+            )
+        self._under_way = True
+
+    def end(self) -> None:
+        self._under_way = False
 
 
 class _Aside:
@@ -94,13 +122,17 @@ class SymmetricMemory:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._module = symmetric_memory
-        self._group, self._device, self._size = transport.group, device, transport.size
+        self._transport, self._group, self._device, self._size = transport, transport.group, device, transport.size
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
         self._inboxes: list[Tensor] = []
+        self._mine: Any = None
+        self._handle: Any = None
+        self._nbytes = 0
         # Inboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
         self._captured, self._retired = False, []
         self._streams: dict[tuple[int, str], torch.cuda.Stream] = {}
         self._before: torch.cuda.Stream | None = None
+        self._passes = _Passes()
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
 
@@ -112,11 +144,23 @@ class SymmetricMemory:
         torch.cuda.synchronize(self._device)
         if self._captured:
             self._retired.append((self._mine, self._handle, self._inboxes))
-        self._inboxes, self._captured = [], False
-        nbytes = -(-nbytes >> 21) << 21
-        self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
+        # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
+        nbytes = max(nbytes, self._nbytes + self._nbytes // 4)
+        self._inboxes, self._mine, self._handle, self._captured = [], None, None, False
+        nbytes, problem = -(-nbytes >> 21) << 21, None
+        try:
+            self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+        # Whoever has none must not leave the others in the rendezvous.
+        for rank, reason in enumerate(self._transport.gather_objects(problem)):
+            if reason is not None:
+                self._nbytes, self._mine = 0, None
+                rule = "Every rank has an inbox of the same size"
+                raise RingspanError(f"{nbytes:,} bytes of peer memory", f"rank {rank}: {reason}", rule, "transport='process_group'")
         self._handle = self._module.rendezvous(self._mine, self._group)
         self._inboxes = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self._size)]
+        self._nbytes = nbytes
 
     def inbox(self, rank: int) -> Tensor:
         """See `PeerMemory.inbox`."""
@@ -124,12 +168,17 @@ class SymmetricMemory:
 
     def begin(self) -> None:
         """See `PeerMemory.begin`. Whoever replays a captured graph orders it among the passes around it."""
+        self._passes.begin()
         if torch.cuda.is_current_stream_capturing():
             return
         current = torch.cuda.current_stream(self._device)
         if self._before is not None and self._before != current:
             current.wait_stream(self._before)
         self._before = current
+
+    def end(self) -> None:
+        """See `PeerMemory.end`."""
+        self._passes.end()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
@@ -178,6 +227,7 @@ class SharedMemory:
     def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
         self._transport, self._device = transport, device
         self._inboxes: list[Tensor] = []
+        self._passes = _Passes()
         # The ranks share the first one's lock and signals.
         self._changed, self._set = transport.gather_objects((threading.Condition(), set()))[0]
 
@@ -192,6 +242,11 @@ class SharedMemory:
 
     def begin(self) -> None:
         """See `PeerMemory.begin`."""
+        self._passes.begin()
+
+    def end(self) -> None:
+        """See `PeerMemory.end`."""
+        self._passes.end()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
@@ -205,13 +260,12 @@ class SharedMemory:
         """See `PeerMemory.wait`."""
         world, word = self._transport.world, (peer, self._transport.rank, channel)
         with self._changed:
-            waited = 0.0
+            deadline = time.monotonic() + world.timeout_seconds
             while word not in self._set:
-                if world.failed is not None or peer in world.ended or waited > world.timeout_seconds:
+                if world.failed is not None or peer in world.ended or time.monotonic() > deadline:
                     found = f"rank {world.failed[0]} failed: {world.failed[1]}" if world.failed else f"rank {peer} did not signal"
                     raise RankFailure(f"rank {word[1]} waited for a signal of rank {peer}", found)
                 self._changed.wait(0.05)
-                waited += 0.05
             self._set.remove(word)
 
     def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
@@ -220,14 +274,13 @@ class SharedMemory:
         return _WhenNeeded(arrive)
 
 
-_MEMORIES: WeakKeyDictionary[Transport, PeerMemory | str] = WeakKeyDictionary()
-
-
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:
     """The one peer memory of `transport`, or why there is none, the same answer on every rank. Collective at the first call."""
-    if transport not in _MEMORIES:
-        _MEMORIES[transport] = _make(transport, device)
-    return _MEMORIES[transport]
+    # With the transport it goes: a table beside it would hold both for ever, since the memory knows its transport.
+    kept = vars(transport)
+    if "_peer_memory" not in kept:
+        kept["_peer_memory"] = _make(transport, device)
+    return kept["_peer_memory"]
 
 
 def _make(transport: Transport, device: torch.device) -> PeerMemory | str:
@@ -239,14 +292,13 @@ def _make(transport: Transport, device: torch.device) -> PeerMemory | str:
             return f"rank {rank}: {reason}"
     assert isinstance(transport, ProcessGroupTransport)
     places = transport.gather_objects(_place(device))
-    for rank, (host, index) in enumerate(places):
-        if host != places[0][0]:
-            return f"rank {rank} is on another host than rank 0"
-        if index != device.index and not torch.cuda.can_device_access_peer(device, index):
-            return f"GPU {device.index} does not reach the memory of GPU {index}"
+    # A rank knows what its own GPU reaches: the others must hear of it before they meet.
+    for rank, reason in enumerate(transport.gather_objects(_unreachable(device, places))):
+        if reason is not None:
+            return f"rank {rank}: {reason}"
     try:
         memory, problem = SymmetricMemory(transport, device), None
-    except RuntimeError as error:
+    except (RuntimeError, RingspanError) as error:
         memory, problem = None, str(error).splitlines()[0]
     for rank, reason in enumerate(transport.gather_objects(problem)):
         if reason is not None:
@@ -271,3 +323,14 @@ def _place(device: torch.device) -> tuple[str, int]:
     """(host, GPU) of this rank; visible devices are assumed to be numbered alike on one host."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip(), device.index or 0
+
+
+def _unreachable(device: torch.device, places: list[tuple[str, int]]) -> str | None:
+    """What keeps this rank's GPU from the memory of all others."""
+    own = _place(device)
+    for rank, (host, index) in enumerate(places):
+        if host != own[0]:
+            return f"it is on another host than rank {rank}"
+        if index != own[1] and not torch.cuda.can_device_access_peer(device, index):
+            return f"GPU {own[1]} does not reach the memory of GPU {index}"
+    return None

@@ -190,5 +190,16 @@ _TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakK
 def process_group_transport(group: dist.ProcessGroup) -> ProcessGroupTransport:
     """The one transport over `group`: its lanes are communicators, too dear to be made for every user of the group."""
     if group not in _TRANSPORTS:
+        # A transport holds its group, and the table both: what belongs to groups that are no more goes now.
+        for gone in [other for other in _TRANSPORTS if _is_destroyed(other)]:
+            del _TRANSPORTS[gone]
         _TRANSPORTS[group] = ProcessGroupTransport(group)
     return _TRANSPORTS[group]
+
+
+def _is_destroyed(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return True
+    return False
