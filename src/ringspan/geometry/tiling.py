@@ -28,6 +28,14 @@ def tiles(layout: Layout, mask: Mask, q_rank: int, k_rank: int) -> tuple[Tile, .
     if not queries.spans or not keys.spans:
         return ()
     found: list[Tile] = []
+    if len(queries.spans) * len(keys.spans) <= FEW_PAIRS:
+        # Two spans far apart meet few of the regions between them; of many spans, on the other hand, each region meets few.
+        for q_span, q_offset in zip(queries.spans, queries.offsets, strict=False):
+            for k_span, k_offset in zip(keys.spans, keys.offsets, strict=False):
+                for region in mask.regions(q_span.start, q_span.last + 1, k_span.start, k_span.last + 1):
+                    if (tile := _region_tile(region, q_span, k_span)) is not None:
+                        found.append(tile.shifted(q_offset, k_offset))
+        return fused(found)
     for region in mask.regions(queries.starts[0], queries.lasts[-1] + 1, keys.starts[0], keys.lasts[-1] + 1):
         for q_span, q_offset in queries.within(region.q_start, region.q_stop):
             for k_span, k_offset in keys.within(region.k_start, region.k_stop):
@@ -36,8 +44,12 @@ def tiles(layout: Layout, mask: Mask, q_rank: int, k_rank: int) -> tuple[Tile, .
     return fused(found)
 
 
+FEW_PAIRS = 16
+"""Of spans of two shards: zigzag has two spans a shard."""
+
+
 class _Shard:
-    """A shard's spans, found by position: of many documents' many spans a region meets few."""
+    """A shard's spans, found by position."""
 
     def __init__(self, spans: tuple[Span, ...]) -> None:
         self.spans = spans
