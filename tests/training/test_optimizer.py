@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ringspan.training.optimizer import Optimizer, learning_rate_at
@@ -94,3 +95,26 @@ def test_a_restored_optimizer_goes_on_as_if_it_had_never_stopped(dtype: torch.dt
             master.copy_(kept[name])
     resumed.restore(moments, step=3)
     assert [one_step(other, resumed, step) for step in range(3, 6)] == goes_on
+
+
+def test_rows_that_two_axes_split_are_counted_once_each_in_the_norm():
+    # As FSDP leaves what a tensor axis has split already: four parts, of which one axis' is a strided shard.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ringspan.training.optimizer import _num_parts
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+        for placements, parts in (
+            ([_StridedShard(0, split_factor=2), Shard(0)], 4),
+            ([Shard(0), Replicate()], 2),
+            ([Replicate(), Replicate()], 1),
+        ):
+            assert _num_parts(DTensor.from_local(torch.zeros(2, 3), mesh, placements, run_check=False)) == parts
+    finally:
+        dist.destroy_process_group()
+    assert _num_parts(torch.zeros(2)) == 1

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ringspan.cli.train_progress import TrainingProgress, printable
-from ringspan.errors import RingspanError
+from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.export import export
 from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
@@ -115,8 +115,9 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
         try:
             prepared = prepare_restarted if _attempt() else partial(prepare, resume=resume)
             plan = ranks.on_first(lambda: prepared(given, world_size=ranks.num_ranks))
-        except RingspanError:
-            if ranks.is_first:
+        except RingspanError as error:
+            # What rank 0 refuses it says itself; that it is gone only the others can say.
+            if ranks.is_first or isinstance(error, RankFailure):
                 raise
             sys.exit(2)
         if ranks.is_first:

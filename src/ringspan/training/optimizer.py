@@ -189,4 +189,5 @@ def _num_parts(tensor: Tensor) -> int:
     """How many parts a tensor is in."""
     if not isinstance(tensor, DTensor):
         return 1
-    return math.prod(tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())
+    # Rows that both a tensor axis and FSDP split are in strided shards, which do not call themselves shards.
+    return math.prod(tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())

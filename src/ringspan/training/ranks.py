@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +21,8 @@ from ringspan.errors import RankFailure, RingspanError
 Result = TypeVar("Result")
 FAILED = "failed"
 """What `Ranks.agree_on_stop` says where a rank's background work failed."""
+HEARTBEAT_SECONDS = 0.5
+"""How often rank 0 says that it is still at what it does for all."""
 _PEER_LOST = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "connection refused", "nccl", "gloo")
 
 
@@ -143,14 +146,41 @@ def on_first(function: Callable[[], Result], group: dist.ProcessGroup | None) ->
         return function()
     box: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
-        try:
-            box[0] = function()
-        except (RingspanError, OSError) as error:
-            box[1] = error
+        _while_others_hear(function, box, group)
+    else:
+        code = torch.zeros(1)
+        while not code.item():
+            dist.broadcast(code, group=group, group_src=0)
     dist.broadcast_object_list(box, group=group, group_src=0)
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def _while_others_hear(function: Callable[[], Result], box: list[Any], group: dist.ProcessGroup) -> None:
+    """Puts the result, or the error, of `function` into `box`, and says to the others every now and then that it is still at work.
+
+    What rank 0 does for all, such as reading a large text or hashing a checkpoint, may take longer than they would wait for a message.
+    """
+    unforeseen: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            box[0] = function()
+        except (RingspanError, OSError) as error:
+            box[1] = error
+        except BaseException as error:
+            unforeseen.append(error)
+
+    thread = threading.Thread(target=work, name="ringspan-first", daemon=True)
+    thread.start()
+    done = False
+    while not done:
+        thread.join(HEARTBEAT_SECONDS)
+        done = not thread.is_alive()
+        if unforeseen:
+            raise unforeseen[0]
+        dist.broadcast(torch.tensor([float(done)]), group=group, group_src=0)
 
 
 def is_peer_loss(error: BaseException) -> bool:

@@ -111,13 +111,14 @@ class Trainer:
                 targets=config.lora_targets,
                 seed=config.seed,
             )
-            self._base_digest = weights_digest(Path(config.model)) if self.ranks.is_first else None
+            digest = self.ranks.on_first(lambda: weights_digest(Path(config.model)))
+            self._base_digest = digest if self.ranks.is_first else None
         self.ranks.require_equal(bits_sum(dict(model.named_parameters())), "first weights")
         return model
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint / STATE)
-        load_weights(checkpoint, self.optimizer.masters)
+        load_weights(checkpoint, {**self.optimizer.masters, **self._buffers()})
         moments = self.optimizer.moments()
         load_tensors(checkpoint / TENSORS, moments)
         self.optimizer.restore(moments, self.step if state.updates is None else state.updates)
@@ -273,11 +274,22 @@ class Trainer:
         return Snapshot(
             state=state,
             config=self.model.config,
-            weights=self.optimizer.masters,
+            weights={**self.optimizer.masters, **self._buffers()},
             moments=self.optimizer.moments(),
             extra_files=self.tokenizer.files(),
             adapter=self._adapter,
         )
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What the model keeps besides its parameters, such as the biases by which experts are chosen; of adapters the base has it."""
+        if self.config.lora_rank:
+            return {}
+        return {
+            f"{path}.{name}".lstrip("."): buffer
+            for path, module in self.model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
 
     def write_sample(self) -> tuple[str, str]:
         """A prompt and what the model makes of it, on every rank; the prompt is the held-out text's beginning unless the user gave one."""
