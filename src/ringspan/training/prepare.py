@@ -116,7 +116,7 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
-    _check_room(config, sum(file.stat().st_size for file in checkpoints[-1].rglob("*") if file.is_file()), files.out)
+    _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
 
@@ -233,9 +233,10 @@ def _check_base(config: TrainingConfig, state: TrainingState) -> None:
 
 def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
     """Whether there is room for checkpoints of `size` bytes each; those of adapters count nothing beside the model, which is there."""
-    # One more than is kept: the new one is whole before the oldest goes.
-    needed = size * (config.keep_checkpoints + 1)
-    free = shutil.disk_usage(out).free
+    checkpoints = RunFiles(out).checkpoints
+    # One more than is kept: the new one is whole before the oldest goes. What a killed run left half written goes before.
+    needed = size * max(1, config.keep_checkpoints + 1 - len(list_checkpoints(checkpoints)))
+    free = shutil.disk_usage(out).free + sum(_folder_bytes(left) for left in checkpoints.glob(".step-*"))
     if free < needed:
         raise RingspanError(
             f"--out {out}",
@@ -243,6 +244,10 @@ def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
             f"There must be room for {config.keep_checkpoints} checkpoints and the next one",
             f"an --out on a larger disk, a smaller --model, or {option('keep_checkpoints')} 1",
         )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _writing(write: Callable[[], Result], out: Path) -> Result:
