@@ -13,7 +13,7 @@ from ringspan.training.checkpoint import Snapshot, TrainingState, save_checkpoin
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.plan import Plan
-from ringspan.training.prepare import prepare
+from ringspan.training.prepare import prepare, prepare_restarted
 from tests.training.support import write_text
 
 
@@ -50,3 +50,38 @@ def test_a_run_that_goes_on_needs_room_only_for_the_checkpoints_that_are_not_the
         left = shutil.copytree(folder, folder.with_name(".step-00000009.partial"))
         go_on_with_room_for(fits - 1, size)
         shutil.rmtree(left)
+
+
+def test_ranks_that_torchrun_starts_again_go_on_in_the_folder_of_their_own_job(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    first, second = {**given, "learning_rate": 1e-3}, {**given, "learning_rate": 5e-2}
+
+    def of_job(name: str) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+
+    of_job("a")
+    own = prepare(first, resume=False, world_size=2)
+    of_job("b")
+    other = prepare(second, resume=False, world_size=2)
+    assert Path(own.config.out) != Path(other.config.out)
+    of_job("a")
+    assert prepare_restarted(first, world_size=2) == own
+    save(own, 3)
+    again = prepare_restarted(first, world_size=1)
+    assert (Path(again.config.out), again.first_step) == (Path(own.config.out), 3)
+    of_job("b")
+    assert prepare_restarted(second, world_size=2) == other, "its own, though the other one was written to later"
+    of_job("c")
+    assert not {prepare_restarted(first, world_size=2).config.out} & {own.config.out, other.config.out}
+    # What torchrun calls every job that was given no id and is not alone.
+    of_job("none")
+    with pytest.raises(RingspanError, match=r"none of the runs in runs is marked as this job's.*Try: --out DIR"):
+        prepare_restarted(first, world_size=2)
+    unnamed = prepare(first, resume=False, world_size=2)
+    assert prepare_restarted(first, world_size=2) == unnamed, "the same process starts these ranks"
+
+
+def test_ranks_that_torchrun_starts_again_with_other_options_are_refused_before_there_is_a_checkpoint_too(given: dict[str, Any]):
+    plan = prepare({**given, "out": "run"}, resume=False, world_size=2)
+    assert prepare_restarted({**given, "out": "run"}, world_size=2) == plan
+    with pytest.raises(RingspanError, match=r"--seed 1.*this run has 0"):
+        prepare_restarted({**given, "out": "run", "seed": 1}, world_size=2)

@@ -12,6 +12,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, TrainingConfig, option
 from ringspan.training.export import check_target
+from ringspan.training.folders import free_folder, mark, newest_folder, own_folder
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
@@ -44,8 +45,13 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
                 f"--ranks {given['ranks']}", f"torchrun started {world_size}", "Under torchrun its ranks are used", f"--ranks {world_size}"
             )
         given = given | {"ranks": world_size}
-    if resume:
-        return _prepare_resumed(given)
+    plan = _prepare_resumed(given) if resume else _prepare_new(given)
+    if world_size is not None:
+        _writing(lambda: mark(plan.files.out), plan.files.out)
+    return plan
+
+
+def _prepare_new(given: dict[str, Any]) -> Plan:
     defaults: dict[str, Any] = {"out": str(free_folder(DEFAULT_OUT))}
     config = TrainingConfig(**defaults | given)
     config.check()
@@ -86,16 +92,17 @@ def prepare_restarted(given: dict[str, Any], *, world_size: int) -> Plan:
     """The same where it was torchrun itself that started the ranks again, with the options of the first start.
 
     Raises:
-        RingspanError: as `prepare` does.
+        RingspanError: as `prepare` does, and where no `out` is given and none of the folders there can be told to be this job's.
     """
-    out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
-    files, tokens = RunFiles(out), load_tokens(RunFiles(out).tokens)
-    if not files.config.is_file() or tokens is None:
+    out = Path(given["out"]) if given.get("out") else own_folder(DEFAULT_OUT)
+    if out is None or not RunFiles(out).config.is_file() or (tokens := load_tokens(RunFiles(out).tokens)) is None:
         return prepare(given, resume=False, world_size=world_size)
+    files, given = RunFiles(out), given | {"out": str(out)}
     if list_checkpoints(files.checkpoints):
-        return prepare(given | {"out": str(out)}, resume=True, world_size=world_size)
-    config = replace(TrainingConfig.load(files.config), ranks=world_size)
-    return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
+        return prepare(given, resume=True, world_size=world_size)
+    config = TrainingConfig.load(files.config).resumed(given | {"ranks": world_size})
+    config.check()
+    return Plan(config=_settled(config, config.model), tokens=tokens, checkpoint=None, first_step=0)
 
 
 def _prepare_resumed(given: dict[str, Any]) -> Plan:
@@ -194,20 +201,6 @@ def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) 
             f"`ringspan export {files.out} DIR`, and a new run on the new text with another --out and --model DIR",
         )
     return tokens
-
-
-def free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3` … that does not exist yet."""
-    candidate, number = wanted, 2
-    while candidate.exists():
-        candidate, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-    return candidate
-
-
-def newest_folder(wanted: Path) -> Path:
-    """The last run that `free_folder` made room for and that has a configuration; `wanted` where there is none."""
-    runs = [path for path in wanted.parent.glob(f"{wanted.name}*") if (path / "config.json").is_file()]
-    return max(runs, key=lambda path: (path / "config.json").stat().st_mtime, default=wanted)
 
 
 def _check_writable(out: Path) -> None:
