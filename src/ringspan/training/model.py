@@ -245,7 +245,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """The same weights with torch's own attention, for generating on one rank."""
-    model.set_attn_implementation("sdpa")
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        # Torch's has no softcap (Gemma 2) and no sinks (gpt-oss); transformers then takes its own alone.
+        model.set_attn_implementation("eager")
     training = model.training
     model.eval()
     try:
