@@ -1,8 +1,9 @@
-"""What is settled before a process is started: room on the disk, and which folder a job goes on in."""
+"""What is settled before a process is started: room on the disk, which folder a job goes on in, and what names stand for."""
 
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,21 @@ def test_ranks_that_torchrun_starts_again_with_other_options_are_refused_before_
     assert prepare_restarted({**given, "out": "run"}, world_size=2) == plan
     with pytest.raises(RingspanError, match=r"--seed 1.*this run has 0"):
         prepare_restarted({**given, "out": "run", "seed": 1}, world_size=2)
+
+
+def test_names_of_ringspans_own_are_not_looked_for_among_the_folders(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "module.py").write_text("1 2 3 " * 1000)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    build_model("pico", vocabulary_size=256, context=61, seed=3).save_pretrained(tmp_path / "tiny")
+    for name in ("bytes", "ids:300", "stdlib"):
+        (tmp_path / name).mkdir()
+    for tokenizer in ("bytes", "ids:300"):
+        named = {"data": "stdlib", "model": "tiny", "tokenizer": tokenizer}
+        config = prepare({**given, **named, "out": f"run-{tokenizer}"}, resume=False).config
+        assert {name: getattr(config, name) for name in named} == named
+    config = prepare({**given, "model": "./tiny", "tokenizer": "bytes", "out": "run"}, resume=False).config
+    assert config.model == str(tmp_path / "tiny"), "a path is one"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
-from ringspan.training.config import BYTES, TrainingConfig, option
+from ringspan.training.config import BYTES, STDLIB, TrainingConfig, option
 from ringspan.training.export import check_target
 from ringspan.training.folders import free_folder, mark, newest_folder, own_folder
 from ringspan.training.lora import check_lora, weights_digest
@@ -150,9 +150,15 @@ def _settled(config: TrainingConfig, model: str, *, with_weights: bool = True) -
     paths = {
         name: str(Path(value).resolve())
         for name, value in (("data", config.data), ("model", config.model), ("tokenizer", tokenizer))
-        if Path(value).exists()
+        if not _is_name(name, value) and Path(value).exists()
     }
     return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
+
+
+def _is_name(field: str, value: str) -> bool:
+    """Whether it stands for something of ringspan's own, whatever files and folders bear the same name."""
+    names: dict[str, Collection[str]] = {"data": (STDLIB,), "model": PRESETS, "tokenizer": (BYTES,)}
+    return value in names[field] or (field == "tokenizer" and value.startswith(IDS))
 
 
 def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:
