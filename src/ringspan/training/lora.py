@@ -88,7 +88,7 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int, alpha: float, 
     return config
 
 
-def _check_targets(model: PreTrainedModel, targets: str, embedding: Tensor) -> None:
+def _check_targets(model: PreTrainedModel, targets: str, embedding: Tensor | nn.Module) -> None:
     """Refuses adapters that `merged` could not add to a weight of their own: of an embedding, or of an output that is tied to it."""
     for name, module in model.named_modules():
         layer = getattr(module, "base_layer", None)
