@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,12 @@ def test_a_resumed_run_may_repeat_what_it_has_and_change_what_enters_no_weight()
     resumed = saved.resumed({"model": "pico", "context": saved.context, "ranks": 3, "layout": "striped", "steps": 900})
     assert (resumed.ranks, resumed.layout, resumed.steps) == (3, "striped", 900)
     assert resumed.model == "pico"
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(TrainingConfig) if "None" in str(field.type)])
+def test_an_option_that_a_configuration_file_leaves_to_the_run_stays_as_the_run_settled_it(field: str):
+    settled = TrainingConfig(tokenizer="bytes", learning_rate=1e-3, on_spike="skip", separator=3, shard_parameters=True, lora_alpha=8.0)
+    assert settled.resumed({field: None}) == settled
 
 
 def test_what_enters_the_weights_may_not_change():

@@ -33,13 +33,14 @@ INSTALLED = importlib.util.find_spec("peft") is not None
 
 
 class StandInLinear(nn.Module):
-    """A linear layer with an adapter, its parts named as in peft."""
+    """A linear layer with an adapter, its parts named as in peft, which takes embeddings too."""
 
-    def __init__(self, base_layer: nn.Linear, rank: int, scaling: float) -> None:
+    def __init__(self, base_layer: nn.Linear | nn.Embedding, rank: int, scaling: float) -> None:
         super().__init__()
         self.base_layer, self.scaling = base_layer, scaling
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+        out_features, in_features = base_layer.weight.shape
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, out_features, bias=False)})
         nn.init.zeros_(self.lora_B["default"].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def stand_in() -> ModuleType:
         found = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear if everywhere else nn.Linear | nn.Embedding)
             and (name != "lm_head" if everywhere else any(name.endswith(target) for target in config.target_modules))
         ]
         if not found:
@@ -166,6 +167,22 @@ def test_layers_that_are_not_there_are_refused(given: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.usefixtures("peft")
+@pytest.mark.parametrize(
+    ("targets", "tied", "found"),
+    [
+        ("embed_tokens,q_proj", False, "model.embed_tokens is a layer of type Embedding"),
+        ("lm_head,q_proj", True, "lm_head shares its weight with the input embedding"),
+    ],
+)
+def test_adapters_that_an_export_could_not_merge_are_refused(given: dict[str, Any], targets: str, tied: bool, found: str):
+    model = build_model(given["model"], vocabulary_size=256, context=64, seed=0)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(RingspanError, match=rf"--lora-targets {targets}: {found}\. .*Try: --lora-targets all-linear"):
+        lora.add_adapters(model, base=given["model"], rank=4, alpha=8, targets=targets, seed=0)
+
+
+@pytest.mark.usefixtures("peft")
 def test_a_new_model_has_nothing_to_adapt(given: dict[str, Any], tmp_path: Path):
     with pytest.raises(RingspanError, match="--lora-rank with --model pico"):
         prepare({**given, "model": "pico", "context": 61, "out": str(tmp_path / "run")}, resume=False)
@@ -183,3 +200,10 @@ def test_merging_is_w_plus_scale_times_b_a():
     result = merged(weights, adapter, 0.5)
     assert result["a.weight"].tolist() == [[1.5] * 3, [2.0] * 3]
     assert torch.equal(result["b.weight"], weights["b.weight"])
+
+
+@pytest.mark.parametrize("left", ["model.embed_tokens.lora_embedding_A", "model.layers.9.q_proj.lora_A.weight", "a.lora_magnitude_vector"])
+def test_merging_leaves_nothing_of_an_adapter_out(left: str):
+    adapter = {"base_model.model.a.lora_A.weight": torch.ones(1, 3), "base_model.model.a.lora_B.weight": torch.ones(2, 1)}
+    with pytest.raises(RingspanError, match=f"it has base_model.model.{left}"):
+        merged({"a.weight": torch.ones(2, 3)}, {**adapter, f"base_model.model.{left}": torch.ones(1)}, 0.5)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ringspan.errors import RingspanError
 from ringspan.training.model import PRESETS, build_model, cast_parameters, check_exact, check_model, head_sizes, plain_attention
 from ringspan.training.sample import sample
+from tests.support.models import seeded
 
 
 def pico(seed: int = 0) -> LlamaForCausalLM:
@@ -45,6 +47,29 @@ def test_generation_uses_the_weights_exactly_as_they_are():
     assert sample(model, prompt, num_tokens=12, temperature=0, seed=0) == ids[3:]
     assert model.config._attn_implementation == "ringspan"
     assert model.training
+
+
+SIZES = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=2, attn_logit_softcapping=1.0, query_pre_attn_scalar=1)),
+        (GptOssForCausalLM, GptOssConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
+    ],
+    ids=["a softcap", "sinks"],
+)
+def test_text_is_sampled_where_torchs_own_attention_lacks_something(kind: Any, config: Any):
+    model = seeded(kind, config, torch.float32)
+    model.set_attn_implementation("eager")
+    ids = [10, 20, 30]
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    model.set_attn_implementation("ringspan")
+    assert sample(model, ids[:3], num_tokens=5, temperature=0, seed=0) == ids[3:]
+    assert model.config._attn_implementation == "ringspan"
 
 
 def test_parameters_are_cast_and_rotary_angles_are_not():

@@ -263,11 +263,12 @@ class TrainingConfig:
         return {name: value for name, value in given.items() if name != "out"}
 
     def resumed(self, given: dict[str, Any]) -> TrainingConfig:
-        """This saved configuration with the options `given` for going on.
+        """This saved configuration with the options `given` for going on; None is an option that was not given.
 
         Raises:
             RingspanError: for an option that would make it another run.
         """
+        given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             kept = getattr(self, name)
             if name not in CHANGEABLE and not _same(name, kept, value):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ringspan.errors import RingspanError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ADAPTER, ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 ALL_LINEAR = "all-linear"
-_PREFIX = "base_model.model."
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def check_lora(model: str, is_preset: bool) -> None:
@@ -60,7 +60,7 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int, alpha: float, 
         peft's configuration.
 
     Raises:
-        RingspanError: where no module bears such a name.
+        RingspanError: where no module bears such a name, and for a layer whose weight W + (alpha / rank) · B A could not be written to.
     """
     peft = _peft()
     config = peft.LoraConfig(
@@ -73,6 +73,7 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int, alpha: float, 
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
+    embedding = model.get_input_embeddings().weight
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -81,9 +82,27 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int, alpha: float, 
         raise RingspanError(
             f"--lora-targets {targets}", str(error), "Targets are names of linear layers", f"--lora-targets {ALL_LINEAR}"
         ) from None
+    _check_targets(model, targets, embedding)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return config
+
+
+def _check_targets(model: PreTrainedModel, targets: str, embedding: Tensor | nn.Module) -> None:
+    """Refuses adapters that `merged` could not add to a weight of their own: of an embedding, or of an output that is tied to it."""
+    for name, module in model.named_modules():
+        layer = getattr(module, "base_layer", None)
+        if layer is None or (isinstance(layer, nn.Linear) and layer.weight is not embedding):
+            continue
+        found = (
+            "shares its weight with the input embedding" if isinstance(layer, nn.Linear) else f"is a layer of type {type(layer).__name__}"
+        )
+        raise RingspanError(
+            f"--lora-targets {targets}",
+            f"{name} {found}",
+            "Targets are names of linear layers, each with a weight of its own that its adapter is merged into",
+            f"--lora-targets {ALL_LINEAR}",
+        )
 
 
 def by_peft_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,13 +112,25 @@ def by_peft_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """W + scale · B A for each weight that has an adapter, in float32; the others as they are."""
-    result = dict(weights)
-    for name, a in adapter.items():
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            target = stem.removeprefix(_PREFIX) + ".weight"
-            result[target] = weights[target].float() + scale * (adapter[f"{stem}.lora_B.weight"].float() @ a.float())
+    """W + scale · B A for each weight that has an adapter, in float32; the others as they are.
+
+    Raises:
+        RingspanError: for tensors of the adapter that are no A and B of a weight.
+    """
+    result, unused = dict(weights), dict(adapter)
+    for name in adapter:
+        stem = name.removesuffix(_A)
+        target = stem.removeprefix(_PREFIX) + ".weight"
+        if name.endswith(_A) and stem + _B in adapter and target in weights:
+            a, b = unused.pop(name), unused.pop(stem + _B)
+            result[target] = weights[target].float() + scale * (b.float() @ a.float())
+    if unused:
+        raise RingspanError(
+            "an adapter merged into its model",
+            f"it has {', '.join(sorted(unused))}",
+            "Each linear layer's A and B are added to its weight, and nothing of an adapter is left out",
+            f"a run with --lora-targets {ALL_LINEAR}",
+        )
     return result
 
 

@@ -143,6 +143,9 @@ def build_model(
             f"--model {model}", f"{type(error).__name__}: {error}", "transformers must be able to read the folder", "--model nano"
         ) from None
     check_exact(built, model)
+    if getattr(built.config, "tie_word_embeddings", False) and not _is_tied(built):
+        # A folder that says tied and holds two that differ: a checkpoint must say what was trained.
+        built.config.tie_word_embeddings = False
     if built.config.vocab_size < vocabulary_size:
         raise RingspanError(
             f"--model {model}",
@@ -151,6 +154,12 @@ def build_model(
             f"--tokenizer {model}",
         )
     return built
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the input and output embeddings are one parameter."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def stretched_config(model: str, context: int, rope_scaling: str, rope_factor: float | None) -> PretrainedConfig:
@@ -183,6 +192,8 @@ def rebuild_model(folder: Path) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with no_init_weights():
         built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    # Without first weights transformers leaves out the tying too.
+    built.tie_weights()
     check_exact(built, str(folder))
     return built
 
@@ -234,7 +245,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """The same weights with torch's own attention, for generating on one rank."""
-    model.set_attn_implementation("sdpa")
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        # Torch's has no softcap (Gemma 2) and no sinks (gpt-oss); transformers then takes its own alone.
+        model.set_attn_implementation("eager")
     training = model.training
     model.eval()
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
-from ringspan.training.config import BYTES, TrainingConfig, option
+from ringspan.training.config import BYTES, STDLIB, TrainingConfig, option
 from ringspan.training.export import check_target
+from ringspan.training.folders import free_folder, mark, newest_folder, own_folder
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
@@ -44,8 +45,13 @@ def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = Non
                 f"--ranks {given['ranks']}", f"torchrun started {world_size}", "Under torchrun its ranks are used", f"--ranks {world_size}"
             )
         given = given | {"ranks": world_size}
-    if resume:
-        return _prepare_resumed(given)
+    plan = _prepare_resumed(given) if resume else _prepare_new(given)
+    if world_size is not None:
+        _writing(lambda: mark(plan.files.out), plan.files.out)
+    return plan
+
+
+def _prepare_new(given: dict[str, Any]) -> Plan:
     defaults: dict[str, Any] = {"out": str(free_folder(DEFAULT_OUT))}
     config = TrainingConfig(**defaults | given)
     config.check()
@@ -86,16 +92,17 @@ def prepare_restarted(given: dict[str, Any], *, world_size: int) -> Plan:
     """The same where it was torchrun itself that started the ranks again, with the options of the first start.
 
     Raises:
-        RingspanError: as `prepare` does.
+        RingspanError: as `prepare` does, and where no `out` is given and none of the folders there can be told to be this job's.
     """
-    out = Path(given.get("out") or newest_folder(DEFAULT_OUT))
-    files, tokens = RunFiles(out), load_tokens(RunFiles(out).tokens)
-    if not files.config.is_file() or tokens is None:
+    out = Path(given["out"]) if given.get("out") else own_folder(DEFAULT_OUT)
+    if out is None or not RunFiles(out).config.is_file() or (tokens := load_tokens(RunFiles(out).tokens)) is None:
         return prepare(given, resume=False, world_size=world_size)
+    files, given = RunFiles(out), given | {"out": str(out)}
     if list_checkpoints(files.checkpoints):
-        return prepare(given | {"out": str(out)}, resume=True, world_size=world_size)
-    config = replace(TrainingConfig.load(files.config), ranks=world_size)
-    return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
+        return prepare(given, resume=True, world_size=world_size)
+    config = TrainingConfig.load(files.config).resumed(given | {"ranks": world_size})
+    config.check()
+    return Plan(config=_settled(config, config.model), tokens=tokens, checkpoint=None, first_step=0)
 
 
 def _prepare_resumed(given: dict[str, Any]) -> Plan:
@@ -116,7 +123,7 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
     tokens = _same_tokens(config, files, state)
-    _check_room(config, sum(file.stat().st_size for file in checkpoints[-1].rglob("*") if file.is_file()), files.out)
+    _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
 
@@ -143,9 +150,15 @@ def _settled(config: TrainingConfig, model: str, *, with_weights: bool = True) -
     paths = {
         name: str(Path(value).resolve())
         for name, value in (("data", config.data), ("model", config.model), ("tokenizer", tokenizer))
-        if Path(value).exists()
+        if not _is_name(name, value) and Path(value).exists()
     }
     return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
+
+
+def _is_name(field: str, value: str) -> bool:
+    """Whether it stands for something of ringspan's own, whatever files and folders bear the same name."""
+    names: dict[str, Collection[str]] = {"data": (STDLIB,), "model": PRESETS, "tokenizer": (BYTES,)}
+    return value in names[field] or (field == "tokenizer" and value.startswith(IDS))
 
 
 def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:
@@ -196,20 +209,6 @@ def _same_tokens(config: TrainingConfig, files: RunFiles, state: TrainingState) 
     return tokens
 
 
-def free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3` … that does not exist yet."""
-    candidate, number = wanted, 2
-    while candidate.exists():
-        candidate, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-    return candidate
-
-
-def newest_folder(wanted: Path) -> Path:
-    """The last run that `free_folder` made room for and that has a configuration; `wanted` where there is none."""
-    runs = [path for path in wanted.parent.glob(f"{wanted.name}*") if (path / "config.json").is_file()]
-    return max(runs, key=lambda path: (path / "config.json").stat().st_mtime, default=wanted)
-
-
 def _check_writable(out: Path) -> None:
     def probe() -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -233,9 +232,10 @@ def _check_base(config: TrainingConfig, state: TrainingState) -> None:
 
 def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
     """Whether there is room for checkpoints of `size` bytes each; those of adapters count nothing beside the model, which is there."""
-    # One more than is kept: the new one is whole before the oldest goes.
-    needed = size * (config.keep_checkpoints + 1)
-    free = shutil.disk_usage(out).free
+    checkpoints = RunFiles(out).checkpoints
+    # One more than is kept: the new one is whole before the oldest goes. What a killed run left half written goes before.
+    needed = size * max(1, config.keep_checkpoints + 1 - len(list_checkpoints(checkpoints)))
+    free = shutil.disk_usage(out).free + sum(_folder_bytes(left) for left in checkpoints.glob(".step-*"))
     if free < needed:
         raise RingspanError(
             f"--out {out}",
@@ -243,6 +243,10 @@ def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
             f"There must be room for {config.keep_checkpoints} checkpoints and the next one",
             f"an --out on a larger disk, a smaller --model, or {option('keep_checkpoints')} 1",
         )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _writing(write: Callable[[], Result], out: Path) -> Result:
