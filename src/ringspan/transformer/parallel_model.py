@@ -136,7 +136,7 @@ class ParallelModel:
         """A micro-batch's share of the step's loss, on every rank: the shares of all micro-batches add up to it. Collective.
 
         `backward()` of each, and `sum_gradients()` once, leave the gradients of the unsplit model on the mean over all labelled tokens of
-        all replicas and micro-batches. Under `torch.no_grad()` it validates.
+        all replicas and micro-batches. Under `torch.no_grad()` it validates, and leaves no parameter gathered.
 
         Args:
             part: from `shard_batches`.
@@ -161,6 +161,7 @@ class ParallelModel:
         )
         inputs = {name: part[name] for name in _INPUTS if name in part}
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
+        self._reshard_without_backward()
         with watch(self.context.observer, AFTER, "reduce"):
             return SumOverRanks.apply(share, self._everyone)
 
@@ -201,8 +202,17 @@ class ParallelModel:
             counted = (request.own_labels != self._terms.ignore_index) & (places >= 0) & (places < len(edges) - 1)
             found = torch.stack((losses[counted].double(), torch.ones_like(losses[counted], dtype=torch.float64)))
             sums.index_add_(1, places[counted], found)
+        self._reshard_without_backward()
         self._everyone.all_reduce(sums)
         return (sums[0] / sums[1]).tolist()
+
+    def _reshard_without_backward(self) -> None:
+        """What FSDP leaves gathered for a backward is given up where none comes: an optimizer that is made next is given the shards."""
+        if self._is_sharded and not torch.is_grad_enabled():
+            # Late: whoever shards nothing need not load FSDP.
+            from ringspan.transformer.fsdp import reshard
+
+            reshard(self.model)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.
