@@ -34,8 +34,9 @@ def test_products_are_added_without_being_rounded_to_bfloat16():
 @pytest.mark.parametrize("in_flight", [1, 2, 5])
 def test_tensors_come_back_from_the_host_while_others_are_computed(in_flight: int):
     store = make_store(torch.device("cuda"), Offload(in_flight=in_flight))
-    for _ in range(3):
-        x, parked = torch.zeros(1 << 22, device="cuda"), []
+    # Lengths that vary: buffers that are too large, and too small.
+    for size in (4 << 20, 3 << 20, 5 << 20):
+        x, parked = torch.zeros(size, device="cuda"), []
         for step in range(8):
             x = x * 0.5 + step
             parked.append((store.put(x.clone()), float(x[0])))
@@ -47,7 +48,7 @@ def test_tensors_come_back_from_the_host_while_others_are_computed(in_flight: in
             assert bool((found == expected).all())
             del each, found
     torch.cuda.synchronize()
-    assert store.bytes_used == 0 and store.most_bytes_used == 8 * (1 << 24)
+    assert store.bytes_used == 0 and store.most_bytes_used == store.bytes_held == 8 * 4 * (5 << 20)
 
 
 TERMS = {

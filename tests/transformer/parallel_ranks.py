@@ -275,11 +275,13 @@ def refusals(group: Any) -> list[str]:
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
     from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
+    from tests.transformer.validation_ranks import validated
 
     return {
         "half": in_half_precision(group),
         "meta": from_meta(group),
         "refusals": refusals(group),
+        "validated": validated(group),
         "split half": split_in_half_precision(group),
         "families": split_families(group),
         "kept": kept_bytes(group),

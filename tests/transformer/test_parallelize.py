@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ringspan.transformer import layer_shape
 from tests.support.errors import relative
-from tests.support.models import gradients, make_batch, tiny_llama
+from tests.support.models import VOCABULARY, gradients, make_batch, tiny_llama
 from tests.support.once import once
 from tests.support.processes import results, run_processes
 from tests.transformer.parallel_ranks import CASES, Case, whole
@@ -105,6 +106,15 @@ def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(ex
     for each in extras:
         for word, message in zip(words, each["refusals"], strict=True):
             assert word in message, message
+
+
+@pytest.mark.slow
+def test_a_validation_leaves_the_shards_that_an_optimizer_steps(extras: Any):
+    for each in extras:
+        assert len(each["validated"]) == 4
+        for gathered, still, loss_of_nothing, same in each["validated"]:
+            assert not gathered and not still and same
+            assert loss_of_nothing == pytest.approx(math.log(VOCABULARY), rel=1e-6)
 
 
 @pytest.mark.slow

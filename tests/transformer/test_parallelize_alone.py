@@ -164,6 +164,41 @@ def test_auto_settles_numbers_and_says_why():
     assert roomy.chosen.rematerialise == "none" and roomy.store is None
 
 
+def test_auto_chooses_on_every_rank_for_the_smallest_memory():
+    batch = make_batch(1, 40)
+    sizes = (4 << 20, 300 << 10)
+
+    def run(group: Any) -> tuple[Any, Any]:
+        mine = sizes[group.rank] if group.size > 1 else min(sizes)
+        parallel = ringspan.parallelize(tiny_llama(), group, rematerialise="auto", tokens_per_rank=20, memory_bytes=mine)
+        parallel.loss(parallel.shard_batch(batch)).backward()
+        roomy = ringspan.parallelize(tiny_llama(), group, rematerialise="auto", tokens_per_rank=20, memory_bytes=max(sizes))
+        return parallel.chosen, roomy.chosen
+
+    ((alone, roomy),) = ringspan.run_in_process(1, run)
+    assert alone.rematerialise == "full" and roomy.rematerialise == "none", "these sizes choose alike"
+    assert [chosen for chosen, _ in ringspan.run_in_process(2, run, timeout_seconds=30.0)] == [alone] * 2
+
+
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rematerialise=": ({"rematerialise": "auto", "tokens_per_rank": 1 << 30}, {"rematerialise": "auto", "tokens_per_rank": 1}),
+    "feed_forward_chunk=": ({"feed_forward_chunk": 4}, {"feed_forward_chunk": 5}),
+    "loss_tile=": ({"loss_tile": 4}, {"loss_tile": None}),
+    "layers_per_checkpoint=": ({"layers_per_checkpoint": 1}, {"layers_per_checkpoint": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_that_settled_different_things_say_so_all_of_them(name: str):
+    def run(group: Any) -> str:
+        with pytest.raises(RingspanError) as caught:
+            ringspan.parallelize(tiny_llama(), group, **DIFFERENT[name][group.rank])
+        return str(caught.value)
+
+    for message in ringspan.run_in_process(2, run, timeout_seconds=30.0):
+        assert name in message and "rank 0 has" in message and "rank 1 has" in message
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "a chunk of nothing": ({"feed_forward_chunk": 0}, "at least one token"),
     "a tile of nothing": ({"loss_tile": 2.5}, "at least one token"),
@@ -174,6 +209,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "parameters on the host without shards": ({"parameters_on_host": True}, "not sharded"),
     "smoothing beyond 1": ({"label_smoothing": 2.0}, "a share of 1"),
     "offload in no flight": ({"offload": Offload(in_flight=0)}, "At least one layer"),
+    "a memory of nothing": ({"memory_bytes": 0}, "a number of bytes"),
     "an unknown layout": ({"layout": "wild"}, "layout"),
     "scores that are kept": ({"strategy": "ring_self_attention"}, "keeps its scores"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -276,6 +278,72 @@ def test_buffers_are_used_again_in_the_next_step():
             each()
         del parked, each
     assert made == [32] * 5
+
+
+class Counted(PlainCopier):
+    """A copier that knows how many bytes of its buffers are still there, and how many buffers went while something was copied."""
+
+    def __init__(self) -> None:
+        self.held, self.most_held, self.made, self.pending, self.early = 0, 0, 0, False, 0
+
+    def host_buffer(self, size: int) -> Tensor:
+        buffer = super().host_buffer(size)
+        self.held, self.made = self.held + size, self.made + 1
+        self.most_held = max(self.most_held, self.held)
+        weakref.finalize(buffer, self._gone, size)
+        return buffer
+
+    def _gone(self, size: int) -> None:
+        self.held -= size
+        self.early += self.pending
+
+    def out(self, tensor: Tensor, host: Tensor) -> None:
+        super().out(tensor, host)
+        self.pending = True
+
+    def finish(self) -> None:
+        self.pending = False
+
+
+def pass_over(store: HostStore, *sizes: int) -> int:
+    """A forward and a backward over layers of `sizes` bytes; how many of them went to the host."""
+    parked = [(store.put(torch.full((size,), index, dtype=torch.uint8)), index) for index, size in enumerate(sizes)]
+    on_host = sum(each.is_on_host for each, _ in parked)
+    while parked:
+        each, index = parked.pop()
+        assert bool((each() == index).all())
+        del each
+    return on_host
+
+
+@pytest.mark.parametrize("host_bytes", [None, 50_000, 5_000])
+def test_lengths_that_vary_leave_no_buffers_of_each_size_behind(host_bytes: int | None):
+    copier, generator = Counted(), random.Random(0)
+    store = HostStore(copier, Offload(host_bytes=host_bytes))
+    held = []
+    for _ in range(300):
+        length = generator.randint(100, 1000)
+        pass_over(store, *[size for _ in range(5) for size in (length, length * 3 // 4)])
+        assert store.bytes_used == 0 and store.bytes_held == copier.held
+        held.append(copier.held)
+    assert copier.early == 0, "a copy would write to memory that is no longer there"
+    assert copier.most_held <= (host_bytes or 1.5 * store.most_bytes_used)
+    assert max(held[100:]) <= 1.2 * max(held[:100]), "it goes on growing"
+    if host_bytes != 5_000:
+        assert copier.made < 100, "one of ten thousand is the same size"
+
+
+def test_a_bound_takes_what_fits_in_it_whatever_was_there_before():
+    store = HostStore(Counted(), Offload(host_bytes=1000))
+    assert pass_over(store, 300, 300, 300, 300) == 3
+    assert [pass_over(store, *[100] * 12) for _ in range(2)] == [10, 10], "small ones in large buffers would have been three"
+    assert pass_over(store, 1001) == 0 and pass_over(store, 1000) == 1 and store.bytes_held == 1000
+
+
+def test_small_ones_in_large_buffers_are_noticed_when_there_is_no_room():
+    store = HostStore(Counted(), Offload(host_bytes=1000))
+    assert pass_over(store, 500, 500) == 2
+    assert [pass_over(store, *[100] * 10) for _ in range(2)] == [2, 10]
 
 
 def test_a_cache_of_keys_is_refused():

@@ -13,6 +13,7 @@ import ringspan
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.pieces import TensorGroup
 from ringspan.transformer.tensor_parallel import FAMILIES, check_splits
+from tests.support.attempts import said_of
 from tests.support.errors import relative
 from tests.support.models import gradients, make_batch, tiny_llama
 from tests.transformer.parallel_ranks import MODELS
@@ -93,3 +94,30 @@ def test_clipping_measures_the_unsplit_models_norm_and_scales_every_gradient(max
         assert relative(norm, expected) <= 2e-6
         for name, gradient in gradients(plain).items():
             assert relative(found[name], gradient) <= 2e-6, name
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 1e9])
+def test_the_gradients_of_masters_are_clipped_where_they_are_given(max_norm: float):
+    batch = make_batch(2, 13)
+    plain = tiny_llama()
+    plain(**batch).loss.backward()
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+
+    def run(group: Any) -> tuple[Tensor, list[Tensor | None], list[str]]:
+        model = copy.deepcopy(tiny_llama())
+        parallel = ringspan.parallelize(model, group, feed_forward_chunk=5, loss_tile=4)
+        masters = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+        parallel.loss(parallel.shard_batch(batch)).backward()
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            master.grad, parameter.grad = parameter.grad, None
+        parallel.sum_gradients(masters)
+        said = said_of(
+            [lambda: parallel.clip_gradients(max_norm), lambda: parallel.clip_gradients(max_norm, [] if group.rank else masters)]
+        )
+        return parallel.clip_gradients(max_norm, iter(masters)), [master.grad for master in masters], said
+
+    for norm, found, said in ringspan.run_in_process(2, run, timeout_seconds=30.0):
+        assert relative(norm, expected) <= 2e-6
+        for gradient, parameter in zip(found, plain.parameters(), strict=True):
+            assert gradient is not None and parameter.grad is not None and relative(gradient, parameter.grad) <= 2e-6
+        assert "has a gradient" in said[0] and "masters" in said[0] and "none of 0 parameters" in said[1]

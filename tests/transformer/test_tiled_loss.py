@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringspan
 from ringspan.errors import RingspanError
@@ -130,6 +132,31 @@ def test_frozen_weights_get_no_gradient_and_no_sum_is_held_for_them():
     assert loss.grad_fn.gradients[1:] == (None, None)  # type: ignore[union-attr]
     loss.backward()
     assert hidden.grad is not None and tensors["weight"].grad is None
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+def test_where_nothing_is_learned_no_gradient_is_made(within: Any):
+    tensors, labels = make(torch.float32)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    products, losses = [], []
+    for context in (nullcontext, within):
+        with context(), Operations() as counted:
+            losses.append(tiled_cross_entropy(labels=labels, tile=5, **leaves))
+        products.append(counted.products)
+    assert products == [3 * 6, 6], "of six tiles: logits, and the gradients of hidden and weight"
+    assert not losses[1].requires_grad and torch.equal(*losses)
+
+
+class Operations(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "linear")
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_sequence_without_labels_costs_nothing_and_leaves_zeros():

@@ -51,6 +51,13 @@ def shard_parameters(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Gives up every parameter that a forward left whole, in place; `model.parameters()` are then those that an optimizer steps."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _placement(parameter: nn.Parameter, num_shards: int) -> Shard | None:
     """By columns where a tensor axis has split the rows and what is left of them does not divide: rows of rows of unlike numbers are
     put together by no DTensor. None: by rows."""

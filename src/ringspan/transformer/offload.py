@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +17,8 @@ class Offload:
     """What goes to host memory, and how much.
 
     Attributes:
-        host_bytes: of host memory that this rank may fill; what does not fit stays on the device, the last layers' first, which are needed
-            first. None for no bound.
+        host_bytes: of host memory that this rank may fill, and hold for the next step; what does not fit stays on the device, the last
+            layers' first, which are needed first. None for no bound.
         in_flight: layers whose tensors are on their way at once, out or back; they hold their device memory meanwhile.
         attention_outputs: whether the outputs that `rematerialise='attention_output'` keeps go too.
     """
@@ -55,6 +54,10 @@ class Copier(Protocol):
         """Work queued from here on sees that copy ended; the host need not wait."""
         ...
 
+    def finish(self) -> None:
+        """The host waits until every copy that was started has ended."""
+        ...
+
 
 class PlainCopier:
     """Copies at once: for tensors in host memory, where nothing is gained but the same code runs."""
@@ -72,6 +75,9 @@ class PlainCopier:
         tensor.copy_(host)
 
     def wait(self, mark: Any) -> None:
+        """See `Copier`."""
+
+    def finish(self) -> None:
         """See `Copier`."""
 
 
@@ -110,13 +116,18 @@ class CudaCopier:
         """See `Copier`."""
         torch.cuda.current_stream(self._stream.device).wait_event(mark)
 
+    def finish(self) -> None:
+        """See `Copier`."""
+        self._stream.synchronize()
+
 
 class Parked:
     """A tensor that a `HostStore` keeps. Called, it gives the tensor back on its device, as often as wanted."""
 
-    def __init__(self, store: HostStore, tensor: Tensor, host: Tensor | None, layer: int) -> None:
-        self._store, self._host, self.layer = store, host, layer
+    def __init__(self, store: HostStore, tensor: Tensor, buffer: Tensor | None, layer: int) -> None:
+        self._store, self._buffer, self.layer = store, buffer, layer
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        self.size = tensor.numel() * tensor.element_size()
         self.here: Tensor | None = tensor
         self.mark: Any = None
         self.was_taken = False
@@ -128,18 +139,23 @@ class Parked:
     @property
     def is_on_host(self) -> bool:
         """Whether it is host memory that keeps it."""
-        return self._host is not None
+        return self._buffer is not None
+
+    @property
+    def host(self) -> Tensor:
+        """Its bytes there; the buffer may be larger."""
+        assert self._buffer is not None
+        return self._buffer[: self.size]
 
     def fetch(self, copier: Copier) -> None:
         """Starts its way back."""
-        assert self._host is not None
         self.here = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        self.mark = copier.back(self._host, _as_bytes(self.here))
+        self.mark = copier.back(self.host, _as_bytes(self.here))
 
     def __del__(self) -> None:
         """Its host memory is for the next one."""
-        if self._host is not None:
-            self._store.give_back(self, self._host)
+        if self._buffer is not None:
+            self._store.give_back(self, self._buffer)
 
 
 class HostStore:
@@ -148,18 +164,26 @@ class HostStore:
     Args:
         copier: `CudaCopier`, or `PlainCopier` on a CPU.
         settings: how much.
+
+    Attributes:
+        bytes_used: of the tensors that are on the host.
+        most_bytes_used: at once, so far.
+        bytes_held: of host memory, with what waits for the next tensors.
     """
 
     def __init__(self, copier: Copier, settings: Offload) -> None:
         settings.check()
         self._copier, self._settings = copier, settings
-        self._free: dict[int, list[Tensor]] = defaultdict(list)
+        # The one that has been free for longest comes first.
+        self._free: list[Tensor] = []
+        self._was_full = False
         self._leaving: list[Parked] = []
         self._coming: list[Parked] = []
         self._layers = 0
         self._order: list[weakref.ref[Parked]] = []
         self.bytes_used = 0
         self.most_bytes_used = 0
+        self.bytes_held = 0
 
     def new_layer(self) -> int:
         """The number of a layer, for `put`."""
@@ -170,16 +194,12 @@ class HostStore:
         """Keeps `tensor`, which must not be written to from now on; the caller may drop it. Without a layer it is one of its own."""
         layer = self.new_layer() if layer is None else layer
         size = tensor.numel() * tensor.element_size()
-        room = self._settings.host_bytes is None or self.bytes_used + size <= self._settings.host_bytes
-        if not (size and room):
+        buffer = self._take(size) if size else None
+        if buffer is None:
             return Parked(self, tensor, None, layer)
-        self.bytes_used += size
-        self.most_bytes_used = max(self.most_bytes_used, self.bytes_used)
-        free = self._free[size]
-        host = free.pop() if free else self._copier.host_buffer(size)
-        parked = Parked(self, tensor.contiguous(), host, layer)
+        parked = Parked(self, tensor.contiguous(), buffer, layer)
         assert parked.here is not None
-        parked.mark = self._copier.out(_as_bytes(parked.here), host)
+        parked.mark = self._copier.out(_as_bytes(parked.here), parked.host)
         self._leaving.append(parked)
         while len({each.layer for each in self._leaving}) > self._settings.in_flight:
             left = self._leaving.pop(0)
@@ -224,13 +244,44 @@ class HostStore:
             parked.fetch(self._copier)
             self._coming.append(parked)
 
-    def give_back(self, parked: Parked, host: Tensor) -> None:
-        """The buffer of a tensor that nobody wants any more: used again for the next of its size."""
+    def give_back(self, parked: Parked, buffer: Tensor) -> None:
+        """The buffer of a tensor that nobody wants any more: used again for one of its size or less."""
         if parked.here is not None:
             # Fetched for nothing. Its device memory must not be used again while the copy still writes it.
             self._copier.wait(parked.mark)
-        self.bytes_used -= host.numel()
-        self._free[host.numel()].append(host)
+        self.bytes_used -= parked.size
+        self._free.append(buffer)
+
+    def _take(self, size: int) -> Tensor | None:
+        """The smallest free buffer of at least `size` bytes, or a new one; None where there is no room for it."""
+        bound = self._settings.host_bytes
+        fitting = [(buffer.numel(), index) for index, buffer in enumerate(self._free) if self._fits(buffer, size)]
+        if fitting:
+            buffer = self._free.pop(min(fitting)[1])
+        elif bound is not None and self.bytes_held - sum(each.numel() for each in self._free) + size > bound:
+            self._was_full = True
+            return None
+        else:
+            self._make_room(size)
+            buffer = self._copier.host_buffer(size)
+            self.bytes_held += size
+        self.bytes_used += size
+        self.most_bytes_used = max(self.most_bytes_used, self.bytes_used)
+        return buffer
+
+    def _fits(self, buffer: Tensor, size: int) -> bool:
+        """Once there has been no room for a tensor, an eighth too much is the most: it is what others lack."""
+        slack = buffer.numel() - size
+        return slack >= 0 and not (self._was_full and slack * 8 > size)
+
+    def _make_room(self, size: int) -> None:
+        """Lets free buffers go until no more is held with `size` more bytes than was ever used at once: none of each size stays behind."""
+        limit = max(self.most_bytes_used, self.bytes_used + size)
+        if self._free and self.bytes_held + size > limit:
+            # They may have been given back before the last copy from or to them has ended.
+            self._copier.finish()
+        while self._free and self.bytes_held + size > limit:
+            self.bytes_held -= self._free.pop(0).numel()
 
 
 def make_store(device: torch.device, settings: Offload) -> HostStore:

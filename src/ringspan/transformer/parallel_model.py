@@ -136,7 +136,7 @@ class ParallelModel:
         """A micro-batch's share of the step's loss, on every rank: the shares of all micro-batches add up to it. Collective.
 
         `backward()` of each, and `sum_gradients()` once, leave the gradients of the unsplit model on the mean over all labelled tokens of
-        all replicas and micro-batches. Under `torch.no_grad()` it validates.
+        all replicas and micro-batches. Under `torch.no_grad()` it validates, and leaves no parameter gathered.
 
         Args:
             part: from `shard_batches`.
@@ -161,6 +161,7 @@ class ParallelModel:
         )
         inputs = {name: part[name] for name in _INPUTS if name in part}
         share = self.model(**inputs, use_cache=False, ringspan_loss=request)
+        self._reshard_without_backward()
         with watch(self.context.observer, AFTER, "reduce"):
             return SumOverRanks.apply(share, self._everyone)
 
@@ -201,8 +202,17 @@ class ParallelModel:
             counted = (request.own_labels != self._terms.ignore_index) & (places >= 0) & (places < len(edges) - 1)
             found = torch.stack((losses[counted].double(), torch.ones_like(losses[counted], dtype=torch.float64)))
             sums.index_add_(1, places[counted], found)
+        self._reshard_without_backward()
         self._everyone.all_reduce(sums)
         return (sums[0] / sums[1]).tolist()
+
+    def _reshard_without_backward(self) -> None:
+        """What FSDP leaves gathered for a backward is given up where none comes: an optimizer that is made next is given the shards."""
+        if self._is_sharded and not torch.is_grad_enabled():
+            # Late: whoever shards nothing need not load FSDP.
+            from ringspan.transformer.fsdp import reshard
+
+            reshard(self.model)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.
@@ -214,7 +224,7 @@ class ParallelModel:
             chosen = self.model.parameters() if parameters is None else parameters
             sum_local_gradients(chosen, self._ranks.copies, self.context.observer)
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
+    def clip_gradients(self, max_norm: float, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """Scales all gradients down where their common 2-norm is above `max_norm`, in place, after `sum_gradients`. Collective.
 
         On any mesh, by one sum over all ranks in which every element counts once, wherever it is split or whole.
@@ -223,22 +233,29 @@ class ParallelModel:
 
         Args:
             max_norm: above 0; infinity measures and leaves them.
+            parameters: whose `.grad` to scale, such as the masters that `sum_gradients` was given, split or whole as the model's parameters
+                are; the model's if not given.
 
         Returns:
             The norm before, the unsplit model's, on every rank: a scalar, float32 or wider.
 
         Raises:
-            RingspanError: on every rank, where `max_norm` is not above 0 or ranks disagree about it.
+            RingspanError: on every rank, where `max_norm` is not above 0, ranks disagree about it, or one of them has no gradient at all.
         """
-        problem = problem_of(lambda: _check_norm(max_norm))
+        chosen = list(self.model.parameters() if parameters is None else parameters)
+        problem = problem_of(lambda: _check_clipping(max_norm, chosen))
         agree(self._everyone, "clip_gradients", max_norm, problem)
         is_counted = self._is_sharded or self._ranks.copies.rank == 0
-        return clip_gradients(self.model.parameters(), float(max_norm), self._everyone, is_counted)
+        return clip_gradients(chosen, float(max_norm), self._everyone, is_counted)
 
 
-def _check_norm(max_norm: float) -> None:
+def _check_clipping(max_norm: float, parameters: list[nn.Parameter]) -> None:
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
         raise RingspanError(f"max_norm={max_norm!r}", "", "A norm to clip to is a number above 0", "max_norm=1.0")
+    if not any(parameter.requires_grad and parameter.grad is not None for parameter in parameters):
+        found = f"none of {len(parameters)} parameters has a gradient"
+        rule = "It follows a backward and sum_gradients, on the parameters that have their gradients"
+        raise RingspanError("clip_gradients", found, rule, "clip_gradients(max_norm, masters) where the gradients were moved to masters")
 
 
 def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) -> list[tuple[int, Mask]]:

@@ -19,6 +19,7 @@ from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
 from ringspan.transformer.layers import causal_model, decoder, decoder_layers, feed_forward_of
 from ringspan.transformer.memory import (
+    CPU_BYTES,
     auto_feed_forward_chunk,
     auto_loss_tile,
     auto_rematerialise,
@@ -31,7 +32,7 @@ from ringspan.transformer.rematerialise import check_mode
 from ringspan.transformer.rematerialise import rematerialise as make_rematerialised
 from ringspan.transformer.rotary import prepare_rotary
 from ringspan.transformer.tiled_loss import LossTerms
-from ringspan.transport import agree, make_transport
+from ringspan.transport import Transport, agree, make_transport
 
 _SHARDED_OR_CAST = "a DeviceMesh with a shard or context axis, of one rank if need be, and shard_parameters=True; or model.to(dtype)"
 Auto = Literal["auto"]
@@ -99,7 +100,7 @@ def parallelize(
         parameters_on_host: whether sharded parameters, gradients and optimizer live in host memory; their step is the CPU's.
         reshard_after_forward: whether a layer's parameters are given up between its forward and its backward.
         tokens_per_rank: batch × positions of this rank's context shard, for `rematerialise="auto"`.
-        memory_bytes: what `auto` chooses for; the device's whole memory if not given.
+        memory_bytes: what `auto` chooses for; the device's whole memory if not given. Of all ranks' the smallest counts.
 
     Raises:
         RingspanError: on every rank, where an argument is wrong or the ranks disagree.
@@ -108,10 +109,14 @@ def parallelize(
     everyone = make_transport(axes.everyone)
     device = _device(mesh, model)
     num_shards = 1 if axes.sharding is None else axes.sharding.shape[-1]
+    automatic = "auto" in (feed_forward_chunk, loss_tile, rematerialise)
+    memory = _smallest_memory(everyone, device if automatic else None, memory_bytes)
     prepared: list[tuple[Chosen, LossTerms]] = []
 
     def prepare() -> None:
         register()
+        if not _is_memory(memory_bytes):
+            raise RingspanError(f"memory_bytes={memory_bytes!r}", "", "It is a number of bytes", "memory_bytes=80 << 30, or None")
         check_mode(
             "full" if rematerialise == "auto" else rematerialise,
             strategy=strategy,
@@ -124,13 +129,12 @@ def parallelize(
             raise RingspanError(asked, "the parameters are not sharded", rule, _SHARDED_OR_CAST)
         chosen = _choose(
             model,
-            device,
             feed_forward_chunk=feed_forward_chunk,
             loss_tile=loss_tile,
             mode=rematerialise,
             offload=offload,
             tokens=tokens_per_rank,
-            memory_bytes=memory_bytes,
+            memory_bytes=memory,
             num_shards=num_shards,
             num_pieces=1 if axes.tensor is None else axes.tensor.size(),
             compute_dtype=compute_dtype,
@@ -148,8 +152,9 @@ def parallelize(
         prepared.append((chosen, terms))
 
     problem = problem_of(prepare)
-    asked = f"{sum(parameter.numel() for parameter in model.parameters())} parameters, rematerialise={rematerialise!r}"
-    agree(everyone, "parallelize", f"{asked} {prepared[0][1] if prepared else ''}", problem)
+    # What was chosen, and not what was asked for: modes that differ rotate other numbers of messages, and would wait for ever.
+    settled = "" if problem is not None else _settled(model, *prepared[0], layers_per_checkpoint)
+    agree(everyone, "parallelize", settled, problem)
     chosen, terms = prepared[0]
     more: dict[str, Any] = dict(options or {})
     cp = ContextParallel(
@@ -213,16 +218,35 @@ def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, *,
     prepare_rotary(model)
 
 
+def _is_memory(memory_bytes: float | None) -> bool:
+    """Whether this is an answer to how much memory there is, or None."""
+    return memory_bytes is None or (type(memory_bytes) in (int, float) and memory_bytes > 0)
+
+
+def _smallest_memory(everyone: Transport, device: torch.device | None, memory_bytes: int | None) -> int:
+    """Of all ranks that choose by it, so that all choose alike; a `device` of None says that this one does not. Collective."""
+    mine = memory_bytes
+    if memory_bytes is None and device is not None:
+        mine = device_bytes(device)
+    return min((each for each in everyone.gather_objects(mine) if each is not None and _is_memory(each)), default=CPU_BYTES)
+
+
+def _settled(model: nn.Module, chosen: Chosen, terms: LossTerms, layers_per_checkpoint: int) -> str:
+    """What all ranks have to have settled alike."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    tokens = f"feed_forward_chunk={chosen.feed_forward_chunk}, loss_tile={chosen.loss_tile}"
+    return f"{count} parameters, rematerialise={chosen.rematerialise!r}, {tokens}, layers_per_checkpoint={layers_per_checkpoint}, {terms}"
+
+
 def _choose(
     model: nn.Module,
-    device: torch.device,
     *,
     feed_forward_chunk: int | Auto | None,
     loss_tile: int | Auto | None,
     mode: str,
     offload: Offload | None,
     tokens: int | None,
-    memory_bytes: int | None,
+    memory_bytes: int,
     num_shards: int,
     num_pieces: int,
     compute_dtype: torch.dtype | None,
@@ -239,9 +263,8 @@ def _choose(
     if automatic:
         sample = next(model.parameters())
         shape = replace(layer_shape(model, (compute_dtype or sample.dtype).itemsize), num_pieces=num_pieces)
-        memory = memory_bytes if memory_bytes is not None else device_bytes(device)
-        feed_forward_chunk = auto_feed_forward_chunk(shape, memory) if feed_forward_chunk == "auto" else feed_forward_chunk
-        loss_tile = auto_loss_tile(shape, memory) if loss_tile == "auto" else loss_tile
+        feed_forward_chunk = auto_feed_forward_chunk(shape, memory_bytes) if feed_forward_chunk == "auto" else feed_forward_chunk
+        loss_tile = auto_loss_tile(shape, memory_bytes) if loss_tile == "auto" else loss_tile
         if mode == "auto":
             if type(tokens) is not int or tokens < 1:
                 rule = "Memory is a matter of how many tokens a rank computes at once"
@@ -249,7 +272,7 @@ def _choose(
             parameters = sum(parameter.numel() for parameter in model.parameters())
             state = 0 if state_on_host else 16 * parameters // (num_shards * num_pieces)
             host = 0 if offload is None else offload.host_bytes
-            found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory, host_bytes=host)
+            found = auto_rematerialise(shape, tokens=tokens, state_bytes=state, memory_bytes=memory_bytes, host_bytes=host)
             mode, reason = found.mode, found.reason
             offload = None if mode == "none" else offload
     assert feed_forward_chunk != "auto" and loss_tile != "auto"

@@ -68,7 +68,8 @@ def tiled_cross_entropy(
     """The sum over labelled tokens of their loss, times `scale`; logits exist for `tile` tokens at a time. Local to this rank.
 
     The gradients are made in the forward, tile by tile, as soon as a tile's logits are there: three products a tile instead of the four
-    of recomputing them. What is kept for the backward is the gradient of `hidden`, in its place, and of `weight`, in float32.
+    of recomputing them. What is kept for the backward is the gradient of `hidden`, in its place, and of `weight`, in float32. Under
+    `torch.no_grad()` no gradient is made.
 
     Args:
         hidden: `[batch, shard, hidden]`.
@@ -88,7 +89,7 @@ def tiled_cross_entropy(
     terms = terms or LossTerms()
     _check(hidden, weight, labels, tile, terms)
     factor = _as_factor(scale, hidden)
-    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, factor, tile, terms)
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, factor, tile, terms, torch.is_grad_enabled())
 
 
 def tiled_loss(
@@ -201,9 +202,12 @@ def _fused() -> Callable[..., Tensor] | None:
 
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor, tile: int, terms: LossTerms):
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor, tile: int, terms: LossTerms, learns: bool
+    ):
         flat, flat_labels = hidden.flatten(0, -2), labels.flatten()
-        wanted = ctx.needs_input_grad[:3]
+        # Of parameters `needs_input_grad` is true under no_grad, too.
+        wanted = ctx.needs_input_grad[:3] if learns else (False, False, False)
         total = torch.zeros_like(factor)
         dhidden = torch.empty_like(flat) if wanted[0] else None
         dweight, dbias = (
@@ -250,7 +254,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             None if each is None else each.mul_(gradients[0]).to(dtype) for each, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _tile(raw: Tensor, labels: Tensor, factor: Tensor, terms: LossTerms, with_gradient: bool) -> _Tile:
