@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -143,3 +144,16 @@ def test_a_configuration_file_that_cannot_be_meant_is_refused(tmp_path: Path, co
 def test_whole_numbers_are_numbers_and_what_may_be_none_may_be_null(tmp_path: Path):
     (tmp_path / "given.json").write_text('{"learning_rate": 1, "tokenizer": null, "gradient_clip": 2}')
     assert TrainingConfig(**TrainingConfig.options(tmp_path / "given.json")).gradient_clip == 2
+
+
+def test_a_configuration_whose_writing_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "config.json"
+    TrainingConfig(out="first").save(path)
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        TrainingConfig(out="second").save(path)
+    assert TrainingConfig.load(path).out == "first"

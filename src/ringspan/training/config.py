@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ringspan.errors import RingspanError
+from ringspan.training.manifest import write_whole
 
 STDLIB = "stdlib"
 BYTES = "bytes"
@@ -221,7 +222,7 @@ class TrainingConfig:
 
     def save(self, path: Path) -> None:
         """Writes the configuration as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(path: Path) -> TrainingConfig:

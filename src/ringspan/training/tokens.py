@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ringspan.errors import RingspanError
+from ringspan.training.manifest import write_whole
 from ringspan.training.text import find_text
 from ringspan.training.text_dataset import find_dataset, is_dataset
 from ringspan.training.token_files import find_ids, is_token_file
@@ -143,7 +144,7 @@ def _write(folder: Path, source: _Source, tokenizer: Tokenizer, source_digest: s
         separator=separator,
     )
     partial.replace(folder / "tokens.bin")
-    (folder / "tokens.json").write_text(json.dumps(asdict(tokens), indent=2) + "\n")
+    write_whole(folder / "tokens.json", json.dumps(asdict(tokens), indent=2) + "\n")
     return tokens
 
 
