@@ -167,6 +167,13 @@ def test_layers_that_are_not_there_are_refused(given: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.usefixtures("peft")
+def test_a_misspelt_name_among_others_is_refused(given: dict[str, Any]):
+    model = build_model(given["model"], vocabulary_size=256, context=64, seed=0)
+    with pytest.raises(RingspanError, match="no layer is called 'v_porj'"):
+        lora.add_adapters(model, base=given["model"], rank=4, alpha=8, targets="q_proj,v_porj", seed=0)
+
+
+@pytest.mark.usefixtures("peft")
 @pytest.mark.parametrize(
     ("targets", "tied", "found"),
     [

@@ -89,10 +89,15 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int, alpha: float, 
 
 
 def _check_targets(model: PreTrainedModel, targets: str, embedding: Tensor | nn.Module) -> None:
-    """Refuses adapters that `merged` could not add to a weight of their own: of an embedding, or of an output that is tied to it."""
-    for name, module in model.named_modules():
-        layer = getattr(module, "base_layer", None)
-        if layer is None or (isinstance(layer, nn.Linear) and layer.weight is not embedding):
+    """Refuses adapters that `merged` could not add to a weight of their own, of an embedding or of an output that is tied to it, and names
+    that no layer bears: peft leaves out one of several without a word."""
+    layers = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    for target in () if targets == ALL_LINEAR else targets.split(","):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            found = f"no layer is called {target!r}"
+            raise RingspanError(f"--lora-targets {targets}", found, "Targets are names of linear layers", f"--lora-targets {ALL_LINEAR}")
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Linear) and layer.weight is not embedding:
             continue
         found = (
             "shares its weight with the input embedding" if isinstance(layer, nn.Linear) else f"is a layer of type {type(layer).__name__}"
