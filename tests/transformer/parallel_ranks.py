@@ -272,6 +272,16 @@ def refusals(group: Any) -> list[str]:
     return said
 
 
+def sharded_parameters(group: Any) -> dict[str, int]:
+    """How many parameters are sharded over a mesh of one axis, by its name."""
+    found = {}
+    for name in ("replicate", "shard", "context"):
+        model = tiny_llama()
+        parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=(name,)), **SMALL)
+        found[name] = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return found
+
+
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
     from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
@@ -281,6 +291,7 @@ def extras(group: Any) -> dict[str, Any]:
         "half": in_half_precision(group),
         "meta": from_meta(group),
         "refusals": refusals(group),
+        "sharded": sharded_parameters(group),
         "validated": validated(group),
         "split half": split_in_half_precision(group),
         "families": split_families(group),

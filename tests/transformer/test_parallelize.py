@@ -109,6 +109,12 @@ def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(ex
 
 
 @pytest.mark.slow
+def test_parameters_are_sharded_over_axes_that_shard_and_copied_over_one_that_replicates(extras: Any):
+    for each in extras:
+        assert each["sharded"]["replicate"] == 0
+        assert each["sharded"]["shard"] == each["sharded"]["context"] > 0
+
+
 def test_a_validation_leaves_the_shards_that_an_optimizer_steps(extras: Any):
     for each in extras:
         assert len(each["validated"]) == 4

@@ -67,7 +67,7 @@ def find_axes(mesh: Group, *, context: Names, shard: Names, replicate: Names, te
 
     is_split = prod(sizes[name] for name in present["tensor"]) > 1
     shards, replicas = join(present["shard"] + present["context"]), join(present["replicate"])
-    sharding = mesh[_name(replicas), _name(shards)] if shards is not None and replicas is not None else shards or replicas
+    sharding = mesh[_name(replicas), _name(shards)] if shards is not None and replicas is not None else shards
     # A mesh without an axis for the sequence leaves it whole on every rank.
     context_axis = join(present["context"]) or _alone()
     copies = join(present["replicate"] + present["shard"] + present["context"])
