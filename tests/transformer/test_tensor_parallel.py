@@ -74,12 +74,16 @@ def test_projections_that_are_more_than_linear_maps_and_parameters_without_a_pla
         check_splits(model, 2)
 
 
+def clipped_alone(max_norm: float) -> tuple[dict[str, Tensor], Any, Tensor]:
+    """A batch, the unsplit model with its gradients clipped, and the norm before."""
+    batch, plain = make_batch(2, 13), tiny_llama()
+    plain(**batch).loss.backward()
+    return batch, plain, nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+
+
 @pytest.mark.parametrize("max_norm", [0.3, 1e9])
 def test_clipping_measures_the_unsplit_models_norm_and_scales_every_gradient(max_norm: float):
-    batch = make_batch(2, 13)
-    plain = tiny_llama()
-    plain(**batch).loss.backward()
-    expected = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+    batch, plain, expected = clipped_alone(max_norm)
 
     def run(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
         model = copy.deepcopy(tiny_llama())
@@ -98,10 +102,7 @@ def test_clipping_measures_the_unsplit_models_norm_and_scales_every_gradient(max
 
 @pytest.mark.parametrize("max_norm", [0.3, 1e9])
 def test_the_gradients_of_masters_are_clipped_where_they_are_given(max_norm: float):
-    batch = make_batch(2, 13)
-    plain = tiny_llama()
-    plain(**batch).loss.backward()
-    expected = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+    batch, plain, expected = clipped_alone(max_norm)
 
     def run(group: Any) -> tuple[Tensor, list[Tensor | None], list[str]]:
         model = copy.deepcopy(tiny_llama())

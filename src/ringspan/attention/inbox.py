@@ -14,9 +14,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch, rank_batches
 from ringspan.schedule import Piece, Receive, Schedule, Send, lifetimes
-from ringspan.strategies import once
+from ringspan.strategies.once import once
 
 ALIGNMENT = 256
 """Places begin at multiples of so many bytes: copy engines and kernels like it."""
@@ -25,9 +26,6 @@ RowBytes = Mapping[str, tuple[int, ...]]
 """For each kind of piece the bytes of one row of each of its components, as it travels."""
 
 _Items = tuple[tuple[str, tuple[int, ...]], ...]
-
-BEFORE = -1
-"""The time before the first step of a pass."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringspan.attention.inbox import BEFORE, Inbox, Message, Place
+from ringspan.attention.inbox import Inbox, Message, Place
 from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
+from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
 from ringspan.schedule import Piece, Receive, Send

@@ -9,7 +9,7 @@ from ringspan.strategies.all_gather import all_gather
 from ringspan.strategies.auto import Choice, choose, complete_ring
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import MACHINES, QUEUED, Cost, LayerForecast, cost, forecast_layer, share_sizes
+from ringspan.strategies.cost import MACHINES, QUEUED, Cost, LayerForecast, cost, forecast_layer
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
 from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
@@ -41,8 +41,6 @@ __all__ = [
     "forecast_layer",
     "link_bytes",
     "make_schedules",
-    "once",
-    "share_sizes",
     "strategy_options",
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ringspan.errors import RingspanError
+from ringspan.training.manifest import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, after_step: int | None) -> None:
         """Opens `path`, and keeps of what it holds the steps up to `after_step`; None starts anew."""
         kept = [record for record in read_metrics(path) if record.step <= after_step] if after_step is not None and path.exists() else []
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as stream:
-            stream.writelines(_line(record) for record in kept)
-        partial.replace(path)
+        write_whole(path, "".join(map(_line, kept)))
         self._path = path
         self._stream: TextIO = path.open("a")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ringspan.errors import RingspanError
 from ringspan.training.loop import Outcome
+from ringspan.training.manifest import write_whole
 from ringspan.training.ranks import is_peer_loss
 
 PLAN, STOP = "plan.json", "stop"
@@ -91,9 +92,7 @@ class Post:
     def write_report(self, rank: int, report: Report) -> None:
         """Whole or not there."""
         self._place.mkdir(exist_ok=True)
-        partial = self._place / f"rank-{rank}.partial"
-        partial.write_text(json.dumps(asdict(report) | {"time": time.time()}))
-        partial.replace(self.report(rank))
+        write_whole(self.report(rank), json.dumps(asdict(report) | {"time": time.time()}))
 
     def read_reports(self, num_ranks: int) -> dict[int, Report]:
         """By rank; a rank that died without a word has none."""
