@@ -85,6 +85,14 @@ def test_a_report_with_something_wrong_of_ours_has_not_passed_and_one_with_a_wro
     assert BenchReport(report.about, (*report.records, peer)).passed
 
 
+def test_a_report_in_which_all_of_ours_was_refused_has_not_passed(report: BenchReport):
+    refused = Record(kind="ringspan", name="ring:parts=0", shape=SHAPE, setting=Setting(), status="refused", reason="there is no such part")
+    alone = tuple(record for record in report.records if record.kind != "ringspan")
+    assert not BenchReport(report.about, (*alone, refused)).passed
+    assert BenchReport(report.about, (*report.records, refused)).passed, "one of several"
+    assert BenchReport(report.about, alone).passed
+
+
 def test_the_plot_has_a_line_for_each_solver_and_the_best_kernel_of_one_device(report: BenchReport, tmp_path):
     lines = curves([each for each in report.records if each.is_timed], "forward")
     assert len([label for label in lines if label.startswith("peer ")]) == 2

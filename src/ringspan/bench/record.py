@@ -106,8 +106,13 @@ class BenchReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing of ringspan, and no one-device kernel, is wrong or broken. What peers do is told and not judged."""
-        return not any(record.status in ("wrong", "failed") for record in self.records if record.kind != "peer")
+        """Whether nothing of ringspan, and no one-device kernel, is wrong or broken, and not all of ringspan was refused.
+
+        What peers do is told and not judged.
+        """
+        asked = [record for record in self.records if record.kind == "ringspan"]
+        is_refused = bool(asked) and all(record.status == "refused" for record in asked)
+        return not is_refused and not any(record.status in ("wrong", "failed") for record in self.records if record.kind != "peer")
 
     def of(self, shape: Shape, kind: str | None = None) -> list[Record]:
         """The records of a problem."""
