@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a machine with GPUs must show, each part within its seconds; each part leaves one archive of its files.
+# Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each part.
+# Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
 # usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -8,6 +9,9 @@ out=$(mktemp -d)
 mkdir -p "$kept"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
+# torchrun's own port is one for the whole machine.
+export PET_MASTER_PORT=$((29500 + ${visible%%,*}))
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count())'
 kernel=${KERNEL:-flash4}
 # Rows of tables and verdicts alone; everything is in the files.
@@ -44,9 +48,9 @@ for part in $parts; do
       rm -rf "$out"/run*/checkpoint* ;;
     correct)
       # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
-      CUDA_VISIBLE_DEVICES=0 timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
+      CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
-        CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
+        CUDA_VISIBLE_DEVICES=${visible##*,} timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
           tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
       done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
       for how in "--shard-parameters" "--parameters-on-host --offload" "--shard $gpus --accumulate 2" "--tensor $gpus"; do
@@ -110,5 +114,5 @@ for part in $parts; do
         --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
-  tar czf "$kept/$part.tgz" -C "$out" .
+  tar czf "$kept/${parts// /-}.tgz" -C "$out" .
 done
