@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each part.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|run|half_million|million ...]
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|many|many_heads|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|timeline|run|
+#   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
 parts=${*:-exact correct speed long masks heads auto ablate soak steps}
@@ -66,6 +67,13 @@ for part in $parts; do
       wait $tests; echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"
       wait $sanitizer; echo "sanitizer: $?"; grep -E '=====.*(SUMMARY|ERROR|Error)|passed|failed' "$out/sanitizer.log" | tail -12 ;;
     speed) bench speed 300 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --launch graph,eager ;;
+    many)
+      # What four GPUs and more choose among.
+      bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
+        --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
+    many_heads)
+      bench many_heads 200 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
+      bench many_narrow 100 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) bench long 200 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     masks)
       bench window 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --mask window:4095 --launch graph --peers none
@@ -97,6 +105,10 @@ for part in $parts; do
     host)
       # Where the host's time goes at short lengths.
       timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
+    timeline)
+      timeout 120 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths "${LENGTHS:-32768}" --kernel "$kernel" --graph --timeline \
+        --strategies "${STRATEGIES:-ring,direct:shards_at_once=4}" > "$out/timeline.log" 2>&1
+      echo "timeline: $?" ;;
     run)
       # The context is used, not just held: held-out loss by position after some hundred steps on a real text.
       timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \

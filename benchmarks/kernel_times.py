@@ -109,7 +109,9 @@ def main() -> None:
         length = per_rank * ranks
         contexts = {"one device": alone}
         for strategy in arguments.strategies.split(","):
-            contexts[strategy] = ringspan.ContextParallel(strategy=strategy, kernel=arguments.kernel, transport=arguments.transport)
+            named, *options = strategy.split(":")
+            values = {key: int(value) for key, value in (option.split("=") for option in options)}
+            contexts[strategy] = ringspan.ContextParallel(strategy=named, kernel=arguments.kernel, transport=arguments.transport, **values)
         for name, context in contexts.items():
             sequence = context.sequence(length)
             torch.manual_seed(0)

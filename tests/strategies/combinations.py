@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, Callable[[int], Options]]] = {
     "double_ring": ("double_ring", lambda ranks: {}),
     "double_ring of the smallest": ("double_ring", lambda ranks: {"window": _smallest_divisor(ranks)}),
     "direct": ("direct", lambda ranks: {}),
+    "direct, several at once": ("direct", lambda ranks: {"shards_at_once": 1 + ranks // 2}),
     "tree": ("tree", lambda ranks: {}),
     "ulysses": ("ulysses", lambda ranks: {}),
     "two_dimensional": ("two_dimensional", lambda ranks: {}),

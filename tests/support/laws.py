@@ -115,9 +115,8 @@ def check_pairs(strategy: str, layout: Layout, mask_name: str) -> None:
             launches = [launch for program in programs for step in program.steps for launch in step.launches]
             # Keys and values that travel apart are attended apart, each once.
             for kind in {launch.kind for launch in launches} or {"kv"}:
-                counts = count_pairs(
-                    schedules.layout, [(launch.q_owner, launch.kv_owner, launch.tile) for launch in launches if launch.kind == kind]
-                )
+                alike = [launch for launch in launches if launch.kind == kind]
+                counts = count_pairs(schedules.layout, [(launch.q_owner, *block) for launch in alike for block in launch.blocks])
                 _check_counts(counts, allowed, mask.mod is None, f"{kernel.name}, {schedule.direction}, {kind}")
 
 

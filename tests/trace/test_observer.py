@@ -94,7 +94,8 @@ def attended(listener: Listener, direction: str) -> Counter:
     """Pairs by (step, owner of the queries, kind of the keys, their owner)."""
     found: Counter = Counter()
     for step, launch in parts(listener, direction, "attend"):
-        found[(step, launch.q_owner, launch.kind, launch.kv_owner)] += sum(part.pairs for part in launch.parts or (launch.tile,))
+        for owner, tile in launch.blocks:
+            found[(step, launch.q_owner, launch.kind, owner)] += tile.pairs
     return found
 
 

@@ -6,6 +6,7 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +16,10 @@ from ringspan.attention.mail import Component, Courier
 from ringspan.attention.observe import Observer, watch
 from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
-from ringspan.attention.shelf import Shelf
+from ringspan.attention.shelf import Shelf, joined
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
 from ringspan.kernels.lse_gradient import backward as kernel_backward
-from ringspan.schedule import Piece, Receive, Send
+from ringspan.schedule import Piece, Send
 from ringspan.transport import Pending
 
 
@@ -47,7 +48,7 @@ class Pass:
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
                     outgoing = [self._outgoing(send) for send in batch.sends]
-                    incoming = [self._incoming(batch, receive) for receive in batch.receives]
+                    incoming = self._incoming(batch)
                     pending = self.courier.post(batch, outgoing, incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
@@ -73,13 +74,14 @@ class Pass:
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
 
-    def _incoming(self, batch: Batch, receive: Receive) -> list[Tensor]:
-        tensors = self.courier.buffers(batch, receive, self.components(receive.piece, receive in batch.singles))
-        if LANES[receive.piece.kind] == 0:
-            self.shelf.put(receive.piece, tensors)
-        else:
-            self._arrived[(receive.piece, receive.peer)] = tensors
-        return tensors
+    def _incoming(self, batch: Batch) -> list[list[Tensor]]:
+        incoming = self.courier.buffers(batch, [self.components(receive.piece, receive in batch.singles) for receive in batch.receives])
+        for receive, tensors in zip(batch.receives, incoming, strict=True):
+            if LANES[receive.piece.kind] == 0:
+                self.shelf.put(receive.piece, tensors)
+            else:
+                self._arrived[(receive.piece, receive.peer)] = tensors
+        return incoming
 
     def attend(self, launch: Launch) -> None:
         """Computes one tile into this rank's accumulators."""
@@ -111,9 +113,9 @@ class _FlashPass(Pass):
         self.shelf.put(Piece("q", rank, 0, q.shape[1]), [rows_first(q)])
         self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [rows_first(k), rows_first(v)])
 
-    def keys(self, owner: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """k and v `[batch, keys, kv_heads, head_dim]` of the rows of `owner`."""
-        k, v = self.shelf.view(Piece("kv", owner, start, stop))
+    def keys(self, launch: Launch) -> tuple[Tensor, Tensor]:
+        """k and v `[batch, keys, kv_heads, head_dim]` of a launch."""
+        k, v = (joined(parts) for parts in zip(*map(self.shelf.view, launch.keys), strict=True))
         return batch_first(k), batch_first(v)
 
     def components(self, piece: Piece, single: bool) -> list[Component]:
@@ -161,7 +163,7 @@ class ForwardPass(_FlashPass):
         """Merges the tile's partial attention into the partial of its queries' owner."""
         tile = launch.tile
         (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
-        k, v = self.keys(launch.kv_owner, tile.k_start, tile.k_stop)
+        k, v = self.keys(launch)
         out, lse = self.kernel.forward(batch_first(q), k, v, self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts))
         self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1).to(self.wide))
 
@@ -176,6 +178,9 @@ class ForwardPass(_FlashPass):
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
         return self._partials[self.program.rank].result()
+
+
+_Gradients = list[tuple[Piece, list[Tensor]]]
 
 
 class BackwardPass(_FlashPass):
@@ -202,32 +207,37 @@ class BackwardPass(_FlashPass):
             )
             for (kind, owner), (start, stop) in spans.items()
         }
-        self._late: tuple[Piece, list[Tensor]] | None = None
+        self._late: _Gradients = []
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
         """Adds those gradients of the last tile that stay here: the others, which may travel, need not wait for that."""
-        if self._late is not None:
-            (piece, gradients), self._late = self._late, None
+        if self._late:
+            late, self._late = self._late, []
             with watch(observer, index, "merge"):
-                self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *gradients)
+                self._add(late)
 
     def attend(self, launch: Launch) -> None:
         """Adds the tile's share of dq, dk and dv."""
         self.settle()
         q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
-        k, v = self.keys(kv_owner, tile.k_start, tile.k_stop)
+        k, v = self.keys(launch)
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
         dq, dk, dv = kernel_backward(
             self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
-        of_queries = Piece("dq", q_owner, tile.q_start, tile.q_stop), [rows_first(dq)]
-        of_keys = Piece("dkv", kv_owner, tile.k_start, tile.k_stop), [rows_first(dk), rows_first(dv)]
+        of_queries: _Gradients = [(Piece("dq", q_owner, tile.q_start, tile.q_stop), [rows_first(dq)])]
+        rows = [len(keys) for keys in launch.keys]
+        each = zip(launch.keys, rows_first(dk).split(rows), rows_first(dv).split(rows), strict=True)
+        of_keys: _Gradients = [(replace(keys, kind="dkv"), parts) for keys, *parts in each]
         first, self._late = (of_keys, of_queries) if q_owner == self.program.rank else (of_queries, of_keys)
-        piece, gradients = first
-        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *gradients)
+        self._add(first)
+
+    def _add(self, found: _Gradients) -> None:
+        for piece, gradients in found:
+            self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *gradients)
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
@@ -240,7 +250,7 @@ class BackwardPass(_FlashPass):
         return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
     def _settle_before(self, piece: Piece) -> None:
-        if self._late is not None and (self._late[0].kind, self._late[0].owner) == (piece.kind, piece.owner):
+        if any((late.kind, late.owner) == (piece.kind, piece.owner) for late, _ in self._late):
             self.settle()
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ and for one step more: then the next sender need not wait for whoever has just r
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringspan.attention.observe import BEFORE
@@ -138,14 +138,16 @@ def _side(schedule: Schedule, rank: int, row_bytes: RowBytes, single_row_bytes: 
     flat = tuple(batch for _, batches in sorted(rank_batches(actions).items()) for batch in batches)
     for batch in flat:
         free_after: dict[int, int] = {}
-        for receive in batch.receives:
-            widths = (single_row_bytes if _is_single(schedule, rank, receive) else row_bytes)[receive.piece.kind]
-            size = _laid_out(0, len(receive.piece), widths)[1]
-            start = _free_place(size, [entry for entry in taken if entry.last >= receive.step - 1])
-            before = (entry.last for entry in taken if entry.start < start + size and start < entry.stop)
-            free_after[receive.peer] = max(free_after.get(receive.peer, BEFORE), *before, BEFORE)
-            taken.append(_Taken(start, start + size, needed[receive]))
-            places[(batch.index, receive.peer, receive.piece)] = _laid_out(start, len(receive.piece), widths)[0]
+        for members in ([batch.receives[index] for index in group] for group in batch.neighbours):
+            widths = (single_row_bytes if _is_single(schedule, rank, members[0]) else row_bytes)[members[0].piece.kind]
+            rows = [len(receive.piece) for receive in members]
+            size = _laid_out(0, rows, widths)[1]
+            start = _free_place(size, [entry for entry in taken if entry.last >= members[0].step - 1])
+            before = max((entry.last for entry in taken if entry.start < start + size and start < entry.stop), default=BEFORE)
+            for receive, laid_out in zip(members, _laid_out(start, rows, widths)[0], strict=True):
+                free_after[receive.peer] = max(free_after.get(receive.peer, BEFORE), before)
+                places[(batch.index, receive.peer, receive.piece)] = laid_out
+            taken.append(_Taken(start, start + size, max(needed[receive] for receive in members)))
             nbytes = max(nbytes, start + size)
         for source, step in sorted(free_after.items()):
             message, met[source] = Message(source, met[source]), met[source] + 1
@@ -159,13 +161,16 @@ def _is_single(schedule: Schedule, rank: int, receive: Receive) -> bool:
     return (receive.peer, Send(receive.step, receive.piece, rank, receive.due)) in schedule.singles
 
 
-def _laid_out(start: int, rows: int, row_bytes: tuple[int, ...]) -> tuple[tuple[Place, ...], int]:
-    """The places of the components of `rows` rows from `start` on, and where they end."""
-    places = []
+def _laid_out(start: int, rows: Sequence[int], row_bytes: tuple[int, ...]) -> tuple[list[tuple[Place, ...]], int]:
+    """From `start` on the places of the components of pieces of so many rows, all first ones, then all second; and where they end."""
+    components = []
     for size in row_bytes:
-        places.append(Place(start, rows * size))
-        start += -(-rows * size // ALIGNMENT) * ALIGNMENT
-    return tuple(places), start
+        places = []
+        for count in rows:
+            places.append(Place(start, count * size))
+            start += -(-count * size // ALIGNMENT) * ALIGNMENT
+        components.append(places)
+    return list(zip(*components, strict=True)), start
 
 
 def _free_place(size: int, taken: list[_Taken]) -> int:

@@ -33,8 +33,11 @@ class Courier(Protocol):
 
     lends: bool
 
-    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
-        """Where `receive` of `batch` arrives, contiguous."""
+    def buffers(self, batch: Batch, components: Sequence[Sequence[Component]]) -> list[list[Tensor]]:
+        """Where the receives of `batch` arrive, contiguous: for each of them a tensor for each of its `components`.
+
+        Neighbours (`Batch`) lie one after the other, all k and then all v, so that a kernel may read them as one.
+        """
         ...
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
@@ -112,9 +115,16 @@ class TransportCourier:
     def __init__(self, transport: Transport, wire: Wire, device: torch.device) -> None:
         self._transport, self._wire, self._device = transport, wire, device
 
-    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
+    def buffers(self, batch: Batch, components: Sequence[Sequence[Component]]) -> list[list[Tensor]]:
         """See `Courier.buffers`: new ones, which live as long as somebody needs them."""
-        return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in components]
+        result: list[list[Tensor]] = [[] for _ in components]
+        for members in batch.neighbours:
+            for same in zip(*(components[member] for member in members), strict=True):
+                rows = [component.shape[0] for component in same]
+                buffer = torch.empty((sum(rows), *same[0].shape[1:]), dtype=same[0].dtype, device=self._device)
+                for member, part in zip(members, buffer.split(rows), strict=True):
+                    result[member].append(part)
+        return result
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`. Parcels live until their batch is over, so that nothing under way is freed."""

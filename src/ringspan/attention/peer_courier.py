@@ -12,7 +12,7 @@ from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch
 from ringspan.kernels import accumulator_dtype
-from ringspan.schedule import Piece, Receive, Send
+from ringspan.schedule import Piece, Send
 from ringspan.transport import PeerMemory, Pending, Transport
 
 
@@ -32,11 +32,14 @@ class PeerCourier:
         self._inbox, self._memory, self._transport, self._wire = inbox, memory, transport, wire
         self._packed: dict[Piece, list[Tensor]] = {}
 
-    def buffers(self, batch: Batch, receive: Receive, components: Sequence[Component]) -> list[Tensor]:
+    def buffers(self, batch: Batch, components: Sequence[Sequence[Component]]) -> list[list[Tensor]]:
         """See `Courier.buffers`: in this rank's inbox."""
-        places = self._inbox.postings[batch.index].places[batch.receives.index(receive)]
+        places = self._inbox.postings[batch.index].places
         mine = self._memory.inbox(self._transport.rank)
-        return [_tensor(mine, place, shape, dtype) for (shape, dtype), place in zip(components, places, strict=True)]
+        return [
+            [_tensor(mine, place, shape, dtype) for (shape, dtype), place in zip(each, there, strict=True)]
+            for each, there in zip(components, places, strict=True)
+        ]
 
     def post(self, batch: Batch, outgoing: Pieces, incoming: Pieces) -> Pending:
         """See `Courier.post`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, Tile, tiles
@@ -18,7 +19,8 @@ class Launch:
     """One kernel call: `tile` of the queries of one rank against the keys of another, in local indices of their shards.
 
     `kind` says which of the keys and values are at hand: `kv`, `k` or `v`. `parts` are the tiles of a call that computes several, such as
-    the documents of a shard; `tile` then is the rectangle that holds them.
+    the documents of a shard; `tile` then is the rectangle that holds them. `joined` are the keys of a call that computes one tile against
+    several pieces, one after the other: `tile` is full then and counts along all of them, and `kv_owner` is the first one's.
     """
 
     q_owner: int
@@ -26,6 +28,24 @@ class Launch:
     tile: Tile
     kind: str = "kv"
     parts: tuple[Tile, ...] = ()
+    joined: tuple[Piece, ...] = ()
+
+    @property
+    def keys(self) -> tuple[Piece, ...]:
+        """What is read of keys and values, in the order in which the tile counts them."""
+        return self.joined or (Piece(self.kind, self.kv_owner, self.tile.k_start, self.tile.k_stop),)
+
+    @property
+    def blocks(self) -> tuple[tuple[int, Tile], ...]:
+        """(owner of the keys, tile in local indices) of all that is computed."""
+        if self.joined:
+            return tuple((keys.owner, replace(self.tile, k_start=keys.start, k_stop=keys.stop)) for keys in self.joined)
+        return tuple((self.kv_owner, tile) for tile in self.parts or (self.tile,))
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs are computed."""
+        return sum(tile.pairs for _, tile in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Batch:
     """Transfers that are posted together, on one lane, and due together; the `index`-th of its rank.
 
     `singles` are the pieces among them, each with the peer, that are results of one attend: they travel as the kernel gave them.
+    `neighbours` are the receives, by index: keys that are needed equally long together, all else by itself.
     """
 
     index: int
@@ -41,6 +62,7 @@ class Batch:
     sends: tuple[Send, ...]
     receives: tuple[Receive, ...]
     singles: frozenset[Send | Receive] = frozenset()
+    neighbours: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,15 +120,17 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         cell = cells[step]
         launches = []
         for attend in (action for action in cell if isinstance(action, Attend)):
-            for kv in attend.kvs:
-                launches.extend(_launches(layout, mask, shapes, attend.q, kv, varlen))
+            found = [launch for kv in attend.kvs for launch in _launches(layout, mask, shapes, attend.q, kv, varlen)]
+            # A function of positions is asked for each owner's.
+            launches.extend(found if mask.mod is not None or attend.kvs[0].kind != "kv" else _joined(found))
         for launch in launches:
             tile = launch.tile
             for kind in RESULTS[(schedule.direction, launch.kind)]:
                 if kind in ("o", "dq"):
                     grow(kind, launch.q_owner, tile.q_start, tile.q_stop)
                 else:
-                    grow(kind, launch.kv_owner, tile.k_start, tile.k_stop)
+                    for keys in launch.keys:
+                        grow(kind, keys.owner, keys.start, keys.stop)
         combines = tuple(action for action in cell if isinstance(action, Combine))
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
@@ -143,9 +167,10 @@ def rank_batches(actions: tuple[Action, ...]) -> dict[int, tuple[Batch, ...]]:
         if isinstance(action, (Send, Receive)):
             posted[action.step].append(action)
     result: dict[int, tuple[Batch, ...]] = {}
+    needed = dict(lifetimes(actions))
     count = 0
     for step in sorted(posted):
-        result[step] = _batches(posted[step], count)
+        result[step] = _batches(posted[step], count, needed)
         count += len(result[step])
     return result
 
@@ -157,11 +182,33 @@ def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: 
     return [Launch(q.owner, kv.owner, _hull(run), kv.kind, run if len(run) > 1 else ()) for run in runs]
 
 
+def _joined(launches: list[Launch]) -> list[Launch]:
+    """The launches of one attend, those of which all queries see all keys as one: a call then reads the queries once, and gives one sum.
+
+    The keys are in the order of their owners, as a batch brings them.
+    """
+    result: list[Launch] = []
+    runs: dict[tuple[int, int], list[Launch]] = defaultdict(list)
+    for launch in launches:
+        if launch.tile.kind == "full" and not launch.parts:
+            runs[launch.tile.q_start, launch.tile.q_stop].append(launch)
+        else:
+            result.append(launch)
+    for (q_start, q_stop), run in runs.items():
+        if len(run) == 1:
+            result.append(run[0])
+            continue
+        keys = tuple(sorted((piece for launch in run for piece in launch.keys), key=lambda piece: (piece.owner, piece.start)))
+        tile = Tile(q_start, q_stop, 0, sum(map(len, keys)))
+        result.append(Launch(run[0].q_owner, keys[0].owner, tile, run[0].kind, joined=keys))
+    return result
+
+
 def _hull(run: tuple[Tile, ...]) -> Tile:
     return run[0] if len(run) == 1 else Tile(run[0].q_start, run[-1].q_stop, run[0].k_start, run[-1].k_stop)
 
 
-def _batches(transfers: list[Send | Receive], first: int) -> tuple[Batch, ...]:
+def _batches(transfers: list[Send | Receive], first: int, needed: Mapping[Receive, int]) -> tuple[Batch, ...]:
     """Both ends sort alike, so that what two ranks exchange in one batch pairs up in order."""
     groups: dict[tuple[int, int], list[Send | Receive]] = defaultdict(list)
     for transfer in transfers:
@@ -171,5 +218,9 @@ def _batches(transfers: list[Send | Receive], first: int) -> tuple[Batch, ...]:
         members.sort(key=lambda member: (member.peer, str(member.piece)))
         sends = tuple(member for member in members if isinstance(member, Send))
         receives = tuple(member for member in members if isinstance(member, Receive))
-        result.append(Batch(first + len(result), lane, due, sends, receives))
+        together: dict[int, list[int]] = defaultdict(list)
+        for index, receive in enumerate(receives):
+            together[needed[receive] if receive.piece.kind == "kv" else -1 - index].append(index)
+        neighbours = tuple(map(tuple, together.values()))
+        result.append(Batch(first + len(result), lane, due, sends, receives, neighbours=neighbours))
     return tuple(result)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ringspan.schedule import Piece
@@ -32,3 +34,20 @@ class Shelf:
         """Lets go of exactly `piece`."""
         entries = self._held[(piece.kind, piece.owner)]
         self._held[(piece.kind, piece.owner)] = [entry for entry in entries if entry[0] != piece]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """`tensors`, `[rows, …]` each, one after the other: a view where that is how they lie in memory, else a copy."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    end = first.data_ptr()
+    for tensor in tensors:
+        if (
+            tensor.data_ptr() != end
+            or not tensor.is_contiguous()
+            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return torch.cat(list(tensors))
+        end += tensor.numel() * tensor.element_size()
+    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())

@@ -82,10 +82,10 @@ def _accumulators(schedule: Schedule, rank: int, sizes: PieceBytes) -> int:
 
 
 def _largest_call(schedule: Schedule, rank: int, sizes: PieceBytes) -> int:
-    """out and lse of the queries, or dq, dk and dv, in the dtype of the inputs."""
+    """out and lse of the queries, or dq, dk and dv, in the dtype of the inputs. All keys of an attend may be in one call."""
 
     def of(attend: Attend) -> int:
-        keys = max(len(kv) for kv in attend.kvs)
+        keys = sum(map(len, attend.kvs))
         if schedule.direction == "forward":
             return len(attend.q) * (sizes.of("q") + sizes.batch * sizes.heads * sizes.accumulator_bytes)
         return len(attend.q) * sizes.of("q") + keys * sizes.of("kv")

@@ -1,7 +1,7 @@
 """`auto`: the strategy that is predicted to end first, and why.
 
 The rule: every strategy that the layout, the mask and the heads allow is priced from its own schedules (`ringspan.strategies.cost`). Those
-that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within 3% of it the first in the order of
+that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within 1% of it the first in the order of
 `CANDIDATES`, which begins with the strategies that hold least.
 """
 
@@ -19,7 +19,7 @@ from ringspan.strategies.forecast import Machine, forecast
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.once import once
 
-CLOSE = 1.03
+CLOSE = 1.01
 """Predictions nearer than this are not told apart."""
 
 
@@ -45,8 +45,9 @@ Make = Callable[..., Schedules]
 
 def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
     """The strategies that are compared, those that hold least first."""
-    found: list[tuple[str, dict[str, int | str]]] = [("ring", {}), ("direct", {}), ("all_gather", {}), ("balanced", {}), ("pass_query", {})]
-    found.append(("ulysses", {}))
+    found: list[tuple[str, dict[str, int | str]]] = [("ring", {}), ("direct", {})]
+    found.extend(("direct", {"shards_at_once": shards}) for shards in (2, 4, 8) if 2 < num_ranks >= shards)
+    found.extend([("all_gather", {}), ("balanced", {}), ("pass_query", {}), ("ulysses", {})])
     degrees = [degree for degree in range(2, num_ranks) if num_ranks % degree == 0]
     found.extend(("two_dimensional", {"ulysses": degree}) for degree in degrees)
     return found

@@ -18,12 +18,27 @@ from ringspan.strategies.links import Links, exchanges_bytes, link_bytes
 _DIRECTIONS = ("forward", "backward")
 
 MACHINES = {
-    "cuda": Machine(name="NVLink GPUs", flops_per_second=5.5e14, link_bytes_per_second=2.9e11, latency_seconds=1e-4, launch_seconds=1e-4),
-    "cpu": Machine(name="CPU processes", flops_per_second=5e10, link_bytes_per_second=1e9, latency_seconds=2e-4, launch_seconds=1e-4),
+    "cuda": Machine(
+        name="NVLink GPUs",
+        flops_per_second=5.5e14,
+        link_bytes_per_second=2.9e11,
+        latency_seconds=1e-4,
+        launch_seconds=1e-4,
+        memory_bytes_per_second=3.3e12,
+        exchange_bytes_per_second=1e11,
+    ),
+    "cpu": Machine(
+        name="CPU processes",
+        flops_per_second=5e10,
+        link_bytes_per_second=1e9,
+        latency_seconds=2e-4,
+        launch_seconds=1e-4,
+        memory_bytes_per_second=1e10,
+    ),
 }
 """By device: what was measured on two H100 over NVLink (2026-11), and what gloo does on one host."""
 
-QUEUED = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, launch_seconds=1e-5)}
+QUEUED = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, launch_seconds=5e-6)}
 """The same where Python runs ahead of the device, or a graph is replayed: what a launch and a signal take on the device (2026-11)."""
 
 
@@ -81,7 +96,8 @@ def forecast_layer(schedules: Schedules, layout: Layout, mask: Mask, sizes: Piec
         # q, k and v there, out back; dO there, dq, dk and dv back.
         volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
         overhead = machine.latency_seconds + machine.launch_seconds
-        there, back, there_again, back_again = (overhead + volume / machine.link_bytes_per_second for volume in volumes)
+        rate = machine.exchange_bytes_per_second or machine.link_bytes_per_second
+        there, back, there_again, back_again = (overhead + volume / rate for volume in volumes)
         exchanges = (there, back, there_again, back_again)
     forward, backward = (forecast(schedule, schedules.layout, mask, inner, machine) for schedule in (schedules.forward, schedules.backward))
     return LayerForecast(forward=forward, backward=backward, sizes=inner, exchanges=exchanges)

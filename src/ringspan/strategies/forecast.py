@@ -1,8 +1,9 @@
 """When each rank computes, waits and sends, predicted from a schedule and a description of the machine.
 
-Work is priced by pairs: 4·head_dim FLOPs a pair and head, and a launch for each piece of keys. A transfer takes the latency, and its bytes
-at the bandwidth of the ports that it leaves and enters by, one after the other. A rank starts a step when its own last one is done and what
-is due has come: ranks drift as they would.
+Work is priced by pairs: 4·head_dim FLOPs a pair and head; and by kernel calls, the keys that are seen by the same queries in one: each
+takes a launch, and reads and writes memory besides, to prepare its tile and to add up what it gives. A transfer takes the latency, and its
+bytes at the bandwidth of the ports that it leaves and enters by, one after the other. A rank starts a step when its own last one is done
+and what is due has come: ranks drift as they would.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ringspan.geometry import Layout, Mask
+from ringspan.geometry import Layout, Mask, tiles
 from ringspan.schedule import Action, Attend, Piece, PieceBytes, Receive, Schedule, Send, send_bytes
 from ringspan.schedule.draw import pairs_between
 
@@ -28,6 +29,8 @@ class Machine:
         latency_seconds: from posting a small transfer to its arrival.
         launch_seconds: of one kernel call from Python, its merge included.
         backward_factor: how many times as long as the forward of a tile its backward takes; 2.5 by the number of its matrix products.
+        memory_bytes_per_second: at which results are added up; None where that is counted in the other rates.
+        exchange_bytes_per_second: of a rank's port where positions are exchanged for heads, packing included; None for the link's.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Machine:
     latency_seconds: float
     launch_seconds: float
     backward_factor: float = 2.5
+    memory_bytes_per_second: float | None = None
+    exchange_bytes_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +104,41 @@ class Prices:
         pairs = sum(pairs_between(self.layout, self.mask, attend.q, kv) for kv in attend.kvs)
         return pairs * 4 * self.sizes.head_dim * self.sizes.heads * self.sizes.batch * self.factor
 
+    def call_bytes(self, rows: int, keys: int) -> float:
+        """What a call passes through memory besides its operands: results in, sums in and out; in a backward also the kernel's own sums."""
+        sizes = self.sizes
+        query, key = (sizes.batch * heads * sizes.head_dim for heads in (sizes.heads, sizes.kv_heads))
+        if self.factor == 1.0:
+            return rows * query * (sizes.element_bytes + 2 * sizes.accumulator_bytes)
+        # dO and out are read; dq is zeroed and read as a sum, written, and added; dk and dv are written and added.
+        each = 4 * sizes.element_bytes + 4 * sizes.accumulator_bytes
+        return rows * query * each + 2 * keys * key * (2 * sizes.element_bytes + 2 * sizes.accumulator_bytes)
+
     def seconds(self, action: Action) -> float:
         """Of a rank's time; a combine costs nothing here."""
         if isinstance(action, Attend):
-            launches = len({kv.owner for kv in action.kvs})
-            return self.flops(action) / self.machine.flops_per_second + launches * self.machine.launch_seconds
+            calls = _calls(self.layout, self.mask, action)
+            rate, passed = self.machine.memory_bytes_per_second, sum(self.call_bytes(rows, keys) for rows, keys in calls)
+            adding = 0.0 if rate is None else passed / rate
+            return self.flops(action) / self.machine.flops_per_second + len(calls) * self.machine.launch_seconds + adding
         return self.machine.launch_seconds / 4 if isinstance(action, (Send, Receive)) else 0.0
+
+
+def _calls(layout: Layout, mask: Mask, attend: Attend) -> tuple[tuple[int, int], ...]:
+    """(rows, keys) of the kernel calls of an attend, where keys that all the same queries see are one's."""
+    together: dict[tuple[int, int], int] = {}
+    apart: list[tuple[int, int]] = []
+    for kv in attend.kvs:
+        clipped = (tile.clipped(attend.q.start, attend.q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, attend.q.owner, kv.owner))
+        found = [tile for tile in clipped if tile is not None]
+        if len(found) == 1 and found[0].kind == "full" and mask.mod is None:
+            rows = found[0].q_start, found[0].q_stop
+            together[rows] = together.get(rows, 0) + found[0].num_keys
+        elif found:
+            # However many tiles there are of one shard, the kernel computes them in one go, or in few.
+            rows = max(tile.q_stop for tile in found) - min(tile.q_start for tile in found)
+            apart.append((rows, max(tile.k_stop for tile in found) - min(tile.k_start for tile in found)))
+    return (*apart, *((stop - start, keys) for (start, stop), keys in together.items()))
 
 
 def forecast(schedule: Schedule, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> Forecast:

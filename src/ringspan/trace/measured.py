@@ -107,8 +107,8 @@ def _event(record: RankRecord, mark: Mark, step: int, shift: float) -> Event:
     if isinstance(mark.what, Launch):
         tile, members = mark.what.tile, record.members
         q = Piece("q", members[mark.what.q_owner], tile.q_start, tile.q_stop)
-        kv = Piece(mark.what.kind, members[mark.what.kv_owner], tile.k_start, tile.k_stop)
-        label, owner, pairs = f"{q}×{kv}", visitor(record.rank, q, kv).owner, sum(part.pairs for part in mark.what.parts or (tile,))
+        keys = [_renamed(piece, members) for piece in mark.what.keys]
+        label, owner, pairs = f"{q}×{'+'.join(map(str, keys))}", visitor(record.rank, q, keys[0]).owner, mark.what.pairs
     elif isinstance(mark.what, Combine):
         piece = _renamed(mark.what.piece, record.members)
         label, owner = f"+{piece}←{record.members[mark.what.peer]}", piece.owner

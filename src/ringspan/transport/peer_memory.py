@@ -97,8 +97,8 @@ class _Passes:
 class _Aside:
     """What streams do beside the current one, which is done at all `events`."""
 
-    def __init__(self, events: list[torch.cuda.Event], device: torch.device) -> None:
-        self._events, self._device = events, device
+    def __init__(self, events: list[torch.cuda.Event], index: int) -> None:
+        self._events, self._index = events, index
 
     @property
     def works(self) -> list[Pending]:
@@ -106,8 +106,9 @@ class _Aside:
         return [self]
 
     def wait(self) -> None:
+        current = torch.cuda.current_stream(self._index)
         for event in self._events:
-            torch.cuda.current_stream(self._device).wait_event(event)
+            current.wait_event(event)
 
 
 class SymmetricMemory:
@@ -123,6 +124,8 @@ class SymmetricMemory:
 
         self._module = symmetric_memory
         self._transport, self._group, self._device, self._size = transport, transport.group, device, transport.size
+        # As a number: torch takes some microseconds to read it off a device, and short sequences are launched in few.
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
         self._inboxes: list[Tensor] = []
         self._mine: Any = None
@@ -170,8 +173,9 @@ class SymmetricMemory:
         """See `PeerMemory.begin`. Whoever replays a captured graph orders it among the passes around it."""
         self._passes.begin()
         if torch.cuda.is_current_stream_capturing():
+            self._captured = True
             return
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self._index)
         if self._before is not None and self._before != current:
             current.wait_stream(self._before)
         self._before = current
@@ -182,7 +186,6 @@ class SymmetricMemory:
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
-        self._captured = self._captured or torch.cuda.is_current_stream_capturing()
         self._handle.put_signal(peer, channel, self._timeout_ms)
 
     def wait(self, peer: int, channel: int) -> None:
@@ -192,14 +195,14 @@ class SymmetricMemory:
     def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
-        return _Aside([self._on(lane, "write", write), self._on(lane, "arrive", arrive)], self._device)
+        return _Aside([self._on(lane, "write", write), self._on(lane, "arrive", arrive)], self._index)
 
     def _on(self, lane: int, what: str, work: Work) -> torch.cuda.Event:
         if (lane, what) not in self._streams:
             # Its few words of work must not queue behind the blocks of an attention kernel.
             self._streams[(lane, what)] = torch.cuda.Stream(self._device, priority=-1)
         stream, done = self._streams[(lane, what)], torch.cuda.Event()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._index))
         with torch.cuda.stream(stream):
             work()
         done.record(stream)
