@@ -1,8 +1,8 @@
 """`auto`: the strategy that is predicted to end first, and why.
 
 The rule: every strategy that the layout, the mask and the heads allow is priced from its own schedules (`ringspan.strategies.cost`). Those
-that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within 1% of it the first in the order of
-`CANDIDATES`, which begins with the strategies that hold least.
+that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within half a percent of it the first in the order
+of `candidates`, which begins with the strategies that hold least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ringspan.strategies.forecast import Machine, forecast
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.once import once
 
-CLOSE = 1.01
+CLOSE = 1.005
 """Predictions nearer than this are not told apart."""
 
 
