@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
+import ringspan
+from ringspan.attention.reshard import make_exchange
 from ringspan.bench.case import Shape
 from ringspan.bench.memory import promise, staged
 from ringspan.geometry import make_layout
 from ringspan.strategies import make_schedules
+from ringspan.transformer.memory import LiveBytes
+from ringspan.transport import SingleRank
 
 SHAPE = Shape(tokens=64, num_ranks=4, heads=8, kv_heads=2, head_dim=16)
 
@@ -35,8 +41,38 @@ def test_the_backward_adds_in_float32():
 def test_an_exchange_of_positions_for_heads_holds_the_whole_sequence_of_few_heads():
     found = promised("ulysses", "forward", layout="contiguous")
     assert found.visitors == 0 and found.exchanged == 256 * (2 * 2 * 16 + 2 * 16) * 2, "q, out, k and v of 2 query heads and 1 KV head"
+    assert promised("ulysses", "backward", layout="contiguous").exchanged == 256 * (3 * 2 * 16 + 2 * 16) * 2, "and dO"
+
+
+def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
+    """Beside q, k, v and dO of few heads: what goes to others, and what comes from them, never all of both and the whole at once."""
+    rows, heads, kv_heads, width = 512, 8, 2, 64
+
+    layout = make_layout("zigzag", 2 * rows, 2)
+    schedules = make_schedules("ulysses", layout, ringspan.causal())
+    assert schedules.grid is not None
+    q, k, v = (torch.randn(1, rows, number, width) for number in (heads, kv_heads, kv_heads))
+    exchange = make_exchange(Instant(), schedules.grid, layout, schedules.layout, heads, kv_heads)
+    with LiveBytes() as live:
+        live.ignore(q, k, v)
+        exchange.inputs_to_heads(q, k, v)
+    # Half is this rank's own: half leaves while half arrives, and then half lies beside the whole.
+    assert live.peak <= 1.5 * sum(x.numel() * x.element_size() for x in (q, k, v)) + 4096
 
 
 def test_heads_that_take_turns_hold_less():
     assert staged(SHAPE.sizes, 1).heads == 4 and staged(SHAPE.sizes, 1).kv_heads == 1
     assert staged(SHAPE.sizes, None) == staged(SHAPE.sizes, 5) == SHAPE.sizes
+
+
+class Instant(SingleRank):
+    """Rank 0 of two, whose transfers are over as soon as they are posted."""
+
+    def exchange(self, sends, receives, lane: int = 0):
+        assert sends and receives
+        return Done()
+
+
+class Done:
+    def wait(self) -> None:
+        pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -156,29 +156,34 @@ def _stages(plan: Plan, heads: int, kv_heads: int) -> Iterator[_Stage]:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out and lse of these heads, and, of Ring Self-Attention, the weights of every stage."""
-    outs, lses, weights = [], [], []
-    for stage in _stages(plan, q.shape[2], k.shape[2]):
-        inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
-        courier = plan.courier("forward", q)
-        with watch(plan.observer, BEFORE, "pack"):
-            if plan.materialised:
-                run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
-            else:
-                # A sink still scales the result: it is rounded after that.
-                run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
-        run.run(plan.observer)
-        with watch(plan.observer, AFTER, "cast"):
-            out, lse = run.result()
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks[stage.heads])
-        outs.append(out.to(q.dtype))
-        lses.append(lse)
-        if isinstance(run, MaterialisedForward):
-            weights += [block for _, block in sorted(run.softmax().items())]
-    if not outs:
-        # No head is this rank's.
-        return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator_dtype(q.dtype)), weights
-    return _joined(outs, 2), _joined(lses, 1), weights
+    stages = list(_stages(plan, q.shape[2], k.shape[2]))
+    if len(stages) == 1:
+        return _forward_stage(q, k, v, sinks, plan, stages[0])
+    # Written where it stays, so that nothing but one stage's is there twice. Of no stage there is nothing to write: no head is this rank's.
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator_dtype(q.dtype))
+    weights: list[Tensor] = []
+    for stage in stages:
+        out[:, :, stage.heads], lse[:, stage.heads], more = _forward_stage(q, k, v, sinks, plan, stage)
+        weights += more
+    return out, lse, weights
+
+
+def _forward_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, stage: _Stage) -> tuple[Tensor, Tensor, list[Tensor]]:
+    inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
+    courier = plan.courier("forward", q)
+    with watch(plan.observer, BEFORE, "pack"):
+        if plan.materialised:
+            run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
+        else:
+            # A sink still scales the result: it is rounded after that.
+            run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
+    run.run(plan.observer)
+    with watch(plan.observer, AFTER, "cast"):
+        out, lse = run.result()
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks[stage.heads])
+    weights = [block for _, block in sorted(run.softmax().items())] if isinstance(run, MaterialisedForward) else []
+    return out.to(q.dtype).contiguous(), lse, weights
 
 
 def _backward(
@@ -186,16 +191,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of these heads, rounded to the inputs' dtype but for dk and dv that are only parts (`Exchange.key_gradients_in`)."""
     dtype = k.dtype if plan.exchange is None else plan.exchange.key_gradients_in(k.dtype)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    each = len(plan.scores.shard_lengths)
-    for index, stage in enumerate(_stages(plan, q.shape[2], k.shape[2])):
+    stages = list(_stages(plan, q.shape[2], k.shape[2]))
+    # Of Ring Self-Attention each stage has left a block of weights for each owner of keys.
+    blocks = len(plan.scores.shard_lengths)
+
+    def of(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        stage, kept = stages[index], dict(enumerate(weights[index * blocks : (index + 1) * blocks]))
         inputs = q[:, :, stage.heads], k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
         mine, stage_dout = out[:, :, stage.heads], dout[:, :, stage.heads]
         stage_dlse = None if dlse is None else dlse[:, stage.heads]
         courier = plan.courier("backward", q)
         with watch(plan.observer, BEFORE, "pack"):
             if plan.materialised:
-                kept = dict(enumerate(weights[index * each : (index + 1) * each]))
                 run = MaterialisedBackward(plan.backward, courier, stage.scores, *inputs, mine, kept, stage_dout, stage_dlse)
             else:
                 # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
@@ -204,16 +211,14 @@ def _backward(
         run.run(plan.observer)
         with watch(plan.observer, AFTER, "cast"):
             dq, dk, dv = run.result()
-            parts.append((dq.to(q.dtype), dk.to(dtype), dv.to(dtype)))
-    if not parts:
-        return torch.empty_like(q), torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
-    dqs, dks, dvs = zip(*parts, strict=True)
-    return _joined(dqs, 2), _joined(dks, 2), _joined(dvs, 2)
+            return dq.to(q.dtype).contiguous(), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
 
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The stages' heads side by side; of a single stage as they are."""
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim)
+    if len(stages) == 1:
+        return of(0)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
+    for index, stage in enumerate(stages):
+        dq[:, :, stage.heads], dk[:, :, stage.kv_heads], dv[:, :, stage.kv_heads] = of(index)
+    return dq, dk, dv
 
 
 def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ class Exchange:
     def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`: one message a member."""
         q, k, v = self._to_heads([q, k, v], [self.q_heads, self.kv_heads, self.kv_heads])
-        return q.contiguous(), k.contiguous(), v.contiguous()
+        return q, k, v
 
     def outputs_to_positions(self, out: Tensor, lse: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
         """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads."""
@@ -78,9 +80,9 @@ class Exchange:
 
     def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of what `outputs_to_positions` returned to those of what it was given."""
-        (dout,) = self._to_heads([dout.contiguous()], [self.q_heads])
+        (dout,) = self._to_heads([dout], [self.q_heads])
         if dlse is not None:
-            (dlse,) = self._to_heads([dlse.transpose(1, 2).contiguous()], [self.q_heads])
+            (dlse,) = self._to_heads([dlse.transpose(1, 2)], [self.q_heads])
             dlse = dlse.transpose(1, 2)
         return dout, dlse
 
@@ -97,16 +99,27 @@ class Exchange:
 
     def _to_heads(self, parts: list[Tensor], heads: list[list[slice]]) -> list[Tensor]:
         """`heads[i][place]`: those of tensor i that a place has. All tensors are of one dtype."""
-        sends = [[torch.cat([part[:, :, heads[i][place]] for i, part in enumerate(parts)], 2)] for place in range(len(self.members))]
-        widths = [_width(heads[i][self.place]) for i in range(len(parts))]
-        shape = (parts[0].shape[0], sum(widths), *parts[0].shape[3:])
-        buffers = [[parts[0].new_empty((shape[0], length, *shape[1:]))] for length in self.part_lengths]
-        self._swap(sends, buffers, BEFORE)
-        whole = parts[0].new_empty((shape[0], self.length, *shape[1:]))
-        for (buffer,), rows in zip(buffers, self.rows, strict=True):
-            for part_rows, whole_rows in rows:
-                whole[:, whole_rows] = buffer[:, part_rows]
-        return list(whole.split(widths, 2))
+        batch, own, rest = parts[0].shape[0], self.part_lengths[self.place], parts[0].shape[3:]
+
+        def packed(place: int) -> _Message:
+            message = _segments(parts[0], [(batch, own, _width(of_tensor[place]), *rest) for of_tensor in heads])
+            for segment, part, of_tensor in zip(message.segments, parts, heads, strict=True):
+                segment.copy_(part[:, :, of_tensor[place]])
+            return message
+
+        def room(place: int) -> _Message:
+            return _segments(parts[0], [(batch, self.part_lengths[place], _width(of_tensor[self.place]), *rest) for of_tensor in heads])
+
+        buffers = {place: [room(place)] for place in self._others}
+        # What was packed goes before there is room for the whole.
+        self._swap({place: [packed(place)] for place in self._others}, buffers, BEFORE)
+        wholes = [parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads]
+        for place, rows in enumerate(self.rows):
+            for i, (whole, of_tensor) in enumerate(zip(wholes, heads, strict=True)):
+                came = parts[i][:, :, of_tensor[place]] if place == self.place else buffers[place][0].segments[i]
+                for part_rows, whole_rows in rows:
+                    whole[:, whole_rows] = came[:, part_rows]
+        return wholes
 
     def _to_positions(
         self, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]], wanted: list[torch.dtype]
@@ -120,41 +133,56 @@ class Exchange:
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
             wanted: the dtype of result i.
         """
-        places = range(len(self.members))
-        # What is of one dtype at a place travels from there as one tensor.
-        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in places]
-        packed = [torch.cat([wholes[i] for i in indices], 2) for indices in alike[self.place]]
-        sends = [[self._rows_of(place, tensor) for tensor in packed] for place in places]
-        own, rest = (wholes[0].shape[0], self.part_lengths[self.place]), wholes[0].shape[3:]
-        widths = [[_width(of_tensor[place]) for of_tensor in heads] for place in places]
-        buffers = [
-            [wholes[0].new_empty((*own, sum(widths[place][i] for i in same), *rest), dtype=sent[same[0]][place]) for same in alike[place]]
-            for place in places
-        ]
-        self._swap(sends, buffers, AFTER)
-        # Summed in the order of the places, in the accumulator's precision: the same at every run.
-        results = [
-            wholes[0].new_zeros((*own, total, *rest), dtype=accumulator_dtype(dtype)) for total, dtype in zip(totals, wanted, strict=True)
-        ]
-        for place in places:
-            for same, buffer in zip(alike[place], buffers[place], strict=True):
-                for i, part in zip(same, buffer.split([widths[place][i] for i in same], 2), strict=True):
-                    results[i][:, :, heads[i][place]] += part
-        return [result.to(dtype) for result, dtype in zip(results, wanted, strict=True)]
+        batch, own, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
+        # What is of one dtype at a place travels from there as one message.
+        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.members))]
 
-    def _rows_of(self, place: int, whole: Tensor) -> Tensor:
-        part = whole.new_empty((whole.shape[0], self.part_lengths[place], *whole.shape[2:]))
-        for part_rows, whole_rows in self.rows[place]:
-            part[:, part_rows] = whole[:, whole_rows]
-        return part
+        def packed(place: int, same: list[int]) -> _Message:
+            message = _segments(wholes[same[0]], [(batch, self.part_lengths[place], *wholes[i].shape[2:]) for i in same])
+            for segment, i in zip(message.segments, same, strict=True):
+                for part_rows, whole_rows in self.rows[place]:
+                    segment[:, part_rows] = wholes[i][:, whole_rows]
+            return message
 
-    def _swap(self, sends: list[list[Tensor]], buffers: list[list[Tensor]], step: int) -> None:
+        def room(place: int, same: list[int]) -> _Message:
+            return _segments(wholes[0], [(batch, own, _width(heads[i][place]), *rest) for i in same], sent[same[0]][place])
+
+        buffers = {place: [room(place, same) for same in alike[place]] for place in self._others}
+        self._swap({place: [packed(place, same) for same in alike[self.place]] for place in self._others}, buffers, AFTER)
+        results = []
+        for i, (total, dtype) in enumerate(zip(totals, wanted, strict=True)):
+            came = {place: self._came(i, alike[place], messages) for place, messages in buffers.items()}
+            if shared := sum(map(_width, heads[i])) != total:
+                # Summed in the order of the places, in the accumulator's precision: the same at every run.
+                result = wholes[0].new_zeros((batch, own, total, *rest), dtype=accumulator_dtype(dtype))
+            else:
+                result = wholes[0].new_empty((batch, own, total, *rest), dtype=dtype)
+            for place, of_place in enumerate(heads[i]):
+                into = result[:, :, of_place]
+                if place == self.place:
+                    mine = ((into[:, part_rows], wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[place])
+                else:
+                    mine = [(into, came[place])]
+                for target, source in mine:
+                    target.add_(source) if shared else target.copy_(source)
+            results.append(result.to(dtype))
+        return results
+
+    @staticmethod
+    def _came(i: int, alike: list[list[int]], messages: list[_Message]) -> Tensor:
+        """What came of tensor i in the messages of one place."""
+        return next(message.segments[same.index(i)] for same, message in zip(alike, messages, strict=True) if i in same)
+
+    @property
+    def _others(self) -> list[int]:
+        return [place for place in range(len(self.members)) if place != self.place]
+
+    def _swap(self, sends: dict[int, list[_Message]], buffers: dict[int, list[_Message]], step: int) -> None:
         """`sends[place]` go to that place, and `buffers[place]` are filled with what it sends here; nothing is sent of what is empty."""
-        for mine, kept in zip(sends[self.place], buffers[self.place], strict=True):
-            kept.copy_(mine)
-        others = [place for place in range(len(self.members)) if place != self.place]
-        outgoing = [Parcel(tensor.contiguous(), self.members[place]) for place in others for tensor in sends[place] if tensor.numel()]
-        incoming = [Parcel(buffer, self.members[place]) for place in others for buffer in buffers[place] if buffer.numel()]
+        outgoing, incoming = (
+            [Parcel(message.whole, self.members[place]) for place in self._others for message in way[place] if message.whole.numel()]
+            for way in (sends, buffers)
+        )
         swap = None if self.observer is None else Swap.of(outgoing, incoming)
         with watch(self.observer, step, "post", swap):
             pending = self.transport.exchange(outgoing, incoming)
@@ -163,6 +191,20 @@ class Exchange:
             pending.wait()
         if self.observer is not None:
             self.observer.end(token)
+
+
+class _Message(NamedTuple):
+    """A tensor of one dimension, and what lies in it, one after the other."""
+
+    whole: Tensor
+    segments: list[Tensor]
+
+
+def _segments(like: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> _Message:
+    """Room for tensors of `shapes`, one message, of the device of `like`, and of its dtype unless another is given."""
+    sizes = [math.prod(shape) for shape in shapes]
+    whole = like.new_empty(sum(sizes), dtype=dtype)
+    return _Message(whole, [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)])
 
 
 def make_exchange(transport: Transport, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:

@@ -50,7 +50,9 @@ def promise(schedules: Schedules, layout: Layout, sizes: PieceBytes, rank: int, 
         share = head_shares(sizes.heads, sizes.kv_heads, grid.degree)[grid.place(rank)]
         sizes, lane = replace(sizes, heads=share.heads, kv_heads=share.kv_heads), grid.group(rank)
         if grid.degree > 1:
-            exchanged = schedules.layout.shard_length(lane) * (2 * sizes.of("q") + sizes.of("kv"))
+            # q, k, v and out of few heads, and in the backward dO; what is under way is less than what the kernel holds at another time.
+            queries = 2 if direction == "forward" else 3
+            exchanged = schedules.layout.shard_length(lane) * (queries * sizes.of("q") + sizes.of("kv"))
     if not sizes.heads:
         return Promise(0, 0, 0, exchanged)
     visitors = sum(count * sizes.of(kind) for kind, count in live_positions(schedule)[lane].items())
