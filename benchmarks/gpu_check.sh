@@ -34,7 +34,7 @@ step() {
     grep '^{' "$out/step.log" | python3 -c 'import json, sys
 for text in sys.stdin:
     line = json.loads(text)
-    print({k: line.get(k) for k in ("context", "seconds", "forward_and_backward_seconds", "losses", "mfu", "peak_gib", "reserved_gib", "out_of_memory") if k in line})'
+    print({k: line.get(k) for k in ("context", "seconds", "forward_and_backward_seconds", "losses", "mfu", "peak_gib", "reserved_gib", "host_gib_by_rank", "out_of_memory") if k in line})'
   else
     grep -vE '^(W|\[rank|\*|$)' "$out/step.log" | tail -6 | cut -c1-300
   fi
@@ -100,8 +100,8 @@ for part in $parts; do
     reach)
       # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs; and how far one GPU goes.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --plain --context 4096,8192,16384,32768 --steps 1
-      GPUS=1 step 400 --context 131072,262144 --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
+      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1
+      GPUS=1 step 400 --context 131072,262144 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
     host)
       # Where the host's time goes at short lengths.
       timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
@@ -117,13 +117,12 @@ for part in $parts; do
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step "${SECONDS_ALLOWED:-560}" --context 524288 --rematerialise full --offload --host-gib "${HOST_GIB:-36}" --parameters-on-host --warmup 0 --steps 1 ;;
+      step "${SECONDS_ALLOWED:-560}" --context 524288 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-36}" --parameters-on-host --warmup 0 --steps 1 ;;
     million)
       # Longer than one call may take on some machines: `setsid` it, and look at steps.log.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step "${SECONDS_ALLOWED:-1600}" --context 1048576 --rematerialise full --layers-per-checkpoint 2 --offload --host-gib "${HOST_GIB:-50}" \
-        --kv-heads-per-stage 4 \
-        --parameters-on-host --warmup 0 --steps 1 ;;
+      step "${SECONDS_ALLOWED:-1600}" --context 1048576 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --layers-per-checkpoint 2 \
+        --offload --host-gib "${HOST_GIB:-54}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
   tar czf "$kept/${parts// /-}.tgz" -C "$out" .

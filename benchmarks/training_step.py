@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 benchmarks/training_step.py --context 16384 --plain
 
 Weights and tokens are random: speed and memory do not depend on them. One JSON line a context; an out-of-memory is a result as well.
+`host_gib_by_rank` is the most memory that each process had, pinned memory included.
 `--plain` is transformers with sdpa, FSDP2 and gradient checkpointing, each rank a whole sequence of its own.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -213,7 +215,14 @@ def measure(arguments: argparse.Namespace, device: torch.device, prepared: Prepa
         "mfu": flops / middle / ranks / 1e12 / arguments.peak_tflops,
         "peak_gib": peak / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+        "host_gib_by_rank": _on_every_rank(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
+
+
+def _on_every_rank(mine: float) -> list[float]:
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return said
 
 
 def _numbers(text: str) -> list[int]:
@@ -235,6 +244,7 @@ def main() -> None:
     parser.add_argument("--rematerialise", default="attention_output")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--host-gib", type=float, help="of host memory for checkpoints, a rank")
+    parser.add_argument("--gpu-gib", type=float, help="of GPU memory that PyTorch may take, to stand for a smaller card")
     parser.add_argument("--layers-per-checkpoint", type=int, default=1)
     parser.add_argument("--parameters-on-host", action="store_true")
     parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32")
@@ -251,6 +261,9 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        if arguments.gpu_gib is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.gpu_gib * 2**30 / total))
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
