@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each part.
+# Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
+# bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
 # usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|many|many_heads|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|timeline|run|
 #   half_million|million ...]
@@ -15,18 +16,27 @@ visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
 export PET_MASTER_PORT=$((29500 + ${visible%%,*}))
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count())'
 kernel=${KERNEL:-flash4}
+# keep: renews the archive; who reads it finds the old one or the new one, whole.
+keep() {
+  tar czf "$kept/.${parts// /-}.partial" --exclude 'checkpoint*' -C "$out" . && mv "$kept/.${parts// /-}.partial" "$kept/${parts// /-}.tgz"
+}
+# bash answers a signal while it waits for what runs beside it, and not before what runs in front has ended.
+trap 'kill $(jobs -p) 2> /dev/null; wait; keep; exit 143' TERM
 # Rows of tables and verdicts alone; everything is in the files.
 bench() {
   local name=$1 seconds=$2; shift 2
   timeout "$seconds" python3 -m ringspan.cli.main bench --device cuda --one-device "$kernel" --json "$out/$name.json" \
-    --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1
+    --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1 &
+  wait $!
   echo "bench $name: $?"
-  grep -E '^(ring|direct|all_gather|ulysses|pass_query|auto|one device|rfa|yunch|pytorch|error|passed|refused|wrong|failed)|tokens a device on' "$out/$name.log" | cut -c1-150
+  grep -E '^(ring|direct|all_gather|ulysses|pass_query|auto|one device|rfa|yunch|pytorch|error|ended|passed|refused|wrong|failed)|tokens a device on' "$out/$name.log" | cut -c1-150
+  keep
 }
 # step SECONDS ARGUMENTS: whole training steps; the line without its settings.
 step() {
   local seconds=$1; shift
-  timeout "$seconds" torchrun --nproc-per-node "${GPUS:-$gpus}" benchmarks/training_step.py --json "$out/steps.jsonl" "$@" > "$out/step.log" 2>&1
+  timeout "$seconds" torchrun --nproc-per-node "${GPUS:-$gpus}" benchmarks/training_step.py --json "$out/steps.jsonl" "$@" > "$out/step.log" 2>&1 &
+  wait $!
   local status=$?
   cat "$out/step.log" >> "$out/steps.log"
   echo "step $*: $status"
@@ -38,6 +48,7 @@ for text in sys.stdin:
   else
     grep -vE '^(W|\[rank|\*|$)' "$out/step.log" | tail -6 | cut -c1-300
   fi
+  keep
 }
 for part in $parts; do
   began=$SECONDS
@@ -125,5 +136,5 @@ for part in $parts; do
         --offload --host-gib "${HOST_GIB:-54}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
-  tar czf "$kept/${parts// /-}.tgz" -C "$out" .
+  keep
 done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_a_report_with_something_wrong_of_ours_has_not_passed_and_one_with_a_wro
     peer = Record(kind="peer", name="rfa_ring", shape=SHAPE, status="wrong", reason="errs")
     assert not BenchReport(report.about, (*report.records, wrong)).passed
     assert BenchReport(report.about, (*report.records, peer)).passed
+
+
+def test_a_report_of_a_run_that_goes_on_or_was_cut_off_says_so_and_has_not_passed(report: BenchReport):
+    assert report.passed and report.as_json()["finished"] and "Not finished" not in markdown(report)
+    cut = replace(report, finished=False)
+    assert not cut.passed and not cut.as_json()["finished"] and not cut.as_json()["passed"]
+    assert "**Not finished**" in markdown(cut) and "| one device, flash4 |" in markdown(cut)
 
 
 def test_a_report_in_which_all_of_ours_was_refused_has_not_passed(report: BenchReport):

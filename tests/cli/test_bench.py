@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +23,9 @@ from ringspan.bench import PEERS, Shape
 from ringspan.bench.passes import Passes, passes_of
 from ringspan.cli import main as cli
 from ringspan.kernels import KERNELS
+from tests.training.forked import Command
+from tests.training.processes import rank_process, wait_until
+from tests.training.support import environment
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--device", "cpu", "--ranks", "1", "--length", "48", "--heads", "4/2", "--head-dim", "16", "--warmup", "1", "--peers", "none")
@@ -59,7 +64,8 @@ def test_two_processes_over_gloo_are_timed_and_every_number_comes_from_samples(t
     assert all(file.stat().st_size for file in files) and files[1].read_bytes().startswith(b"\x89PNG")
     found = read(files[0])
     about = found["about"]
-    assert found["passed"] and about["num_ranks"] == 2 and about["backend"] == "gloo" and about["versions"]["torch"]
+    assert found["passed"] and found["finished"] and "Not finished" not in files[2].read_text()
+    assert about["num_ranks"] == 2 and about["backend"] == "gloo" and about["versions"]["torch"]
     assert about["samples"] == 10 and about["warmup"] == 5 and about["dtypes"] == ["float32"]
     ours = [record for record in found["records"] if record["kind"] == "ringspan"]
     assert [record["shape"]["tokens"] for record in ours] == [64] * 5 + [96] * 5
@@ -85,6 +91,62 @@ def test_two_processes_over_gloo_are_timed_and_every_number_comes_from_samples(t
     assert not list(tmp_path.glob("*.partial"))
 
 
+# ---- what is cut off keeps what was timed --------------------------------------------------------------------------------------------
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_in_its_second_problem_leaves_the_first(number: signal.Signals, status: int, tmp_path: Path):
+    found, report, printed = tmp_path / "bench.json", tmp_path / "bench.md", tmp_path / "out"
+    # The second takes many seconds: nothing of it is timed yet.
+    command = Command(
+        ["bench", "--device", "cpu", "--ranks", "2", "--length", "48,16384", *SMALL[6:], "--strategy", "ring", "--json", str(found),
+         "--markdown", str(report)], environment(), tmp_path,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: printed.exists() and "\nforward + backward, eager:" in printed.read_text(), "the first table")
+        going_on = read(found)
+        ranks = [rank_process(command.pid, rank) for rank in range(2)]
+        command.send_signal(number)
+        _, said = command.communicate(60)
+        deadline = time.monotonic() + 10.0
+        while (outliving := [rank for rank in ranks if is_running(rank)]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        command.kill()
+    for rank in outliving:
+        os.kill(rank, signal.SIGKILL)
+    assert command.returncode == status and not outliving
+    left = read(found)
+    assert left == going_on and not left["finished"] and not left["passed"]
+    records = [(record["kind"], record["shape"]["tokens"], len(record["passes"]["both"]["samples_ms"])) for record in left["records"]]
+    assert records == [("one device", 48, 20), ("ringspan", 48, 10)]
+    assert "**Not finished**" in report.read_text() and "| ring zigzag torch_cpu | eager |" in report.read_text()
+    assert said == ("" if number == signal.SIGKILL else f"ended by {number.name}: not finished, 2 timed, kept in {found} and {report}\n")
+
+
+def test_one_rank_that_is_ended_says_what_it_has(ringspan: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = tmp_path / "b.json"
+    found.write_text(json.dumps({"finished": True, "passed": True, "records": ["of a run before this one"]}))
+
+    def end(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(KERNELS["torch_cpu"], "forward", end)
+    before = signal.getsignal(signal.SIGTERM)
+    status, _, said = ringspan(*SMALL, "--strategy", "ring", "--json", str(found))
+    assert (status, said) == (143, f"ended by SIGTERM: not finished, 0 timed, kept in {found}\n")
+    assert not read(found)["finished"] and read(found)["records"] == [] and signal.getsignal(signal.SIGTERM) == before
+    status, _, said = ringspan(*SMALL, "--strategy", "ring")
+    assert status == 143 and "0 timed, above, and nowhere else: --json FILE would have kept them" in said
+
+
 # ---- what is wrong is not timed ------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +154,10 @@ def test_one_rank_is_timed_in_this_process(ringspan: Run, tmp_path: Path):
     status, out, err = ringspan(*SMALL, "--strategy", "ring,auto", "--json", str(tmp_path / "b.json"))
     assert (status, err) == (0, "")
     assert "passed: 3 timed after they were found right" in out and "ratio" in out and "no joules" in out
-    assert [record["kind"] for record in read(tmp_path / "b.json")["records"]] == ["one device", "ringspan", "ringspan"]
+    found = read(tmp_path / "b.json")
+    assert found["finished"]
+    samples = [(record["kind"], len(record["passes"]["both"]["samples_ms"])) for record in found["records"]]
+    assert samples == [("one device", 20), ("ringspan", 10), ("ringspan", 10)], "one device before and after"
 
 
 def test_a_broken_kernel_is_refused_and_nothing_of_it_is_timed(ringspan: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,6 +9,7 @@ from ringspan.bench.markdown import markdown
 from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, BenchReport, Record
 from ringspan.bench.run import Bench
+from ringspan.bench.watch import Watch
 
 __all__ = [
     "LAUNCHES",
@@ -25,6 +26,7 @@ __all__ = [
     "Setting",
     "Shape",
     "Timing",
+    "Watch",
     "about",
     "markdown",
     "open_meter",

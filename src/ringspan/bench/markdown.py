@@ -25,6 +25,8 @@ def markdown(report: BenchReport, title: str = "ringspan bench") -> str:
         "sequence, its time divided by the number of devices, launched in the same way. "
         "Peers are launched as they are, eagerly.",
     ]
+    if not report.finished:
+        lines += ["", "**Not finished**: what there was when this was written. The run still goes on, or was cut off."]
     for shape in report.shapes:
         lines += ["", *shape_table(report, shape)]
     return "\n".join(lines) + "\n"

@@ -99,20 +99,24 @@ class BenchReport:
     Attributes:
         about: commit, hardware, versions, dtype, warm-up and so on.
         records: in the order in which they were made.
+        finished: whether that is all: not while a run goes on, nor ever where it was cut off.
     """
 
     about: Mapping[str, Any]
     records: tuple[Record, ...]
+    finished: bool = True
 
     @property
     def passed(self) -> bool:
-        """Whether nothing of ringspan, and no one-device kernel, is wrong or broken, and not all of ringspan was refused.
+        """Whether the run is finished, nothing of ringspan, and no one-device kernel, is wrong or broken, and not all of ringspan was
+        refused.
 
         What peers do is told and not judged.
         """
         asked = [record for record in self.records if record.kind == "ringspan"]
         is_refused = bool(asked) and all(record.status == "refused" for record in asked)
-        return not is_refused and not any(record.status in ("wrong", "failed") for record in self.records if record.kind != "peer")
+        is_broken = any(record.status in ("wrong", "failed") for record in self.records if record.kind != "peer")
+        return self.finished and not is_refused and not is_broken
 
     def of(self, shape: Shape, kind: str | None = None) -> list[Record]:
         """The records of a problem."""
@@ -161,7 +165,8 @@ class BenchReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"about": dict(self.about), "passed": self.passed, "records": [self._record_json(record) for record in self.records]}
+        records = [self._record_json(record) for record in self.records]
+        return {"about": dict(self.about), "finished": self.finished, "passed": self.passed, "records": records}
 
     def _record_json(self, record: Record) -> dict[str, Any]:
         shape = record.shape

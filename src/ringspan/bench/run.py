@@ -32,13 +32,13 @@ from ringspan.bench.passes import Passes, open_sequence, passes_of, whole_inputs
 from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, Record, worst
 from ringspan.bench.together import Broken, Together, first_of, one_line
+from ringspan.bench.watch import Watch
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.kernels import KERNELS
 from ringspan.strategies import link_bytes
 from ringspan.transport import Transport
 from ringspan.verify import Error, Inputs
 
-Watch = Callable[[Record], None]
 Outcome = TypeVar("Outcome")
 
 
@@ -59,43 +59,37 @@ class Bench:
         """The clock's ranks."""
         return Together(self.clock.transport)
 
-    def run(self, grid: Grid, watch: Watch = lambda record: None) -> list[Record]:
+    def run(self, grid: Grid, watch: Watch | None = None) -> list[Record]:
         """The records of every shape of `grid`, the same on every rank. Collective.
 
         Args:
-            watch: is told each record as it comes, on every rank.
+            watch: is told each record as it comes, and the end of each shape.
 
         Raises:
             RankFailure: where a rank is lost.
         """
-        found = []
-
-        def keep(record: Record) -> None:
-            found.append(record)
-            watch(record)
-
+        records: list[Record] = []
+        watch = watch or Watch()
         for shape in grid.shapes():
-            before = len(found)
-            problem = _Problem(self, grid, shape, keep)
-            problem.run()
-            found[before:] = [problem.timed_again.get(id(record), record) for record in found[before:]]
+            _Problem(self, grid, shape, records, watch).run()
+            watch.ended(shape, records)
             release(self.clock.device)
-        return found
+        return records
 
 
 @dataclass
 class _Problem:
-    """One shape: what all its solvers share, and the records that they leave."""
+    """One shape: what all its solvers share, and the records that they leave behind those of the shapes before it."""
 
     bench: Bench
     grid: Grid
     shape: Shape
-    keep: Watch
+    records: list[Record]
+    watch: Watch
     yardstick: Yardstick | None = None
     single: dict[str, Mapping[str, Error]] = field(default_factory=dict)
     wrong_alone: set[str] = field(default_factory=set)
-    alone: list[Record] = field(default_factory=list)
-    timed_again: dict[int, Record] = field(default_factory=dict)
+    alone: list[int] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +118,11 @@ class _Problem:
         self._one_device_again(inputs)
         for name in self.grid.peers:
             self._peer(name, PEERS[name], inputs)
+
+    def keep(self, record: Record) -> None:
+        """Adds a record, and shows it."""
+        self.records.append(record)
+        self.watch.came(record, self.records)
 
     # ---- the three kinds of solvers ----------------------------------------------------------------------------------------------
 
@@ -158,14 +157,15 @@ class _Problem:
                 return
             passes, checked = outcome
             for launch in launches if checked.is_timed else ():
-                if (made := self._timed(replace(checked, launch=launch), passes)) is not None:
-                    self.alone.append(made)
+                if self._timed(replace(checked, launch=launch), passes) is not None:
+                    self.alone.append(len(self.records) - 1)
             if not checked.is_timed:
                 self.keep(checked)
 
     def _one_device_again(self, inputs: Inputs) -> None:
         """As many samples again, after what they are compared with: a device that has grown warm is slower by some hundredths."""
-        for record in self.alone:
+        for place in self.alone:
+            record = self.records[place]
             with releasing(self.device):
                 passes, _ = one_device(record.kernel, self.shape, inputs)
 
@@ -178,7 +178,8 @@ class _Problem:
                     return replace(record, timings=timings)
 
                 if (made := self._attempt(record, measure)) is not None:
-                    self.timed_again[id(record)] = made
+                    self.records[place] = made
+                    self.watch.timed_again(self.records)
 
     def _setting(self, setting: Setting, inputs: Inputs) -> None:
         record = Record(kind="ringspan", name=setting.strategy, shape=self.shape, setting=setting, launch=setting.launch)

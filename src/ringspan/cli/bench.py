@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +67,8 @@ def command(
     """Time attention over several devices beside one device and beside the peers that are installed, forward and backward.
 
     Everything is checked before it is timed: against float64 dense attention up to 8,192 tokens in all, else against one device. What is
-    wrong is not timed. Exit status 1 where something of ringspan is wrong or broken, 2 for what cannot be carried out.
+    wrong is not timed. --json and --markdown are written again with each result, so that a run which is cut off leaves what it has timed.
+    Exit status 1 where something of ringspan is wrong or broken, 2 for what cannot be carried out, 143 after SIGTERM, 130 after Ctrl-C.
     """
     given = {
         "tokens": numbers("--length", length),
@@ -95,33 +100,55 @@ def run(given: dict[str, Any], *, device: str, samples: int, warmup: int, timeou
     Raises:
         RingspanError: before anything starts, for what does not exist or cannot be written; and where a rank fails.
     """
-    from ringspan.cli.bench_rank import prepare, run_rank
+    from ringspan.cli.bench_rank import count_file, outcome_file, prepare, run_rank
 
     request = prepare(given, device=device, samples=samples, warmup=warmup, timeout_seconds=timeout_seconds, files=files)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return run_rank(request)
-    if request.grid.num_ranks == 1:
-        return run_rank(request)
-    return _start(request)
+    with tempfile.TemporaryDirectory(prefix="ringspan-") as folder, _terminable():
+        plan = Path(folder) / "request.json"
+        try:
+            return run_rank(request, plan) if request.grid.num_ranks == 1 else _start(request, plan)
+        except KeyboardInterrupt as end:
+            if outcome_file(plan).exists():
+                return int(outcome_file(plan).read_text())
+            name = str(end) or "SIGINT"
+            timed = count_file(plan).read_text() if count_file(plan).exists() else "0"
+            kept = " and ".join(path for path in (request.json_file, request.markdown) if path is not None)
+            where = f"kept in {kept}" if kept else "above, and nowhere else: --json FILE would have kept them"
+            print(f"ended by {name}: not finished, {timed} timed, {where}", file=sys.stderr)
+            return 128 + signal.Signals[name]
 
 
-def _start(request: Request) -> int:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C is."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(request: Request, plan: Path) -> int:
     """Starts the ranks, and says in one sentence what became of them where they did not end well."""
     from ringspan.cli.bench_rank import outcome_file
     from ringspan.transport import start_ranks
 
-    ranks = request.grid.num_ranks
-    with tempfile.TemporaryDirectory(prefix="ringspan-") as folder:
-        plan = Path(folder) / "request.json"
-        request.save(plan)
-        exits = start_ranks(ranks, "ringspan.cli.bench_rank", [str(plan)], folder, logged_ranks=range(1, ranks))
-        if outcome_file(plan).exists():
-            return int(outcome_file(plan).read_text())
-        rank, status = next(iter(exits.items()), (0, 0))
-        if status == 2:
-            return status
-        said = sorted(Path(folder).glob(f"agent/**/{rank}/stderr.log"))
-        last = said[-1].read_text(errors="replace").strip().splitlines()[-1:] if said else []
+    ranks, folder = request.grid.num_ranks, plan.parent
+    request.save(plan)
+    exits = start_ranks(ranks, "ringspan.cli.bench_rank", [str(plan)], str(folder), logged_ranks=range(1, ranks))
+    if outcome_file(plan).exists():
+        return int(outcome_file(plan).read_text())
+    rank, status = next(iter(exits.items()), (0, 0))
+    if status == 2:
+        return status
+    said = sorted(folder.glob(f"agent/**/{rank}/stderr.log"))
+    last = said[-1].read_text(errors="replace").strip().splitlines()[-1:] if said else []
     raise RankFailure(
         f"rank {rank}", f"it ended with status {status}{f', saying: {last[0]}' if last else ''}", "The ranks go on together or not at all",
         "fewer or shorter configurations; --json keeps what was measured before",

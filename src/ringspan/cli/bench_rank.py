@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from ringspan.bench import PEERS, Bench, BenchReport, Clock, Grid, Record, about, markdown, open_meter
+from ringspan.bench import PEERS, Bench, BenchReport, Clock, Grid, about, open_meter
 from ringspan.bench.case import FEWEST_SAMPLES
-from ringspan.cli.bench_table import row, show
+from ringspan.cli.bench_progress import Progress
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank, agree
 from ringspan.verify import open_world
 
-_COLUMNS = 130
-"""Width of what is printed where there is no terminal to ask."""
+_PR_SET_PDEATHSIG = 1
+"""Which signal Linux gives a process at its parent's end. torchrun's agent ends its ranks where it is asked to, not where it is killed."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -64,6 +64,11 @@ class Request:
 def outcome_file(path: Path) -> Path:
     """Where rank 0 leaves the exit status of the run that the request at `path` asks for, once all is written."""
     return path.with_suffix(".status")
+
+
+def count_file(path: Path) -> Path:
+    """Where rank 0 keeps how many records are timed so far."""
+    return path.with_suffix(".timed")
 
 
 def _tuples(value: Any) -> Any:
@@ -110,11 +115,11 @@ def prepare(
     return Request(grid=grid, device=kind, samples=samples, warmup=warmup, timeout_seconds=timeout_seconds, **paths)
 
 
-def run_rank(request: Request, outcome: Path | None = None) -> int:
+def run_rank(request: Request, plan: Path | None = None) -> int:
     """Joins the ranks of torchrun's environment, where there are any, and runs the whole grid. Returns the exit status of this rank.
 
     Args:
-        outcome: a file to write the exit status of the run to, before the ranks leave one another.
+        plan: the request's file. Beside it rank 0 leaves what `outcome_file` and `count_file` name.
 
     Raises:
         RingspanError: where the ranks cannot be joined, or one is lost.
@@ -131,54 +136,18 @@ def run_rank(request: Request, outcome: Path | None = None) -> int:
         known = about(world.device, transport.size, world.name)
         known |= {"samples": request.samples, "warmup": request.warmup, "dtypes": list(request.grid.dtypes)}
         known |= {"joules": meter.missing or "NVML's total energy counter, all ranks together, idle parts of the GPUs included"}
-        console = Console(highlight=False)
-        console = console if console.is_terminal else Console(highlight=False, width=_COLUMNS)
-        records: list[Record] = []
-        bench = Bench(clock, meter)
-        bench.run(request.grid, _watch(request, records, known, console) if world.is_first else lambda record: records.append(record))
-        report = BenchReport(known, tuple(records))
+        progress = None
         if world.is_first:
-            _publish(request, report, console)
+            progress = Progress(known, request.json_file, request.markdown, request.png, plan and count_file(plan))
+        report = BenchReport(known, tuple(Bench(clock, meter).run(request.grid, progress)))
+        if progress is not None:
+            progress.finish(report)
         # Rank 0 has spoken and written before any rank leaves: whoever started them ends the others when one has left.
         status = 0 if report.passed or not world.is_first else 1
-        if outcome is not None and world.is_first:
-            outcome.write_text(str(status))
+        if plan is not None and world.is_first:
+            outcome_file(plan).write_text(str(status))
         transport.gather_objects(None)
     return status
-
-
-def _watch(request: Request, records: list[Record], known: dict[str, Any], console: Console) -> Callable[[Record], None]:
-    """Prints a line a record, and keeps the JSON file up to date: a run that is cut off leaves what it measured."""
-
-    def watch(record: Record) -> None:
-        records.append(record)
-        console.print(row(BenchReport(known, tuple(records)), record), soft_wrap=True)
-        if request.json_file is not None:
-            _write_json(Path(request.json_file), BenchReport(known, tuple(records)))
-
-    return watch
-
-
-def _publish(request: Request, report: BenchReport, console: Console) -> None:
-    show(report, console)
-    if request.json_file is not None:
-        _write_json(Path(request.json_file), report)
-    if request.markdown is not None:
-        Path(request.markdown).write_text(markdown(report), encoding="utf-8")
-    if request.png is not None and any(record.is_timed for record in report.records):
-        from ringspan.viz.speed_curve import draw_speed_curve
-
-        draw_speed_curve(report, Path(request.png))
-    for path in (request.json_file, request.markdown, request.png):
-        if path is not None:
-            console.print(f"  {path}", soft_wrap=True)
-    sys.stdout.flush()
-
-
-def _write_json(path: Path, report: BenchReport) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _require_writable(option: str, path: Path | None) -> None:
@@ -198,12 +167,23 @@ def _require_matplotlib() -> None:
         ) from None
 
 
+def _end_with_the_launcher() -> None:
+    """Ends this rank at once, without a word, with the process that started it: a rank left over would be timed along with the next run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        # It ended before Linux was asked.
+        os._exit(1)
+
+
 def main(arguments: list[str]) -> int:
     """`python -m ringspan.cli.bench_rank REQUEST`, as `ringspan bench` starts it."""
     path = Path(arguments[0])
+    _end_with_the_launcher()
     first = int(os.environ["RANK"]) == 0
     try:
-        status = run_rank(Request.load(path), outcome_file(path))
+        status = run_rank(Request.load(path), path)
     except RingspanError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if not first:

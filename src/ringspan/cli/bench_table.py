@@ -1,4 +1,4 @@
-"""What `ringspan bench` prints: a line as each record comes, and at the end a table for each problem."""
+"""What `ringspan bench` prints: a line as each record comes, a table as each problem ends, and what came of it all."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def row(report: BenchReport, record: Record) -> str:
     )
 
 
-def show(report: BenchReport, console: Console) -> None:
-    """Prints a table for each problem, what was not timed and why, and one line."""
-    for shape in report.shapes:
-        timed = [record for record in report.of(shape) if record.is_timed]
-        if not timed:
-            continue
-        console.print(f"\n[bold]{escape(str(shape))}[/bold]")
-        console.print(_table(report, shape))
-        for launch in dict.fromkeys(record.launch for record in timed):
-            for line in summary(report, shape, launch):
-                console.print(f"[dim]{escape(line)}[/dim]")
+def show_shape(report: BenchReport, shape: Shape, console: Console) -> None:
+    """Prints the table of a problem, where something of it was timed."""
+    timed = [record for record in report.of(shape) if record.is_timed]
+    if not timed:
+        return
+    console.print(f"\n[bold]{escape(str(shape))}[/bold]")
+    console.print(_table(report, shape))
+    for launch in dict.fromkeys(record.launch for record in timed):
+        for line in summary(report, shape, launch):
+            console.print(f"[dim]{escape(line)}[/dim]")
+    console.print()
+
+
+def show_end(report: BenchReport, console: Console) -> None:
+    """Prints what was not timed and why, and one line."""
     reasons: dict[tuple[str, str, str], int] = {}
     for record in report.records:
         if not record.is_timed:
             key = (record.status, record.label, record.reason)
             reasons[key] = reasons.get(key, 0) + 1
-    console.print()
     for (status, label, reason), count in reasons.items():
         more = f" ({count} times)" if count > 1 else ""
         console.print(f"[{_STYLES[status]}]{status}[/{_STYLES[status]}] {escape(label)}{more}: {escape(reason)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -24,8 +25,12 @@ def start_ranks(
 
     Returns:
         Exit codes other than 0 by rank, in the order of the ends: the first is the cause, since the agent ends the others because of it.
+
+    Raises:
+        KeyboardInterrupt: in the main thread, where this process is asked to end, once the ranks have; with the signal's name, `SIGINT` or
+            `SIGTERM`.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,4 +55,6 @@ def start_ranks(
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)}
+    except SignalException as end:
+        raise KeyboardInterrupt(signal.Signals(end.sigval).name) from None
     return {}
