@@ -41,7 +41,7 @@ class Clock:
     Args:
         device: where it is done.
         transport: of all ranks.
-        warmup: calls before the first sample.
+        warmup: calls before the first sample, 1 at least.
         samples: how many.
     """
 
@@ -50,9 +50,14 @@ class Clock:
     warmup: int
     samples: int
 
+    @property
+    def half(self) -> Clock:
+        """Of half as many samples, one more where they are odd: for what is timed before and after something else."""
+        return replace(self, samples=(self.samples + 1) // 2)
+
     def time(self, work: Callable[[], object]) -> Timing:
-        """Warms up, finds out how often to repeat, and takes the samples. Collective."""
-        for _ in range(self.warmup):
+        """Warms up, finds out in the last call of that how often to repeat, and takes the samples. Collective."""
+        for _ in range(self.warmup - 1):
             work()
         once = max(self.transport.gather_objects(self._sample(work, 1)))
         repeats = min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))

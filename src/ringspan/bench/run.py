@@ -163,7 +163,7 @@ class _Problem:
                 self.keep(checked)
 
     def _one_device_again(self, inputs: Inputs) -> None:
-        """As many samples again, after what they are compared with: a device that has grown warm is slower by some hundredths."""
+        """The other half of the samples, after what they are compared with: a device that has grown warm is slower by some hundredths."""
         for place in self.alone:
             record = self.records[place]
             with releasing(self.device):
@@ -174,7 +174,7 @@ class _Problem:
                     for which in PASSES:
                         work = getattr(passes, which)
                         work = captured(work) if record.launch == "graph" else work
-                        timings[which] = timings[which].with_more(self.bench.clock.time(work))
+                        timings[which] = timings[which].with_more(self.bench.clock.half.time(work))
                     return replace(record, timings=timings)
 
                 if (made := self._attempt(record, measure)) is not None:
@@ -295,6 +295,7 @@ class _Problem:
     def _timed(self, record: Record, passes: Passes) -> Record | None:
         """Captures where that is asked for, times both passes, weighs memory and energy, and keeps the record. Collective."""
         clock = replace(self.bench.clock, transport=cast(Transport, self.together))
+        clock = clock.half if record.kind == "one device" else clock
 
         def measure() -> Record:
             made = record
