@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ringspan.attention.materialised import MaterialisedBackward, MaterialisedFo
 from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
 from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
+from ringspan.attention.replay import Replays
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.tape import remembered
@@ -33,7 +34,7 @@ class Plan:
     `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
-    of it may come; `observer` where somebody looks on.
+    of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
     """
 
     forward: RankProgram
@@ -47,7 +48,15 @@ class Plan:
     lse_gradient_refusal: str | None = None
     peers: tuple[PeerMemory, Mapping[str, Inbox]] | None = None
     return_lse: bool = False
+    replays: Replays | None = None
     observer: Observer | None = None
+
+    def launched(self, direction: str, inputs: tuple[Tensor | None, ...], work: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`work(*inputs)`, one direction of this plan, replayed where that is wanted."""
+        if self.replays is None:
+            return work(*inputs)
+        memory = None if self.peers is None else self.peers[0]
+        return self.replays.run(self, direction, inputs, work, self.transport, memory)
 
     @cached_property
     def lse_gradient_travels(self) -> bool:
@@ -59,7 +68,7 @@ class Plan:
 
     def observed(self, observer: Observer) -> Plan:
         """The same, an `observer` looking on."""
-        return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer))
+        return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer), replays=None)
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
@@ -90,10 +99,15 @@ class DistributedAttention(torch.autograd.Function):
         if plan.materialised:
             out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
         else:
-            out, lse = remembered(lambda: _forward(q, k, v, _own(sinks, plan), plan)[:2])
+            out, lse = remembered(partial(DistributedAttention._launched_forward, q, k, v, _own(sinks, plan), plan))
         ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
         lse = lse if plan.return_lse else None
         return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
+
+    @staticmethod
+    def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+        out, lse = plan.launched("forward", (q, k, v, sinks), lambda q, k, v, sinks: _forward(q, k, v, sinks, plan)[:2])
+        return out, lse
 
     @staticmethod
     @once_differentiable
@@ -122,7 +136,8 @@ class DistributedAttention(torch.autograd.Function):
             dlse = lse.new_zeros((dout.shape[0], ctx.heads[0], dout.shape[1]))
         if exchange is not None:
             dout, dlse = exchange.output_gradients_to_heads(dout, dlse)
-        dq, dk, dv = _backward(q, k, v, out, lse, weights, dout, dlse, plan)
+        work = partial(_backward, weights=weights, plan=plan)
+        dq, dk, dv = plan.launched("backward", (q, k, v, out, lse, dout, dlse), work)
         if exchange is not None:
             dq, dk, dv = exchange.input_gradients_to_positions(dq, dk, dv, *ctx.heads)
         dsinks = None
@@ -187,7 +202,7 @@ def _forward_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: 
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, weights: list[Tensor], dout: Tensor, dlse: Tensor | None, plan: Plan
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, weights: list[Tensor], plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of these heads, rounded to the inputs' dtype but for dk and dv that are only parts (`Exchange.key_gradients_in`)."""
     dtype = k.dtype if plan.exchange is None else plan.exchange.key_gradients_in(k.dtype)

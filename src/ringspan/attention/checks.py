@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
-from ringspan.kernels import KERNELS, Problem, select_kernel
+from ringspan.kernels import KERNELS, Kernel, Problem, select_kernel
 from ringspan.strategies import Schedules, make_schedules
+from ringspan.transport import InProcessTransport, Transport
 
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """How pieces travel: see `ContextParallel`."""
@@ -54,6 +55,7 @@ def check_names(
     transport: str,
     options: Mapping[str, int | str],
     deterministic: bool = False,
+    cuda_graphs: bool = False,
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     if transport not in TRANSPORTS:
@@ -62,6 +64,8 @@ def check_names(
         raise RingspanError(
             f"deterministic={deterministic!r}", "", "Gradients are promised to be the same bits, or not", "deterministic=True"
         )
+    if not isinstance(cuda_graphs, bool):
+        raise RingspanError(f"cuda_graphs={cuda_graphs!r}", "", "Passes are captured and replayed, or not", "cuda_graphs=True")
     if weights is not None and not (isinstance(weights, (tuple, list)) and all(isinstance(weight, (int, float)) for weight in weights)):
         raise RingspanError(f"weights={weights!r}", "", "There is one finite weight ≥ 0 for each rank", f"weights={(1.0,) * num_ranks}")
     whole = make_layout(layout, num_ranks, num_ranks, weights, full())
@@ -165,6 +169,19 @@ def check_attention(
                 f"{asked} with {name}={value!r}", "", "A scale is a finite number, and a softcap one above 0", f"{name}=None"
             )
     select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
+
+
+def replay_refusal(device: str, kernel: Kernel, transport: Transport) -> UnsupportedError | None:
+    """Why passes cannot be captured as CUDA graphs, or None. The same on every rank."""
+    if device != "cuda":
+        found = f"the tensors are on {device}"
+    elif isinstance(transport, InProcessTransport):
+        found = "in-process ranks are threads, which wait for each other on the host"
+    elif not kernel.can.graph_capture:
+        found = f"kernel {kernel.name!r} cannot be captured"
+    else:
+        return None
+    return UnsupportedError("cuda_graphs=True", found, "What a graph replays is launched by no host", "cuda_graphs=False")
 
 
 def check_loss(logits: Tensor, labels: Tensor, shard_length: int, rank: int) -> None:

@@ -22,6 +22,7 @@ from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.observe import Observer
 from ringspan.attention.planning import make_plan
+from ringspan.attention.replay import Replays
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
@@ -53,10 +54,15 @@ class ContextParallel:
         deterministic: the gradients of attention are the same bits at every run on the same machine, or what cannot promise it is refused.
             Ranks' partials always add up in the schedule's order; within a tile the kernel decides. Not covered: reductions of the process
             group itself, in `sum_gradients` and the loss, and what a model computes besides.
+        cuda_graphs: from the third call with the same shapes on, replay attention's forward and backward as a CUDA graph each, so that a
+            short sequence does not take as long as its launches. It costs a copy of what goes in and of what comes out, and the memory of
+            the graphs; nothing changes for a caller who captures the call in a graph of his own. Kernels that cannot be captured, CPUs and
+            in-process ranks are refused.
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Attributes:
         observer: who looks on while attention of any of its sequences runs and while ranks sum; None, as at first, for nobody.
+        replays: the passes that are replayed, with `cuda_graphs`; else None.
 
     Raises:
         RingspanError: on every rank, where the arguments are wrong or the ranks disagree about them.
@@ -73,6 +79,7 @@ class ContextParallel:
         kv_heads_per_stage: int | None = None,
         transport: str = "auto",
         deterministic: bool = False,
+        cuda_graphs: bool = False,
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
@@ -80,15 +87,16 @@ class ContextParallel:
         self.observer: Observer | None = None
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.kv_heads_per_stage, self.deterministic, self.options = kv_heads_per_stage, deterministic, options
+        self.replays = Replays() if cuda_graphs else None
         self._sequences: Kept[Sequence] = Kept(KEPT)
         self._decoders: Kept[Kernel] = Kept(KEPT)
         problem = checks.problem_of(
             lambda: checks.check_names(
-                strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, transport, options, deterministic
+                strategy, layout, kernel, weights, self.num_ranks, kv_heads_per_stage, transport, options, deterministic, cuda_graphs
             )
         )
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
-        asked += f" kv_heads_per_stage={kv_heads_per_stage} transport={transport!r} deterministic={deterministic}"
+        asked += f" kv_heads_per_stage={kv_heads_per_stage} transport={transport!r} deterministic={deterministic} cuda_graphs={cuda_graphs}"
         agree(self.transport, "ContextParallel", asked, problem)
         self.weights = None if weights is None else tuple(weights)
 

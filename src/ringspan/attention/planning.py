@@ -64,6 +64,8 @@ def make_plan(
         kernel = KERNELS["reference"]
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
+    if context.replays is not None and (refused := checks.replay_refusal(q.device.type, kernel, transport)) is not None:
+        raise refused
     schedules, choice = _choose(sequence, q, k, kernel)
     exchange, first_head = None, 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
@@ -92,6 +94,7 @@ def make_plan(
         lse_refusal,
         _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None),
         return_lse,
+        context.replays,
     )
     return Planned(plan, schedules, choice)
 

@@ -21,8 +21,9 @@ from ringspan.verify import DTYPES
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """What `ContextParallel` takes as its transport between processes."""
 
-LAUNCHES = ("eager", "graph")
-"""From Python at each call, or captured once as a CUDA graph and replayed."""
+LAUNCHES = ("eager", "graph", "replay")
+"""From Python at each call; captured as a whole, once, as a CUDA graph and replayed; or called from Python with `cuda_graphs=True`, which
+replays attention alone. One device is then called from Python as it is."""
 
 FEWEST_SAMPLES = 10
 """A median of fewer is not reported."""
@@ -238,9 +239,12 @@ class Grid:
             ("--one-device", self.baselines, tuple(KERNELS)),
         ):
             _require(option, values, lambda value, known=known: value in known, f"There are {', '.join(known)}", known[0] if known else "")
-        if "graph" in self.launches and device != "cuda":
+        if (replayed := [launch for launch in self.launches if launch != "eager"]) and device != "cuda":
             raise RingspanError(
-                "--launch graph", f"the device is {device}", "A graph is a CUDA graph, captured once and replayed", "--launch eager"
+                f"--launch {replayed[0]}",
+                f"the device is {device}",
+                "A graph is a CUDA graph, captured once and replayed",
+                "--launch eager",
             )
         for shape in self.shapes():
             shape.made_mask.check_length(shape.length)

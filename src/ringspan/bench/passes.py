@@ -60,6 +60,8 @@ def open_sequence(setting: Setting, shape: Shape) -> Sequence:
     more: dict = dict(options)
     if setting.transport != "auto":
         more["transport"] = setting.transport
+    if setting.launch == "replay":
+        more["cuda_graphs"] = True
     context = ContextParallel(None, strategy=strategy, layout=setting.layout, kernel=setting.kernel, **more)
     if not setting.overlap:
         context.transport = cast(Transport, Awaited(context.transport))
