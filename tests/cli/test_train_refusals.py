@@ -16,6 +16,9 @@ from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.prepare import prepare
 
+TOO_LONG = "x" * 300
+"""Of such a name pathlib raises even when it is only asked whether there is a file; also for root, whom no permission stops."""
+
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -74,6 +77,11 @@ def text(tmp_path: Path) -> Path:
         (["--resume"], ["--resume", "there is no checkpoint"]),
         (["--out", "text.txt/below"], ["--out text.txt/below", "Not a directory"]),
         (["--out", "/proc/ringspan"], ["--out /proc/ringspan"]),
+        (["--out", TOO_LONG], [f"--out {TOO_LONG}", "File name too long"]),
+        (["--data", TOO_LONG], [TOO_LONG]),
+        (["--model", TOO_LONG], [TOO_LONG]),
+        (["--config", TOO_LONG], [TOO_LONG]),
+        (["--resume", "--out", TOO_LONG], [TOO_LONG]),
     ],
 )
 def test_it_says_what_was_asked_what_was_found_and_what_works(refused, text: Path, arguments: list[str], expected: list[str]):
