@@ -113,7 +113,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(refused, text: Path,
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     said = refused("--data", text, "--context", 64)
-    assert "1 MB are free and checkpoints need" in said
+    assert "1.00 MB are free and checkpoints need 1" in said
 
 
 def test_gpus_that_are_not_there_are_refused(refused, text: Path, monkeypatch: pytest.MonkeyPatch):

@@ -248,10 +248,15 @@ def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
     if free < needed:
         raise RingspanError(
             f"--out {out}",
-            f"{free / 1e6:.0f} MB are free and checkpoints need {needed / 1e6:.0f} MB",
+            f"{_megabytes(free)} are free and checkpoints need {_megabytes(needed)}",
             f"There must be room for {config.keep_checkpoints} checkpoints and the next one",
             f"an --out on a larger disk, a smaller --model, or {option('keep_checkpoints')} 1",
         )
+
+
+def _megabytes(size: int) -> str:
+    """Of a small disk with two decimals, so that what is free and what is needed do not read alike."""
+    return f"{size / 1e6:.{2 if size < 1e7 else 0}f} MB"
 
 
 def _folder_bytes(folder: Path) -> int:
