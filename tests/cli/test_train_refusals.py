@@ -16,6 +16,9 @@ from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.prepare import prepare
 
+TOO_LONG = "x" * 300
+"""Of such a name pathlib raises even when it is only asked whether there is a file; also for root, whom no permission stops."""
+
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -74,6 +77,11 @@ def text(tmp_path: Path) -> Path:
         (["--resume"], ["--resume", "there is no checkpoint"]),
         (["--out", "text.txt/below"], ["--out text.txt/below", "Not a directory"]),
         (["--out", "/proc/ringspan"], ["--out /proc/ringspan"]),
+        (["--out", TOO_LONG], [f"--out {TOO_LONG}", "File name too long"]),
+        (["--data", TOO_LONG], [TOO_LONG]),
+        (["--model", TOO_LONG], [TOO_LONG]),
+        (["--config", TOO_LONG], [TOO_LONG]),
+        (["--resume", "--out", TOO_LONG], [TOO_LONG]),
     ],
 )
 def test_it_says_what_was_asked_what_was_found_and_what_works(refused, text: Path, arguments: list[str], expected: list[str]):
@@ -105,7 +113,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(refused, text: Path,
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     said = refused("--data", text, "--context", 64)
-    assert "1 MB are free and checkpoints need" in said
+    assert "1.00 MB are free and checkpoints need 1" in said
 
 
 def test_gpus_that_are_not_there_are_refused(refused, text: Path, monkeypatch: pytest.MonkeyPatch):

@@ -31,6 +31,13 @@ def test_a_new_run_starts_a_new_curve(tmp_path: Path):
     assert [record.step for record in read_metrics(path)] == [1, 2]
 
 
+def test_a_run_stopped_before_its_first_step_measures_step_0_again_and_has_it_once(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1), after_step=None)
+    write(path, range(3), after_step=0)
+    assert [record.step for record in read_metrics(path)] == [0, 1, 2]
+
+
 def test_a_line_that_a_crash_cut_short_is_left_out_but_one_before_it_is_named(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 4), after_step=None)

@@ -53,6 +53,18 @@ def test_a_run_that_goes_on_needs_room_only_for_the_checkpoints_that_are_not_the
         shutil.rmtree(left)
 
 
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own_and_keeps_one_that_was_there(given: dict[str, Any], tmp_path: Path):
+    with pytest.raises(RingspanError, match="The text must hold one context"):
+        prepare(given | {"context": 10**6}, resume=False)
+    assert not (tmp_path / "runs" / "train").exists()
+    assert prepare(given, resume=False).files.out == Path("runs/train"), "the next one has the name that is promised"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(RingspanError, match="The text must hold one context"):
+        prepare(given | {"context": 10**6, "out": "mine"}, resume=False)
+    assert (tmp_path / "mine" / "notes.txt").is_file()
+
+
 def test_ranks_that_torchrun_starts_again_go_on_in_the_folder_of_their_own_job(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     first, second = {**given, "learning_rate": 1e-3}, {**given, "learning_rate": 5e-2}
 

@@ -39,6 +39,12 @@ def main() -> None:
         app()
     except RingspanError as error:
         sys.exit(_fail(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Only looking whether a file is there raises where one may not look, or where no file can have such a name.
+        rule = "A file or folder that is named must be one that this user may read, or write"
+        sys.exit(_fail(RingspanError(str(error.filename), str(error.strerror), rule, "another path, or other permissions")))
 
 
 def _fail(error: RingspanError) -> int:

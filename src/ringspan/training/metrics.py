@@ -58,8 +58,8 @@ class MetricsFile:
     """Appends records to a file, each whole line at once. Use as a context manager."""
 
     def __init__(self, path: Path, *, after_step: int | None) -> None:
-        """Opens `path`, and keeps of what it holds the steps up to `after_step`; None starts anew."""
-        kept = [record for record in read_metrics(path) if record.step <= after_step] if after_step is not None and path.exists() else []
+        """Opens `path`, and keeps of what it holds the steps up to `after_step`; None and 0, which is measured again, start anew."""
+        kept = [record for record in read_metrics(path) if record.step <= after_step] if after_step and path.exists() else []
         write_whole(path, "".join(map(_line, kept)))
         self._path = path
         self._stream: TextIO = path.open("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -59,7 +60,8 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
     if config.rope_scaling is not None:
         stretched_config(config.model, config.context, config.rope_scaling, config.rope_factor)
     files = RunFiles(Path(config.out))
-    used = [path for path in (files.checkpoints, files.metrics) if path.exists()]
+    # os.path's `exists`: pathlib's raises where one may not look, and what is wrong with the folder is said below.
+    used = [path for path in (files.checkpoints, files.metrics) if os.path.exists(path)]
     if used:
         raise RingspanError(
             f"--out {config.out}",
@@ -67,12 +69,19 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
             "One folder keeps one run",
             "--resume to go on with it, or another --out",
         )
-    _check_writable(files.out)
-    tokens = _writing(lambda: _tokens(files, config), files.out)
-    Split.of(tokens, config.context)
-    vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
-    _check_room(config, 0 if config.lora_rank else checkpoint_bytes(config.model, vocabulary), files.out)
-    _writing(lambda: config.save(files.config), files.out)
+    was_there = os.path.exists(files.out)
+    try:
+        _check_writable(files.out)
+        tokens = _writing(lambda: _tokens(files, config), files.out)
+        Split.of(tokens, config.context)
+        vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
+        _check_room(config, 0 if config.lora_rank else checkpoint_bytes(config.model, vocabulary), files.out)
+        _writing(lambda: config.save(files.config), files.out)
+    except RingspanError:
+        # A run that never was leaves no folder: it would take the name from the next, and the room of its tokens.
+        if not was_there:
+            shutil.rmtree(files.out, ignore_errors=True)
+        raise
     return Plan(config=config, tokens=tokens, checkpoint=None, first_step=0)
 
 
@@ -239,10 +248,15 @@ def _check_room(config: TrainingConfig, size: int, out: Path) -> None:
     if free < needed:
         raise RingspanError(
             f"--out {out}",
-            f"{free / 1e6:.0f} MB are free and checkpoints need {needed / 1e6:.0f} MB",
+            f"{_megabytes(free)} are free and checkpoints need {_megabytes(needed)}",
             f"There must be room for {config.keep_checkpoints} checkpoints and the next one",
             f"an --out on a larger disk, a smaller --model, or {option('keep_checkpoints')} 1",
         )
+
+
+def _megabytes(size: int) -> str:
+    """Of a small disk with two decimals, so that what is free and what is needed do not read alike."""
+    return f"{size / 1e6:.{2 if size < 1e7 else 0}f} MB"
 
 
 def _folder_bytes(folder: Path) -> int:
