@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|many|many_heads|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|timeline|run|
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|timeline|run|
 #   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -57,7 +57,9 @@ for part in $parts; do
       timeout 120 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main verify --device cuda --dtype bfloat16,float32 --length 61,1000 --head-dim 64 \
         --most 160 --json "$out/verify.json" 2>&1 | tail -4
       timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -8
-      rm -rf "$out"/run*/checkpoint* ;;
+      rm -rf "$out"/run*/checkpoint*
+      # What is run by ranks with a GPU each; the rest of tests/gpu needs one GPU.
+      timeout 300 python3 -m pytest -q tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark 2>&1 | tail -30 ;;
     correct)
       # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
       CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
@@ -77,7 +79,8 @@ for part in $parts; do
         --png "$out/trace.png" --chrome "$out/trace.chrome.json" --json "$out/trace.json" 2>&1 | tail -25
       wait $tests; echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"
       wait $sanitizer; echo "sanitizer: $?"; grep -E '=====.*(SUMMARY|ERROR|Error)|passed|failed' "$out/sanitizer.log" | tail -12 ;;
-    speed) bench speed 300 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --launch graph,eager ;;
+    speed) bench speed 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 2048,8192,32768 \
+        --launch graph,eager,replay ;;
     many)
       # What four GPUs and more choose among.
       bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
@@ -86,6 +89,9 @@ for part in $parts; do
       bench many_heads 200 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
       bench many_narrow 100 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) bench long 200 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
+    eager)
+      # What is launched from Python, with and without graphs of attention's own.
+      bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;
     masks)
       bench window 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --mask window:4095 --launch graph --peers none
       bench documents 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --documents realistic:1 --launch graph --peers none ;;

@@ -21,7 +21,7 @@ class Recorded:
     """Runs the work when it is captured, as a graph does not, and again into the same memory at each replay, as a graph does."""
 
     def __init__(self, broken: bool = False) -> None:
-        self.captures, self.replays, self.broken, self.others = 0, 0, broken, False
+        self.captures, self.replays, self.broken, self.others, self.open = 0, 0, broken, False, False
 
     def __call__(self, work: Any) -> Any:
         self.captures += 1
@@ -37,6 +37,13 @@ class Recorded:
         for result in results:
             result.fill_(float("nan"))
         return again, results
+
+    def begin(self) -> None:
+        assert not self.open, "one at a time"
+        self.open = True
+
+    def end(self) -> None:
+        self.open = False
 
     def is_under_way(self) -> bool:
         return self.others
@@ -76,6 +83,19 @@ def test_replays_give_what_launches_give_for_new_values_each_time(monkeypatch: p
         assert as_many_bytes
 
 
+def test_ranks_of_which_one_alone_uses_lse_capture_together(monkeypatch: pytest.MonkeyPatch):
+    def run(group: Any) -> int:
+        captures = Recorded()
+        context = with_replays(monkeypatch, group, captures, strategy="direct")
+        for call in range(EAGER_CALLS + 2):
+            q, k, v = (torch.randn(1, LENGTH // RANKS, 2, 8, requires_grad=True) for _ in range(3))
+            out, lse = context.sequence(LENGTH).attention(q, k, v, return_lse=True)
+            (out.sum() + (lse.sum() if group.rank == call % 2 else 0)).backward()
+        return captures.captures
+
+    assert ringspan.run_in_process(RANKS, run) == [2, 2]
+
+
 def test_a_result_is_not_overwritten_by_the_next_replay():
     replays, one = Replays(Recorded()), SingleRank()  # type: ignore[arg-type]
     owner = object()
@@ -103,7 +123,7 @@ def test_the_last_used_are_kept():
             replays.run(owner, "forward", (torch.ones(1),), lambda x: (x + 1,), one, None)
     assert capture.captures == 3
     replays.run(owners[1], "forward", (torch.ones(1),), lambda x: (x + 1,), one, None)
-    assert capture.captures == 3 and capture.replays == 4
+    assert capture.captures == 3 and capture.replays == 4 and replays.number == 2
     replays.run(owners[0], "forward", (torch.ones(1),), lambda x: (x + 1,), one, None)
     assert capture.replays == 4, "forgotten: launched again"
 

@@ -60,9 +60,14 @@ class Plan:
 
     @cached_property
     def lse_gradient_travels(self) -> bool:
-        """Whether a gradient of lse goes from rank to rank: then every rank has one, of zeros where its loss did not use lse."""
+        """Whether a gradient of lse goes from rank to rank: then every rank has one, of zeros where its loss did not use lse.
+
+        So it has where passes are replayed: the ranks must capture the same ones together.
+        """
         if not self.return_lse or self.lse_gradient_refusal is not None:
             return False
+        if self.replays is not None:
+            return True
         transfers = (transfer for step in self.backward.steps for batch in step.batches for transfer in (*batch.sends, *batch.receives))
         return self.exchange is not None or any(transfer.piece.kind == "do" for transfer in transfers)
 

@@ -32,6 +32,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
 
     def __call__(self, work: Callable[[], Results]) -> tuple[Replay, Results]:
         """A replay of `work`, and the results that it writes to.
@@ -45,6 +46,16 @@ class CudaCapture:
             results = work()
         self._pool = graph.pool()
         return graph.replay, results
+
+    def begin(self) -> None:
+        """The memory of the graphs is used from here on: not before whoever used it last is done, on whatever stream."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+    def end(self) -> None:
+        """What was computed has been copied away."""
+        self._done = self._done or torch.cuda.Event()
+        self._done.record()
 
     @staticmethod
     def is_under_way() -> bool:
@@ -77,6 +88,11 @@ class Replays:
         self._most = most
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
+    @property
+    def number(self) -> int:
+        """How many graphs there are."""
+        return sum(entry.replay is not None for entry in self._entries.values())
+
     def run(
         self, owner: object, direction: str, inputs: Sequence[Tensor | None], work: Work, transport: Transport, memory: PeerMemory | None
     ) -> Results:
@@ -108,6 +124,7 @@ class Replays:
         else:
             transport.bytes_sent.update(entry.sent)
         assert entry.replay is not None
+        self._capture.begin()
         for kept, given in zip(entry.inputs, inputs, strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)
@@ -116,7 +133,9 @@ class Replays:
         entry.replay()
         if memory is not None:
             memory.end()
-        return tuple(result.clone() for result in entry.results)
+        results = tuple(result.clone() for result in entry.results)
+        self._capture.end()
+        return results
 
     def _make(self, entry: _Entry, inputs: Sequence[Tensor | None], work: Work, transport: Transport) -> None:
         entry.inputs = tuple(None if each is None else torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in inputs)

@@ -240,12 +240,8 @@ class Grid:
         ):
             _require(option, values, lambda value, known=known: value in known, f"There are {', '.join(known)}", known[0] if known else "")
         if (replayed := [launch for launch in self.launches if launch != "eager"]) and device != "cuda":
-            raise RingspanError(
-                f"--launch {replayed[0]}",
-                f"the device is {device}",
-                "A graph is a CUDA graph, captured once and replayed",
-                "--launch eager",
-            )
+            rule = "A graph is a CUDA graph, captured once and replayed"
+            raise RingspanError(f"--launch {replayed[0]}", f"the device is {device}", rule, "--launch eager")
         for shape in self.shapes():
             shape.made_mask.check_length(shape.length)
 

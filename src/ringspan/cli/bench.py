@@ -54,9 +54,7 @@ def command(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also take away one thing at a time: overlap, balance, stages.", rich_help_panel=_SOLVERS)
     ] = False,
-    launch: Annotated[
-        str | None, _option(_HOW, f"eager, graph (a CUDA graph, replayed), replay (cuda_graphs=True), {_LIST}.", "eager")
-    ] = None,
+    launch: Annotated[str | None, _option(_HOW, f"eager, graph (one CUDA graph), replay (cuda_graphs=True), {_LIST}.", "eager")] = None,
     ranks: Annotated[int | None, _option(_HOW, "Processes; under torchrun, its own.", "every GPU, or 2 on CPUs")] = None,
     device: Annotated[str, _option(_HOW, "auto, cpu or cuda (one GPU a rank).", "auto")] = "auto",
     samples: Annotated[int, _option(_HOW, "Samples, at least 10; the median counts.", "10")] = 10,

@@ -1,0 +1,71 @@
+"""What the ranks of test_cuda_replay run, each on its own GPU: attention that is replayed beside attention that is launched.
+
+torchrun --nproc-per-node 2 tests/gpu/replay_ranks.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ringspan
+from ringspan.attention.replay import EAGER_CALLS
+
+LENGTHS = (1000, 4097)
+WAYS: dict[str, dict[str, Any]] = {
+    "ring": {},
+    "ring over NCCL": {"transport": "process_group"},
+    "direct": {"strategy": "direct", "shards_at_once": 2},
+    "ulysses": {"strategy": "ulysses"},
+    "two heads at a time": {"kv_heads_per_stage": 2},
+}
+
+
+def tensors(length: int, device: torch.device) -> list[torch.Tensor]:
+    """q, k, v and dO of a shard, new at every call."""
+    return [torch.randn(1, length, heads, 64, device=device, dtype=torch.bfloat16) for heads in (8, 4, 4, 8)]
+
+
+def both(sequence: ringspan.Sequence, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """out and the gradients."""
+    *leaves, dout = given
+    q, k, v = (x.clone().requires_grad_() for x in leaves)
+    out = sequence.attention(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def main() -> None:
+    """Raises where a replay differs in a bit from launches."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.manual_seed(dist.get_rank())
+    aside = torch.cuda.Stream()
+    for name, options in WAYS.items():
+        # The backward of flash2 gives the same bits where it is asked to.
+        launched, replayed = (
+            ringspan.ContextParallel(kernel="flash2", deterministic=True, cuda_graphs=graphs, **options) for graphs in (False, True)
+        )
+        for call in range(EAGER_CALLS + 4):
+            # A longer sequence at the end makes the inboxes grow under graphs that use the old ones.
+            for length in LENGTHS if call < EAGER_CALLS + 3 else (20_001, *LENGTHS):
+                expected, found = launched.sequence(length), replayed.sequence(length)
+                given = tensors(found.shard_length, device)
+                for stream in (torch.cuda.current_stream(), aside):
+                    stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(stream):
+                        results = both(found, given)
+                    torch.cuda.current_stream().wait_stream(stream)
+                    for which, mine, right in zip(("out", "dq", "dk", "dv"), results, both(expected, given), strict=True):
+                        assert torch.equal(mine, right), f"{name}, {length} tokens, call {call}: {which} differs"
+        assert replayed.replays is not None and replayed.replays.number >= 4, name
+        if dist.get_rank() == 0:
+            print(f"{name}: {replayed.replays.number} graphs", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
