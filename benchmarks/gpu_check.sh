@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|soak|steps|parts|reach|host|timeline|run|
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|soak|steps|account|parts|reach|host|timeline|run|
 #   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -107,6 +107,11 @@ for part in $parts; do
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step 120 --context 32768 --offload --steps 3
       step 200 --context 131072 --offload --steps 2 ;;
+    account)
+      # Where the time of a step goes, by kind of kernel, on an 8B shape of fewer layers.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
+      grep -E ' ms +(attention|matrix|messages|copies|fills|fused|elementwise)' "$out/step.log" ;;
     parts)
       # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -46,6 +46,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "an inner ring of more than there are": ("double_ring", {"window": 8}, "divisors.*window=4"),
     "no stage": ("all_gather", {"stages": 0}, "at least one stage.*stages=1"),
     "fewer stages than none": ("all_gather", {"stages": -1}, "at least one stage"),
+    "no shard at once": ("direct", {"shards_at_once": 0}, "at least one.*shards_at_once=1"),
     "a direction of the ring that is none": ("ring", {"rotate": "values"}, "keys or queries"),
     "a degree that does not divide": ("two_dimensional", {"ulysses": 3}, "4 has the divisors 1, 2, 4"),
     "a degree of nothing": ("two_dimensional", {"ulysses": 0}, "divisors"),
