@@ -144,7 +144,7 @@ for part in $parts; do
       # Longer than one call may take on some machines: `setsid` it, and look at steps.log.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step "${SECONDS_ALLOWED:-1600}" --context 1048576 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --layers-per-checkpoint 2 \
-        --offload --host-gib "${HOST_GIB:-54}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 ;;
+        --offload --host-gib "${HOST_GIB:-56}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
   keep
