@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.loop import Outcome
+from ringspan.training.manifest import GOING_ON
 from ringspan.training.plan import Plan
 from ringspan.training.post import Post, Report
 from ringspan.transport import start_ranks
@@ -88,7 +89,6 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
         exits: exit codes other than 0 by rank, negative for a signal, in the order of the ends.
         hung: ranks that did not answer and were ended for it.
     """
-    resume = "--resume, which goes on from the last checkpoint"
     earliest = sorted(reports, key=lambda rank: reports[rank].time)
     for rank in earliest:
         if reports[rank].kind == "error":
@@ -96,12 +96,12 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
     for rank in earliest:
         if reports[rank].kind == "crash":
             return RankFailure(
-                f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", resume
+                f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", GOING_ON
             )
     silent = [rank for rank in dict.fromkeys((*exits, *range(num_ranks))) if rank not in reports]
     for rank in sorted(silent, key=lambda rank: rank in hung):
         if rank in hung:
-            return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", resume)
+            return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", GOING_ON)
         code = exits.get(rank, 0)
         how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code} and without a word"
         rule = (
@@ -109,11 +109,11 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
             if code == -signal.SIGKILL
             else f"What it printed is in {logs}"
         )
-        return RankFailure(f"rank {rank}", f"{how}, and the other ranks stopped", rule, resume)
+        return RankFailure(f"rank {rank}", f"{how}, and the other ranks stopped", rule, GOING_ON)
     lost = [rank for rank in earliest if reports[rank].kind == "lost"]
     if lost:
         return RankFailure(reports[lost[0]].message)
-    return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", resume)
+    return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", GOING_ON)
 
 
 class _Agent(threading.Thread):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ringspan.errors import RingspanError
-from ringspan.training.manifest import write_whole
+from ringspan.training.manifest import GOING_ON, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class MetricsFile:
                 f"step {record.step} in {self._path}",
                 str(error.strerror),
                 "A run writes one line a step there",
-                "making room and --resume, which goes on from the last checkpoint",
+                f"making room and {GOING_ON}",
             ) from None
 
     def __enter__(self) -> MetricsFile:

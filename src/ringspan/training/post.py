@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ringspan.errors import RingspanError
 from ringspan.training.loop import Outcome
-from ringspan.training.manifest import write_whole
+from ringspan.training.manifest import GOING_ON, write_whole
 from ringspan.training.ranks import is_peer_loss
 
 PLAN, STOP = "plan.json", "stop"
@@ -119,5 +119,5 @@ def report_of(error: BaseException) -> Report:
         return Report(kind="error", message=str(error))
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. --resume goes on from the last checkpoint")
+        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. Try: {GOING_ON}")
     return Report(kind="crash", message=f"{type(error).__name__}: {error}")
