@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringspan.attention.accumulate import Partial
+from ringspan.attention.accumulate import Accumulator, Partial
+from ringspan.attention.inbox import Place
+from ringspan.attention.peer_courier import _as_one
 from ringspan.kernels.partial import merge_
 from ringspan.schedule import Piece
 
@@ -71,3 +74,62 @@ def test_only_rows_to_which_more_comes_are_kept_wide():
         partial.add(start, stop, out, lse)
     partial.result()
     assert made == [(6, torch.float32)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that go through memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"add_": 0, "_to_copy": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(rows: int, beside: bool, dtype: torch.dtype) -> list[Tensor]:
+    """dk and dv, rows first; `beside`: as a kernel that is given one tensor for both leaves them."""
+    both = torch.randn(2, rows, 1, 2, 4).to(dtype)
+    return list(both) if beside else [part.clone() for part in both]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("spans", [[(0, 12), (0, 12)], [(0, 12), (3, 9), (0, 12)], [(2, 12), (0, 12), (0, 12)], [(0, 12)]])
+def test_gradients_add_up_whether_they_lie_side_by_side_or_not(spans, rounds: bool, beside: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    accumulator = Accumulator(Piece("dkv", 0, 0, ROWS), torch.empty(1, ROWS, 2, 4, dtype=dtype), len(spans), rounds, parts=2)
+    expected = torch.zeros(2, ROWS, 1, 2, 4, dtype=torch.float64)
+    with Operations() as seen:
+        for start, stop in spans:
+            parts = gradients(stop - start, beside, dtype)
+            for whole, part in zip(expected, parts, strict=True):
+                whole[start:stop] += part
+            seen.counts.update(add_=0)
+            accumulator.add(start, stop, *parts)
+        added = seen.counts["add_"]
+    found = accumulator.result()
+    wanted = dtype if rounds or len(spans) == 1 else torch.float32
+    for mine, right in zip(found, expected, strict=True):
+        assert mine.dtype == wanted and mine.is_contiguous()
+        # Rounded once, to half a unit in the last place.
+        unit = 2**-8 if wanted == torch.bfloat16 else 2**-22
+        torch.testing.assert_close(mine.movedim(1, 0).double(), right, rtol=1.01 * unit + 1e-6, atol=2e-6)
+    if len(spans) > 1:
+        # The last covers all rows, and lies beside what was kept of the first wherever that lay side by side.
+        assert added == (1 if beside else 2)
+
+
+def test_what_lies_side_by_side_here_and_there_is_one_copy():
+    dk, dv = torch.randn(2, 6, 1, 2, 4)
+    nbytes = dk.numel() * dk.element_size()
+    side_by_side = (Place(512, nbytes), Place(512 + nbytes, nbytes))
+    ((whole, place),) = _as_one([dk, dv], side_by_side)
+    assert torch.equal(whole, torch.cat([dk, dv])) and place == Place(512, 2 * nbytes)
+    assert len(_as_one([dk, dv], (Place(512, nbytes), Place(1024, nbytes)))) == 2, "a gap there"
+    assert len(_as_one([dk, dv.clone()], side_by_side)) == 2, "apart here"
+    assert len(_as_one([dv, dk], side_by_side)) == 2, "the other way round"
+    assert _as_one([dk], (Place(0, nbytes),))[0][1] == Place(0, nbytes)

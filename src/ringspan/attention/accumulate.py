@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringspan.attention.shelf import adjacent
 from ringspan.kernels import accumulator_dtype, merge_
 from ringspan.schedule import Piece
 
@@ -105,10 +106,13 @@ class Accumulator:
         assert self._held is not None
         wide = accumulator_dtype(self._like.dtype)
         if (self._ahead or not self._rounds) and self._held[0].dtype != wide:
-            self._held = [held.to(wide) for held in self._held]
-        for held, part in zip(self._held, parts, strict=True):
+            self._held = _cast(self._held, wide)
+        into = [held[start - self.piece.start : stop - self.piece.start] for held in self._held]
+        # dk and dv that lie side by side are one launch.
+        whole, added = adjacent(into), adjacent(parts)
+        for held, part in [(whole, added)] if whole is not None and added is not None else zip(into, parts, strict=True):
             # Added in float32 whatever the dtypes, and rounded to that of what is held.
-            held[start - self.piece.start : stop - self.piece.start].add_(part)
+            held.add_(part)
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """The rows as they stand, views, in the dtype of the last addition: as wide as they need to be."""
@@ -119,7 +123,7 @@ class Accumulator:
     def result(self) -> list[Tensor]:
         """The parts as `[batch, rows, heads, head_dim]`, contiguous, in the dtype of `like` where it rounds."""
         held = self.rows(self.piece.start, self.piece.stop)
-        return [(part.to(self._like.dtype) if self._rounds else part).movedim(0, 1).contiguous() for part in held]
+        return [part.movedim(0, 1).contiguous() for part in (_cast(held, self._like.dtype) if self._rounds else held)]
 
     def _settle(self) -> None:
         if self._fresh:
@@ -127,5 +131,13 @@ class Accumulator:
 
     def _zeros(self) -> list[Tensor]:
         batch, _, heads, head_dim = self._like.shape
-        shape, wide = (batch, len(self.piece), heads, head_dim), accumulator_dtype(self._like.dtype)
-        return [self._like.new_zeros(shape, dtype=wide).movedim(1, 0) for _ in range(self._parts)]
+        shape, wide = (self._parts, batch, len(self.piece), heads, head_dim), accumulator_dtype(self._like.dtype)
+        return [part.movedim(1, 0) for part in self._like.new_zeros(shape, dtype=wide)]
+
+
+def _cast(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All in `dtype`, in one launch where they lie side by side."""
+    if parts[0].dtype == dtype:
+        return parts
+    whole = adjacent(parts)
+    return [part.to(dtype) for part in parts] if whole is None else list(whole.to(dtype).split([len(part) for part in parts]))

@@ -11,6 +11,7 @@ from ringspan.attention.inbox import Inbox, Message, Place
 from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch
+from ringspan.attention.shelf import adjacent
 from ringspan.kernels import accumulator_dtype
 from ringspan.schedule import Piece, Send
 from ringspan.transport import PeerMemory, Pending, Transport
@@ -56,7 +57,7 @@ class PeerCourier:
                 memory.wait(message.peer, _free(message))
                 theirs = memory.inbox(message.peer)
                 for position, places in parts:
-                    for tensor, place in zip(packed[position], places, strict=True):
+                    for tensor, place in _as_one(packed[position], places):
                         _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
                 memory.signal(message.peer, _ready(message))
 
@@ -122,6 +123,15 @@ def _ready(message: Message) -> int:
 
 def _free(message: Message) -> int:
     return 2 * message.index + 1
+
+
+def _as_one(tensors: Sequence[Tensor], places: Sequence[Place]) -> list[tuple[Tensor, Place]]:
+    """What goes where: one copy for all that lies side by side here and there."""
+    ends = [place.offset + place.nbytes for place in places]
+    whole = adjacent(tensors) if [place.offset for place in places[1:]] == ends[:-1] else None
+    if whole is None:
+        return list(zip(tensors, places, strict=True))
+    return [(whole, Place(places[0].offset, ends[-1] - places[0].offset))]
 
 
 def _tensor(inbox: Tensor, place: Place, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

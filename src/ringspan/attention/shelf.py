@@ -36,18 +36,21 @@ class Shelf:
         self._held[(piece.kind, piece.owner)] = [entry for entry in entries if entry[0] != piece]
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """`tensors`, `[rows, …]` each, one after the other: a view where that is how they lie in memory, else a copy."""
+def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`tensors`, `[rows, …]` each, one after the other as one view, where that is how they lie in memory; else None."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    end = first.data_ptr()
+    end, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for tensor in tensors:
-        if (
-            tensor.data_ptr() != end
-            or not tensor.is_contiguous()
-            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
-            return torch.cat(list(tensors))
+        is_next = tensor.data_ptr() == end and tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage
+        if not is_next or tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
+            return None
         end += tensor.numel() * tensor.element_size()
     return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """`tensors`, `[rows, …]` each, one after the other: a view where that is how they lie in memory, else a copy."""
+    view = adjacent(tensors)
+    return torch.cat(list(tensors)) if view is None else view

@@ -81,9 +81,11 @@ class Flash4(Declared):
             dout, q, k, v, out, lse = dout[0], q[0], k[0], v[0], out[0], lse[0]
             dlse = None if dlse is None else dlse[0]
         dlse = None if dlse is None else dlse.contiguous()
+        # Side by side, so that they are added and sent as one; with a batch that lies inside the rows they are laid out as k is.
+        dk, dv = k.new_empty((2, *k.shape)) if k.is_contiguous() else (None, None)
         with _COMPILING:
             dq, dk, dv, *_ = _interface()._flash_attn_bwd(
-                q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, softcap=scores.softcap or 0.0,
+                q, k, v, out, dout, lse.contiguous(), softmax_scale=scores.scale, softcap=scores.softcap or 0.0, dk=dk, dv=dv,
                 dlse=dlse, deterministic=scores.deterministic, **_window(scores), **_varlen(scores, q.device),
             )  # fmt: skip
         return (dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)) if scores.parts else (dq, dk, dv)
