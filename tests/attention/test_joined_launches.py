@@ -63,6 +63,12 @@ def test_tiles_with_a_border_and_masks_with_a_function_are_calls_of_their_own():
     assert all(set(calls(program)) == {1} for program in made), "the function is asked for the positions of one shard"
 
 
+def test_direct_waits_for_one_shard_at_a_time_where_nothing_is_joined():
+    _, made = programs("direct", EXAMPLES["mask_mod"].make(LENGTH), shards_at_once=4)
+    for program in made:
+        assert all(len({receive.peer for receive in batch.receives}) <= 1 for step in program.steps for batch in step.batches)
+
+
 def test_a_joined_call_covers_the_pairs_of_its_shards():
     _, made = programs("direct", ringspan.causal(), shards_at_once=4)
     (launch,) = [launch for step in made[3].steps for launch in step.launches if launch.joined]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import checks, replay
+from ringspan.attention import checks
 from ringspan.attention.replay import EAGER_CALLS, Replays
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank
@@ -200,4 +200,3 @@ def test_it_is_refused_where_nothing_can_be_captured():
         ringspan.run_in_process(RANKS, run)
     with pytest.raises(RingspanError, match="cuda_graphs=1"):
         ringspan.ContextParallel(cuda_graphs=1)  # type: ignore[arg-type]
-    assert replay.MOST_GRAPHS >= 2, "a forward and a backward"

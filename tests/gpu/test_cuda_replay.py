@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.gpu.torchrun import printed_by_ranks
+
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_replays_give_the_bits_of_launches(ranks: int):
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"{torch.cuda.device_count()} CUDA devices here: a rank has one of its own")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "tests/gpu/replay_ranks.py"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
-    assert "two heads at a time" in ended.stdout
+    assert "two heads at a time" in printed_by_ranks("replay_ranks.py", ranks), "the last of the ways"

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ringspan.geometry import Layout, Mask, Tile, tiles
+from ringspan.geometry import Layout, Mask, Tile
 from ringspan.kernels import lowered, packed
 from ringspan.schedule import RESULTS, Action, Attend, Combine, Piece, Receive, Schedule, Send, lifetimes
+from ringspan.schedule.draw import tiles_between
 
 LANES = {"kv": 0, "k": 0, "v": 0, "q": 0, "do": 0, "o": 1, "dq": 1, "dkv": 1, "dk": 1, "dv": 1}
 """Results travel on a lane of their own, so that they do not queue behind what the next step needs."""
@@ -176,8 +177,7 @@ def rank_batches(actions: tuple[Action, ...]) -> dict[int, tuple[Batch, ...]]:
 
 
 def _launches(layout: Layout, mask: Mask, shapes: frozenset[str], q: Piece, kv: Piece, varlen: bool) -> list[Launch]:
-    clipped = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
-    found = [part for tile in clipped if tile is not None for part in lowered(tile, shapes)]
+    found = [part for tile in tiles_between(layout, mask, q, kv) for part in lowered(tile, shapes)]
     runs = packed(found) if varlen else [(tile,) for tile in found]
     return [Launch(q.owner, kv.owner, _hull(run), kv.kind, run if len(run) > 1 else ()) for run in runs]
 

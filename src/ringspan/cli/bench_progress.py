@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from ringspan.bench import BenchReport, Record, Shape, Watch, markdown
 from ringspan.cli.bench_table import row, show_end, show_shape
+from ringspan.training.manifest import write_whole
 
 _COLUMNS = 130
 """Width of what is printed where there is no terminal to ask."""
@@ -67,15 +67,8 @@ class Progress(Watch):
 
     def _write(self, report: BenchReport) -> None:
         if self._json_file is not None:
-            _replace(Path(self._json_file), json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
+            write_whole(Path(self._json_file), json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
         if self._markdown_file is not None:
-            _replace(Path(self._markdown_file), markdown(report))
+            write_whole(Path(self._markdown_file), markdown(report))
         if self._count_file is not None:
-            _replace(self._count_file, str(sum(record.is_timed for record in report.records)))
-
-
-def _replace(path: Path, text: str) -> None:
-    """All of the old text or all of the new, whenever this process is killed. The disk may take its time: the machine goes on."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+            write_whole(self._count_file, str(sum(record.is_timed for record in report.records)))

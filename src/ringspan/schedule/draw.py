@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ringspan.geometry import Layout, Mask, tiles
+from ringspan.geometry import Layout, Mask, Tile, tiles
 from ringspan.schedule.actions import Attend, Combine, Piece, Schedule, Send
 
 
@@ -243,10 +243,15 @@ class Timeline:
         return tuple(Gap(rank, step, end, self.starts[step + 1]) for (rank, step), end in ends.items() if end < self.starts[step + 1])
 
 
+def tiles_between(layout: Layout, mask: Mask, q: Piece, kv: Piece) -> list[Tile]:
+    """The tiles that the mask leaves of the queries of `q` against the keys of `kv`, in local indices of their shards."""
+    parts = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
+    return [part for part in parts if part is not None]
+
+
 def pairs_between(layout: Layout, mask: Mask, q: Piece, kv: Piece) -> int:
     """How many pairs the mask allows between the queries of `q` and the keys of `kv`."""
-    parts = (tile.clipped(q.start, q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, q.owner, kv.owner))
-    return sum(part.pairs for part in parts if part is not None)
+    return sum(tile.pairs for tile in tiles_between(layout, mask, q, kv))
 
 
 def timeline(schedule: Schedule, layout: Layout, mask: Mask) -> Timeline:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ringspan.geometry import Grid, Layout, Mask, tiles
+from ringspan.geometry import Grid, Layout, Mask, Tile, tiles
 from ringspan.schedule import Action, Attend, Piece, Schedule, ScheduleBuilder, Send
 
 
@@ -52,6 +52,14 @@ def block(layout: Layout, mask: Mask, q_rank: int, k_rank: int, keys: tuple[int,
         return None
     q = Piece("q", q_rank, min(tile.q_start for tile in found), max(tile.q_stop for tile in found))
     return q, Piece("kv", k_rank, min(tile.k_start for tile in found), max(tile.k_stop for tile in found))
+
+
+def is_seen_whole(found: list[Tile], mask: Mask) -> bool:
+    """Whether the tiles of two pieces are one, all of whose queries see all of its keys, whatever their positions.
+
+    Keys of several shards that the same queries see so may be one kernel call.
+    """
+    return len(found) == 1 and found[0].kind == "full" and mask.mod is None
 
 
 def hull(pieces: list[Piece]) -> Piece:

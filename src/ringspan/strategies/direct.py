@@ -19,7 +19,7 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, tiles
 from ringspan.geometry.span import split_evenly
 from ringspan.schedule import Piece, Schedule, ScheduleBuilder
-from ringspan.strategies.common import Schedules, block, hull, straight_backward
+from ringspan.strategies.common import Schedules, block, hull, is_seen_whole, straight_backward
 
 
 def direct(layout: Layout, mask: Mask, shards_at_once: int = 1) -> Schedules:
@@ -39,12 +39,9 @@ def direct(layout: Layout, mask: Mask, shards_at_once: int = 1) -> Schedules:
     if shards_at_once < 1:
         raise RingspanError(f"direct with shards_at_once={shards_at_once}", "", "A rank attends to at least one", "shards_at_once=1")
     groups = [_groups(layout, mask, rank, shards_at_once) for rank in range(layout.num_ranks)]
-    if shards_at_once == 1:
-        forward = backward = _schedule(layout, mask, groups)
-    else:
-        forward, backward = (
-            _schedule(layout, mask, [sorted(found, key=lambda owners: sign * len(owners)) for found in groups]) for sign in (1, -1)
-        )
+    forward, backward = (
+        _schedule(layout, mask, [sorted(found, key=len, reverse=fewest_last) for found in groups]) for fewest_last in (False, True)
+    )
     return Schedules(forward, straight_backward(backward), layout)
 
 
@@ -69,15 +66,11 @@ def _schedule(layout: Layout, mask: Mask, groups: Iterable[list[list[int]]]) -> 
 
 def _groups(layout: Layout, mask: Mask, rank: int, at_once: int) -> list[list[int]]:
     """The owners of the shards that `rank` reads: together those of which all the same queries see all, at most `at_once` of them."""
-    num_ranks = layout.num_ranks
-    owners = [owner for hops in range(1, num_ranks) if block(layout, mask, rank, owner := (rank - hops) % num_ranks) is not None]
-    if at_once == 1:
-        return [[owner] for owner in owners]
     by_queries: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for owner in owners:
-        found = tiles(layout, mask, rank, owner)
-        whole = len(found) == 1 and found[0].kind == "full"
-        by_queries[(found[0].q_start, found[0].q_stop) if whole else (owner,)].append(owner)
+    for owner in ((rank - hops) % layout.num_ranks for hops in range(1, layout.num_ranks)):
+        if found := list(tiles(layout, mask, rank, owner)):
+            joins = at_once > 1 and is_seen_whole(found, mask)
+            by_queries[(found[0].q_start, found[0].q_stop) if joins else (owner,)].append(owner)
     return [
         [alike[index] for index in span] for alike in by_queries.values() for span in split_evenly(len(alike), -(-len(alike) // at_once))
     ]

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ringspan.geometry import Layout, Mask, tiles
+from ringspan.geometry import Layout, Mask
 from ringspan.schedule import Action, Attend, Piece, PieceBytes, Receive, Schedule, Send, send_bytes
-from ringspan.schedule.draw import pairs_between
+from ringspan.schedule.draw import pairs_between, tiles_between
+from ringspan.strategies.common import is_seen_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +125,20 @@ class Prices:
         return self.machine.launch_seconds / 4 if isinstance(action, (Send, Receive)) else 0.0
 
 
-def _calls(layout: Layout, mask: Mask, attend: Attend) -> tuple[tuple[int, int], ...]:
+def _calls(layout: Layout, mask: Mask, attend: Attend) -> list[tuple[int, int]]:
     """(rows, keys) of the kernel calls of an attend, where keys that all the same queries see are one's."""
     together: dict[tuple[int, int], int] = {}
     apart: list[tuple[int, int]] = []
     for kv in attend.kvs:
-        clipped = (tile.clipped(attend.q.start, attend.q.stop, kv.start, kv.stop) for tile in tiles(layout, mask, attend.q.owner, kv.owner))
-        found = [tile for tile in clipped if tile is not None]
-        if len(found) == 1 and found[0].kind == "full" and mask.mod is None:
+        found = tiles_between(layout, mask, attend.q, kv)
+        if is_seen_whole(found, mask):
             rows = found[0].q_start, found[0].q_stop
             together[rows] = together.get(rows, 0) + found[0].num_keys
         elif found:
             # However many tiles there are of one shard, the kernel computes them in one go, or in few.
             rows = max(tile.q_stop for tile in found) - min(tile.q_start for tile in found)
             apart.append((rows, max(tile.k_stop for tile in found) - min(tile.k_start for tile in found)))
-    return (*apart, *((stop - start, keys) for (start, stop), keys in together.items()))
+    return apart + [(stop - start, keys) for (start, stop), keys in together.items()]
 
 
 def forecast(schedule: Schedule, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> Forecast:

@@ -11,6 +11,9 @@ from ringspan.training.plan import RunFiles
 
 _MARK = ".torchrun"
 
+GOING_ON = "--resume, which goes on from the last checkpoint; before there is one, another --out"
+"""What to try after a run ended on its way."""
+
 
 def free_folder(wanted: Path) -> Path:
     """`wanted`, or the first of `wanted-2`, `wanted-3` … that does not exist yet."""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ringspan.errors import RankFailure, RingspanError
+from ringspan.training.folders import GOING_ON
 from ringspan.training.loop import Outcome
-from ringspan.training.manifest import GOING_ON
 from ringspan.training.plan import Plan
 from ringspan.training.post import Post, Report
 from ringspan.transport import start_ranks

@@ -21,10 +21,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-GOING_ON = "--resume, which goes on from the last checkpoint; before there is one, another --out"
-"""What to try after a run ended on its way."""
-
-
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that whoever reads it, whenever this process is killed, finds all of the old text or all of the new."""
     partial = path.with_name(f".{path.name}.partial")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from ringspan.errors import RingspanError
-from ringspan.training.manifest import GOING_ON, write_whole
+from ringspan.training.folders import GOING_ON
+from ringspan.training.manifest import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

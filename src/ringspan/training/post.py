@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ringspan.errors import RingspanError
+from ringspan.training.folders import GOING_ON
 from ringspan.training.loop import Outcome
-from ringspan.training.manifest import GOING_ON, write_whole
+from ringspan.training.manifest import write_whole
 from ringspan.training.ranks import is_peer_loss
 
 PLAN, STOP = "plan.json", "stop"
