@@ -35,13 +35,13 @@ def test_every_strategy_computes_every_allowed_pair_exactly_once_and_no_other(
 
 @pytest.mark.parametrize("change", [{"low": 1}, {"low": -1}, {"k_start": 1}])
 def test_law_3_fails_where_a_tile_is_cut_wrong(change: dict[str, int], monkeypatch: pytest.MonkeyPatch):
-    right = program.tiles
+    right = program.tiles_between
 
-    def wrong(layout, mask, q_rank, k_rank):
-        found = right(layout, mask, q_rank, k_rank)
-        return (replace(found[0], **change), *found[1:]) if q_rank == k_rank == 1 else found
+    def wrong(layout, mask, q, kv):
+        found = right(layout, mask, q, kv)
+        return [replace(found[0], **change), *found[1:]] if q.owner == kv.owner == 1 else found
 
-    monkeypatch.setattr(program, "tiles", wrong)
+    monkeypatch.setattr(program, "tiles_between", wrong)
     with pytest.raises(AssertionError, match=r"is computed [02] times|is computed 1 times, and the mask says False"):
         check_pairs("ring", layout_of("contiguous", 12, 3), "causal")
 
