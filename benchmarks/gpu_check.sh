@@ -16,6 +16,8 @@ visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
 export PET_MASTER_PORT=$((29500 + ${visible%%,*}))
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count())'
 kernel=${KERNEL:-flash4}
+# FlashAttention-4 compiles for 15 s for each kind of tile: once on a machine, not once in each of these processes.
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=${FLASH_ATTENTION_CUTE_DSL_CACHE_DIR:-/tmp/flash4_kernels}
 # keep: renews the archive; who reads it finds the old one or the new one, whole.
 keep() {
   tar czf "$kept/.${parts// /-}.partial" --exclude 'checkpoint*' -C "$out" . && mv "$kept/.${parts// /-}.partial" "$kept/${parts// /-}.tgz"
@@ -61,7 +63,7 @@ for part in $parts; do
       # What is run by ranks with a GPU each; the rest of tests/gpu needs one GPU.
       timeout 300 python3 -m pytest -q tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark 2>&1 | tail -30 ;;
     correct)
-      # Beside what needs all GPUs to itself. FlashAttention-4 compiles for 15 s for each kind of tile: many at a time.
+      # Beside what needs all GPUs to itself.
       CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
         CUDA_VISIBLE_DEVICES=${visible##*,} timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
@@ -111,7 +113,7 @@ for part in $parts; do
       # Where the time of a step goes, by kind of kernel, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
-      grep -E ' ms +(attention|matrix|messages|copies|fills|fused|elementwise)' "$out/step.log" ;;
+      grep -E ' ms +(attention|matrix|messages|copies|fills|waits|elementwise)' "$out/step.log" ;;
     parts)
       # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -137,9 +137,9 @@ def plain(arguments: argparse.Namespace, device: torch.device, shape: LayerShape
 
 KINDS = {
     "attention": ("flash", "fmha", "sdpa"), "matrix products": ("nvjet", "gemm", "cutlass", "xmma"), "messages": ("nccl",),
-    "copies": ("Memcpy", "memcpy"), "fills": ("Memset", "FillFunctor"), "fused": ("triton",),
+    "copies": ("Memcpy", "memcpy"), "fills": ("Memset", "FillFunctor"), "waits": ("wait_signal", "put_signal"),
 }  # fmt: skip
-"""What kernels belong to, by what their names hold; the rest is elementwise work."""
+"""What kernels belong to, by what their names hold; the rest is elementwise work. Waits for peers run beside the rest."""
 
 
 def profiled(work: Callable[[], object]) -> None:

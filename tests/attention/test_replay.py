@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import ringspan
 from ringspan.attention import checks
 from ringspan.attention.replay import EAGER_CALLS, Replays
 from ringspan.errors import RingspanError
+from ringspan.kernels import KERNELS
 from ringspan.transport import SingleRank
 
 LENGTH, RANKS = 24, 2
@@ -200,3 +202,14 @@ def test_it_is_refused_where_nothing_can_be_captured():
         ringspan.run_in_process(RANKS, run)
     with pytest.raises(RingspanError, match="cuda_graphs=1"):
         ringspan.ContextParallel(cuda_graphs=1)  # type: ignore[arg-type]
+
+
+def test_what_goes_through_nccl_is_refused_where_anything_is_sent():
+    kernel = KERNELS["flash2"]
+
+    def refusal(size: int, through_peers: bool) -> RingspanError | None:
+        transport: Any = SimpleNamespace(size=size)
+        return checks.replay_refusal("cuda", kernel, transport, through_peers)
+
+    assert refusal(2, True) is None and refusal(1, False) is None
+    assert "destroy_process_group" in str(refusal(2, False))

@@ -5,23 +5,26 @@ torchrun --nproc-per-node 2 tests/gpu/replay_ranks.py
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import ringspan
 from ringspan.attention.replay import EAGER_CALLS
+from ringspan.errors import RingspanError
+from tests.gpu.torchrun import PATIENCE
 
 LENGTHS = (1000, 4097)
 WAYS: dict[str, dict[str, Any]] = {
     "ring": {},
-    "ring over NCCL": {"transport": "process_group"},
     "direct": {"strategy": "direct", "shards_at_once": 2},
     "ulysses": {"strategy": "ulysses"},
-    "two heads at a time": {"kv_heads_per_stage": 2},
 }
+REFUSED: dict[str, dict[str, Any]] = {"ring over NCCL": {"transport": "process_group"}, "two heads at a time": {"kv_heads_per_stage": 2}}
 
 
 def tensors(length: int, device: torch.device) -> list[torch.Tensor]:
@@ -39,6 +42,7 @@ def both(sequence: ringspan.Sequence, given: list[torch.Tensor]) -> list[torch.T
 
 def main() -> None:
     """Raises where a replay differs in a bit from launches."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
@@ -64,6 +68,11 @@ def main() -> None:
         assert replayed.replays is not None and replayed.replays.number >= 4, name
         if dist.get_rank() == 0:
             print(f"{name}: {replayed.replays.number} graphs", flush=True)
+    for options in REFUSED.values():
+        sequence = ringspan.ContextParallel(kernel="flash2", cuda_graphs=True, **options).sequence(LENGTHS[0])
+        with pytest.raises(RingspanError, match="destroy_process_group"):
+            both(sequence, tensors(sequence.shard_length, device))
+    # While there are graphs.
     dist.destroy_process_group()
 
 

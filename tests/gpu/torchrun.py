@@ -11,6 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 90
+"""Seconds after which a rank says where it stands, and ends."""
 
 
 def printed_by_ranks(program: str, ranks: int) -> str:
@@ -18,7 +20,8 @@ def printed_by_ranks(program: str, ranks: int) -> str:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{torch.cuda.device_count()} CUDA devices here: a rank has one of its own")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"tests/gpu/{program}"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": ":".join(paths)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE + 30, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
     return ended.stdout

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringspan.transformer.fused import Norm, fused_gate, fused_rms_norm, rms_norm
+from ringspan.transformer.fused import Norm, fused_gate, fused_rms_norm, fused_rotate, rms_norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bfloat16 off where a GPU rounds.
@@ -65,8 +65,37 @@ def check_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             assert relative(ours, true) <= 1.05 * relative(theirs, true) + 2e-6, (shape, dtype, relative(ours, true))
 
 
+ROTATED = ((1, 1, 3, 8, 1), (2, 5, 37, 64, 2), (2, 32, 9, 128, 1), (1, 3, 11, 80, 1), (2, 2, 0, 64, 2), (1, 9, 7, 256, 1))
+"""Batch, heads, positions, head_dim, and for how many of the batch there are angles."""
+
+
+def check_rotation(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    """The specification and its gradient: bit for bit where every step is rounded, from queries as projections leave them."""
+    torch.manual_seed(2)
+    batch, heads, length, head_dim, angles = shape
+    x = torch.randn(batch, length, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
+    # Both halves differ, as they do not in a model.
+    cos, sin = torch.randn(2, angles, length, head_dim, device=DEVICE).to(dtype)
+
+    def run(function, dy: Tensor) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, cos, sin)
+        return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+
+    together = torch.randn(batch, length, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
+    # A gradient in memory as it pleases, its heads apart, and its columns.
+    for dy in (together, together.contiguous(), together.transpose(2, 3).contiguous().transpose(2, 3)):
+        for ours, theirs in zip(run(fused_rotate, dy), run(rotate, dy), strict=True):
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            assert torch.equal(ours, theirs) if dtype == HALF else relative(ours, theirs) < 1e-6 or not ours.numel(), (shape, dtype)
+            assert ours.transpose(1, 2).is_contiguous()
+
+
 def main() -> None:
     """Every shape, dtype and kind."""
+    for shape in ROTATED:
+        for dtype in (torch.float32, HALF):
+            check_rotation(shape, dtype)
     for shape in SHAPES:
         for dtype in (torch.float32, HALF):
             check_gate(shape, dtype)

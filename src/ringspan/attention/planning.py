@@ -64,8 +64,6 @@ def make_plan(
         kernel = KERNELS["reference"]
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
-    if context.replays is not None and (refused := checks.replay_refusal(q.device.type, kernel, transport)) is not None:
-        raise refused
     schedules, choice = _choose(sequence, q, k, kernel)
     exchange, first_head = None, 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
@@ -82,6 +80,10 @@ def make_plan(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
+    peers = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
+    replayed = context.replays is not None
+    if replayed and (refused := checks.replay_refusal(q.device.type, kernel, transport, peers is not None)) is not None:
+        raise refused
     plan = Plan(
         forward,
         backward,
@@ -92,7 +94,7 @@ def make_plan(
         materialised,
         context.kv_heads_per_stage,
         lse_refusal,
-        _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None),
+        peers,
         return_lse,
         context.replays,
     )

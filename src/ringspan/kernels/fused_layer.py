@@ -1,4 +1,5 @@
-"""The elementwise parts of a decoder layer as Triton kernels, each one pass over memory: RMSNorm and the gated SiLU, forward and backward.
+"""The elementwise parts of a decoder layer as Triton kernels, each one pass over memory, forward and backward: RMSNorm, the gated SiLU, and
+the rotary embedding.
 
 Every rounding that transformers makes on the way forward is made here, at the same place; between it all is float32. What they compute is
 written in plain torch in `ringspan.transformer.fused`.
@@ -81,6 +82,37 @@ def _gated_backward(gate, up, dout, dgate, dup, elements, BLOCK: tl.constexpr):
     tl.store(dgate + place, (d * u * share * (1.0 + g * (1.0 - share))).to(dgate.dtype.element_ty), inside)
 
 
+@triton.jit
+def _rotate(
+    x, cos, sin, y, length, heads, half, x_batch, x_position, x_head, angles_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, position = row // length, row % length
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (column < half)
+    angle = batch * angles_batch + position * 2 * half + column
+    cos_left = tl.load(cos + angle, column < half, other=0.0).to(tl.float32)
+    cos_right = tl.load(cos + angle + half, column < half, other=0.0).to(tl.float32)
+    sin_left = tl.load(sin + angle, column < half, other=0.0).to(tl.float32)
+    sin_right = tl.load(sin + angle + half, column < half, other=0.0).to(tl.float32)
+    read = x + batch * x_batch + position * x_position + head.to(tl.int64) * x_head + column
+    left = tl.load(read, inside, other=0.0).to(tl.float32)
+    right = tl.load(read + half, inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        # The transposed rotation: what the left half gave to the right comes back, and the other way round.
+        turned_left, turned_right = right * sin_right, -(left * sin_left)
+    else:
+        turned_left, turned_right = -(right * sin_left), left * sin_right
+    dtype: tl.constexpr = y.dtype.element_ty
+    new_left = (left * cos_left).to(dtype).to(tl.float32) + turned_left.to(dtype).to(tl.float32)
+    new_right = (right * cos_right).to(dtype).to(tl.float32) + turned_right.to(dtype).to(tl.float32)
+    write = y + (row * heads + head) * 2 * half + column
+    tl.store(write, new_left.to(dtype), inside)
+    tl.store(write + half, new_right.to(dtype), inside)
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float, one_plus: bool, dtype: torch.dtype) -> Tensor:
     """`x [rows, hidden]`, its rows anywhere, to `[rows, hidden]` of `dtype`, contiguous."""
     rows, hidden = x.shape
@@ -124,6 +156,27 @@ def gated_backward(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tens
             gate, up, dout, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8
         )
     return dgate, dup
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """`x [batch, heads, seq, head_dim]` turned by the angles, or by the transposed rotation; in memory as `[batch, seq, heads, head_dim]`.
+
+    Args:
+        x: its last dimension contiguous.
+        cos: `[batch or 1, seq, head_dim]`, contiguous, of the dtype of x.
+        sin: likewise.
+        backward: which of both.
+    """
+    batch, heads, length, head_dim = x.shape
+    y = torch.empty((batch, length, heads, head_dim), dtype=x.dtype, device=x.device)
+    if y.numel():
+        width = triton.next_power_of_2(head_dim // 2)
+        together = min(triton.next_power_of_2(heads), max(1, BLOCK // width))
+        _rotate[(batch * length, triton.cdiv(heads, together))](  # pyright: ignore[reportIndexIssue]
+            x, cos, sin, y, length, heads, head_dim // 2, x.stride(0), x.stride(2), x.stride(1), cos.stride(0) if cos.shape[0] > 1 else 0,
+            HEADS=together, WIDTH=width, BACKWARD=backward, num_warps=4,
+        )  # fmt: skip
+    return y.transpose(1, 2)
 
 
 def _warps(width: int) -> int:

@@ -60,6 +60,12 @@ def feed_forward_of(layer: nn.Module) -> nn.Module:
     )
 
 
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a decoder layer, where it has one under the name that transformers gives it."""
+    found = getattr(layer, "self_attn", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def replace_forward(module: nn.Module, forward: Callable[..., Any], slot: str = _REPLACED) -> None:
     """Makes `module` call `forward(module, …)`; the forward that it had is `original_forward(module)`.
 

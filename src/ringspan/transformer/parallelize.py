@@ -15,9 +15,10 @@ from ringspan.attention.checks import problem_of
 from ringspan.errors import RingspanError
 from ringspan.transformer.axes import Group, Names, find_axes
 from ringspan.transformer.blockwise import blockwise, check_position_wise, norms_of
+from ringspan.transformer.fused import fuse_rotation
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
-from ringspan.transformer.layers import causal_model, decoder, decoder_layers, feed_forward_of
+from ringspan.transformer.layers import attention_of, causal_model, decoder, decoder_layers, feed_forward_of
 from ringspan.transformer.memory import (
     CPU_BYTES,
     auto_feed_forward_chunk,
@@ -167,6 +168,10 @@ def parallelize(
         **more,
     )
     store = None if chosen.offload is None else make_store(device, chosen.offload)
+    # First, so that what a tensor axis puts around a layer's attention stays around it.
+    for layer in decoder_layers(model):
+        if (attention := attention_of(layer)) is not None:
+            fuse_rotation(attention)
     pieces = None
     if axes.tensor is not None:
         from ringspan.transformer.tensor_parallel import split_model

@@ -31,7 +31,15 @@ from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.blockwise import norms_of
 from ringspan.transformer.fused import feed_forward
-from ringspan.transformer.layers import causal_model, decoder, decoder_layers, feed_forward_of, original_forward, replace_forward
+from ringspan.transformer.layers import (
+    attention_of,
+    causal_model,
+    decoder,
+    decoder_layers,
+    feed_forward_of,
+    original_forward,
+    replace_forward,
+)
 from ringspan.transformer.pieces import TensorGroup
 from ringspan.transformer.plain_parameters import Role, bias_apart, plain_parameters, role_of, set_role, using
 
@@ -109,8 +117,7 @@ def _roles(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _attention_of(layer: nn.Module) -> nn.Module:
-    found = getattr(layer, "self_attn", None)
-    if isinstance(found, nn.Module):
+    if (found := attention_of(layer)) is not None:
         return found
     raise UnsupportedError(
         f"the attention of a {type(layer).__name__}", "it has no part named self_attn", "Parts are found as transformers names them"
