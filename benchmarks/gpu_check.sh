@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|soak|steps|account|parts|reach|host|timeline|run|
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|host|timeline|run|
 #   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -88,9 +88,9 @@ for part in $parts; do
       bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      bench many_heads 200 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
-      bench many_narrow 100 --kernel "$kernel" --strategy direct:shards_at_once=2,auto --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
-    long) bench long 200 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
+      bench many_heads 200 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
+      bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+    long) bench long 300 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
       bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;
@@ -104,6 +104,9 @@ for part in $parts; do
       bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
       bench kernels 90 --kernel "flash4,cudnn,flash2,auto" --strategy ring --length 2048,8192,32768 --launch graph --peers none ;;
     ablate) bench ablation 120 --kernel "$kernel" --strategy ring --length 8192,32768 --ablate --peers none ;;
+    memory)
+      # What holds more at a time than a ring does.
+      bench memory 120 --kernel "$kernel" --strategy ulysses,ring,ring:kv_heads_per_stage=1 --length 8192,32768 --peers none ;;
     soak) timeout 150 torchrun --nproc-per-node "$gpus" benchmarks/soak.py --steps "${STEPS:-1000}" 2>&1 | grep -v -i warn | tail -4 ;;
     steps)
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
