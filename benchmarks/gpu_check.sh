@@ -28,7 +28,7 @@ trap 'kill $(jobs -p) 2> /dev/null; wait; keep; exit 143' TERM
 bench() {
   local name=$1 seconds=$2; shift 2
   timeout "$seconds" python3 -m ringspan.cli.main bench --device cuda --one-device "$kernel" --json "$out/$name.json" \
-    --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1 &
+    --samples "${SAMPLES:-20}" --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1 &
   wait $!
   echo "bench $name: $?"
   grep -E '^(ring|direct|all_gather|ulysses|pass_query|auto|one device|rfa|yunch|pytorch|error|ended|passed|refused|wrong|failed)|tokens a device on' "$out/$name.log" | cut -c1-150
@@ -90,7 +90,7 @@ for part in $parts; do
     many_heads)
       bench many_heads 200 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
       bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
-    long) bench long 300 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
+    long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
       bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;

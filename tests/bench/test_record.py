@@ -53,6 +53,19 @@ def test_ratios_are_of_medians_of_samples_launched_in_the_same_way(report: Bench
     assert report.ratio(report.records[0], "forward") is None and auto.label.startswith("auto")
 
 
+def test_a_ratio_is_of_the_samples_that_were_taken_in_turns(report: BenchReport):
+    turns = {"forward": ("cudnn", Timing((6.0, 8.0, 4.0), 1))}
+    ring = replace(report.records[3], beside=turns)
+    assert report.ratio(ring, "forward") == 6.0 / 4 / 2.0 == report.ratio_to_same_kernel(ring, "forward")
+    assert report.ratio(ring, "both") == report.ratio(report.records[3], "both"), "of that pass alone"
+    other = replace(ring, kernel="flash4")
+    assert report.ratio(other, "forward") == 6.0 / 4 / 2.0
+    assert report.ratio_to_same_kernel(other, "forward") == 6.0 / 4 / 2.0, "flash4's own median, 6"
+    found = replace(report, records=(*report.records[:3], ring)).as_json()["records"][3]["passes"]
+    assert found["forward"]["one_device_samples_ms"] == [6.0, 8.0, 4.0] and found["forward"]["one_device_kernel"] == "cudnn"
+    assert found["both"]["one_device_samples_ms"] is None
+
+
 def test_tflops_count_the_pairs_of_the_mask_on_one_device(report: BenchReport):
     ring = report.records[3]
     flops = 4 * 64 * 8 * (2048 * 2049 // 2)

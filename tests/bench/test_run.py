@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from ringspan.bench import Bench, Clock, Grid, Meter, Record
 from ringspan.bench import run as running
 from ringspan.bench.energy import joules
 from ringspan.bench.overlap import Awaited
+from ringspan.kernels import KERNELS
 from ringspan.transport import Parcel, SingleRank
 
 CLOCK = Clock(torch.device("cpu"), SingleRank(), warmup=1, samples=10)
@@ -42,8 +44,60 @@ def test_a_graph_is_timed_beside_a_graph(monkeypatch: pytest.MonkeyPatch):
     assert [(record.kind, record.launch, record.status) for record in found] == [
         (kind, launch, "timed") for kind in ("one device", "ringspan") for launch in ("eager", "graph")
     ]
-    halves = {record.kind: len(record.timings["both"].samples_ms) for record in found}
-    assert halves == {"one device": CLOCK.samples, "ringspan": CLOCK.samples}, "one device half before and half after"
+    for alone, ours in zip(found[:2], found[2:], strict=True):
+        for which in ("forward", "both"):
+            kernel, beside = ours.beside[which]
+            assert kernel == alone.kernel and len(ours.timings[which].samples_ms) == len(beside.samples_ms) == CLOCK.samples
+            assert alone.timings[which].samples_ms[CLOCK.samples // 2 :] == beside.samples_ms, "and half as many before"
+
+
+def test_what_is_timed_in_turns_is_called_in_turns():
+    called: list[str] = []
+
+    def take(name: str, milliseconds: float) -> None:
+        called.append(name)
+        time.sleep(milliseconds / 1e3)
+
+    clock = Clock(torch.device("cpu"), SingleRank(), warmup=2, samples=3)
+    long, short = clock.in_turns(lambda: take("long", 6.0), lambda: take("short", 2.0))
+    # Two calls each before; then samples of 5 ms at least.
+    assert called[:4] == ["long"] * 2 + ["short"] * 2 and long.repeats == 1 and short.repeats > 1
+    assert called[4:] == (["long"] + ["short"] * short.repeats) * 3
+    assert len(long.samples_ms) == len(short.samples_ms) == 3 and min(long.samples_ms) >= 6.0 > 2.0 <= min(short.samples_ms)
+
+
+def test_only_kernels_that_nothing_was_timed_beside_have_their_other_half_after_it_all(monkeypatch: pytest.MonkeyPatch):
+    slow = KERNELS["reference"].forward
+
+    def slower(*given):
+        time.sleep(0.02)
+        return slow(*given)
+
+    monkeypatch.setattr(KERNELS["reference"], "forward", slower)
+    grid = Grid(
+        num_ranks=1, tokens=(40,), heads=((4, 2),), head_dims=(16,), dtypes=("float32",), strategies=("ring",),
+        baselines=("torch_cpu", "reference"), kernels=("torch_cpu", "reference"),
+    )  # fmt: skip
+    found = Bench(CLOCK, Meter("there is none")).run(grid)
+    counts = {record.name: len(record.timings["both"].samples_ms) for record in found if record.kind == "one device"}
+    assert counts == {"reference": CLOCK.samples, "torch_cpu": CLOCK.samples // 2 + 2 * CLOCK.samples}
+
+
+def test_without_the_memory_for_both_they_are_timed_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    whole = running.one_device
+
+    def scarce(kernel, shape, inputs):
+        calls.append(kernel)
+        if len(calls) in (2, 3):
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(kernel, shape, inputs)
+
+    monkeypatch.setattr(running, "one_device", scarce)
+    grid = Grid(num_ranks=1, tokens=(40,), heads=((4, 2),), head_dims=(16,), dtypes=("float32",), strategies=("ring",))
+    alone, ours = Bench(CLOCK, Meter("there is none")).run(grid)
+    assert ours.is_timed and not ours.beside and len(calls) == 4
+    assert len(alone.timings["both"].samples_ms) == CLOCK.samples
 
 
 def test_a_graph_that_replays_something_else_is_wrong_on_both_sides(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,11 @@ class Timing:
     samples_ms: tuple[float, ...]
     repeats: int
 
+    @property
+    def median_ms(self) -> float:
+        """The median sample."""
+        return statistics.median(self.samples_ms)
+
     def with_more(self, others: Timing) -> Timing:
         """All samples together."""
         return replace(self, samples_ms=(*self.samples_ms, *others.samples_ms))
@@ -52,17 +58,32 @@ class Clock:
 
     @property
     def half(self) -> Clock:
-        """Of half as many samples, one more where they are odd: for what is timed before and after something else."""
+        """Of half as many samples, one more where they are odd: for what is timed at other times too."""
         return replace(self, samples=(self.samples + 1) // 2)
 
     def time(self, work: Callable[[], object]) -> Timing:
         """Warms up, finds out in the last call of that how often to repeat, and takes the samples. Collective."""
+        return self.in_turns(work)[0]
+
+    def in_turns(self, *works: Callable[[], object]) -> tuple[Timing, ...]:
+        """The same of several, a sample of each in turn. Collective.
+
+        A GPU at its power limit slows down and recovers within tenths of a second, by a tenth and more: what is to be compared must meet it
+        in the same states.
+        """
+        repeats = [self._repeats(work) for work in works]
+        mine = [[self._sample(work, number) for work, number in zip(works, repeats, strict=True)] for _ in range(self.samples)]
+        by_rank = self.transport.gather_objects(mine)
+        return tuple(
+            Timing(slowest([[sample[place] for sample in samples] for samples in by_rank]), number) for place, number in enumerate(repeats)
+        )
+
+    def _repeats(self, work: Callable[[], object]) -> int:
+        """How often to call `work` in a sample; warms up."""
         for _ in range(self.warmup - 1):
             work()
         once = max(self.transport.gather_objects(self._sample(work, 1)))
-        repeats = min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
-        mine = [self._sample(work, repeats) for _ in range(self.samples)]
-        return Timing(slowest(self.transport.gather_objects(mine)), repeats)
+        return min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
 
     def _sample(self, work: Callable[[], object], repeats: int) -> float:
         """Milliseconds of a call. The ranks start together; what each does after that is its own."""

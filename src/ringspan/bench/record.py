@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +34,7 @@ class Record:
         errors: by tensor.
         budgets: by tensor.
         timings: by pass.
+        beside: by pass, the kernel on one device that it was timed in turns with, and that one's samples; empty where it was not.
         bytes_sent: over all links in one forward and one backward, as the transport counted them; None where it does not.
         bytes_promised: the same, as the schedule has them.
         extra_bytes: by pass, beyond inputs and results, of the rank that held most, `peer_bytes` included.
@@ -55,6 +55,7 @@ class Record:
     errors: Mapping[str, Error] = field(default_factory=dict)
     budgets: Mapping[str, Budget] = field(default_factory=dict)
     timings: Mapping[str, Timing] = field(default_factory=dict)
+    beside: Mapping[str, tuple[str, Timing]] = field(default_factory=dict)
     bytes_sent: int | None = None
     bytes_promised: int | None = None
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Record:
 
     def median_ms(self, which: str) -> float:
         """The median sample of a pass."""
-        return statistics.median(self.timings[which].samples_ms)
+        return self.timings[which].median_ms
 
     def share_ms(self, which: str) -> float:
         """The same as a device's share: for the one-device kernel, its time divided by the number of devices."""
@@ -133,11 +134,18 @@ class BenchReport:
         return min(timed, key=lambda record: record.median_ms(which), default=None)
 
     def ratio(self, record: Record, which: str) -> float | None:
-        """The best one-device kernel's time over the number of devices, over the time of `record`, both launched in the same way."""
+        """The best one-device kernel's time over the number of devices, over the time of `record`, both launched in the same way.
+
+        Where they were timed in turns, of those samples alone.
+        """
+        if which in record.beside:
+            return self._in_turns(record, which)
         return self._against(self.best_one_device(record.shape, record.launch, which), record, which)
 
     def ratio_to_same_kernel(self, record: Record, which: str) -> float | None:
         """The same against the kernel that `record` itself computes with."""
+        if which in record.beside and record.beside[which][0] == record.kernel:
+            return self._in_turns(record, which)
         same = [other for other in self.of(record.shape, "one device") if other.is_timed and other.launch == record.launch]
         return self._against(next((other for other in same if other.name == record.kernel), None), record, which)
 
@@ -162,6 +170,11 @@ class BenchReport:
         if baseline is None or not record.is_timed or record.kind == "one device":
             return None
         return baseline.share_ms(which) / record.median_ms(which)
+
+    @staticmethod
+    def _in_turns(record: Record, which: str) -> float:
+        _, alone = record.beside[which]
+        return alone.median_ms / record.shape.num_ranks / record.median_ms(which)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -195,13 +208,15 @@ class BenchReport:
         }
         for which in record.timings:
             best = self.best_one_device(shape, record.launch, which)
+            kernel, alone = record.beside.get(which, (None if best is None else best.name, None))
             made["passes"][which] = {
                 "samples_ms": list(record.timings[which].samples_ms),
                 "repeats": record.timings[which].repeats,
                 "median_ms": record.median_ms(which),
                 "tflops_per_device": record.tflops(which),
                 "ratio_to_one_device": self.ratio(record, which),
-                "one_device_kernel": None if best is None else best.name,
+                "one_device_kernel": kernel,
+                "one_device_samples_ms": None if alone is None else list(alone.samples_ms),
                 "ratio_to_same_kernel": self.ratio_to_same_kernel(record, which),
                 "ratio_to_peers": {} if record.kind == "peer" else self.ratios_to_peers(record, which),
             }

@@ -91,6 +91,7 @@ class _Problem:
     single: dict[str, Mapping[str, Error]] = field(default_factory=dict)
     wrong_alone: set[str] = field(default_factory=set)
     alone: list[int] = field(default_factory=list)
+    whole: Inputs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +104,7 @@ class _Problem:
     def run(self) -> None:
         """Baselines, settings, peers."""
         try:
-            inputs = self.inputs()
+            inputs = self.whole = self.inputs()
             self.yardstick = dense_yardstick(self.shape, inputs)
         except torch.OutOfMemoryError as error:
             self.keep(Record(kind="ringspan", name="inputs", shape=self.shape, status="failed", reason=one_line(error)))
@@ -164,15 +165,19 @@ class _Problem:
                 self.keep(checked)
 
     def _one_device_again(self, inputs: Inputs) -> None:
-        """The other half of the samples, after what they are compared with: a device that has grown warm is slower by some hundredths."""
+        """The other half of the samples of those that nothing was timed in turns with, after all that they are compared with.
+
+        A device that has grown warm is slower by some hundredths.
+        """
         for place in self.alone:
             record = self.records[place]
+            short = [which for which in PASSES if len(record.timings[which].samples_ms) < self.bench.clock.samples]
             with releasing(self.device):
                 passes, _ = one_device(record.kernel, self.shape, inputs)
 
-                def measure(record: Record = record, passes: Passes = passes) -> Record:
+                def measure(record: Record = record, passes: Passes = passes, short: list[str] = short) -> Record:
                     timings = dict(record.timings)
-                    for which in PASSES:
+                    for which in short:
                         work = getattr(passes, which)
                         work = captured(work) if record.launch == "graph" else work
                         timings[which] = timings[which].with_more(self.bench.clock.half.time(work))
@@ -312,7 +317,7 @@ class _Problem:
                     work = captured(work)
                     if which == "both" and not (checked := self._replayed(record, work, passes)).is_timed:
                         return checked
-                made = replace(made, timings={which: clock.time(work), **made.timings})
+                made = self._sampled(made, which, work, clock)
                 spent = joules(self.bench.meter, clock, work, made.median_ms(which))
                 made = replace(
                     made,
@@ -326,6 +331,31 @@ class _Problem:
         if (made := self._attempt(record, measure)) is not None:
             self.keep(made)
         return made if made is not None and made.is_timed else None
+
+    def _sampled(self, record: Record, which: str, work: Callable[[], object], clock: Clock) -> Record:
+        """`record` with the samples of one pass, in turns with the fastest kernel on one device where it is ringspan's. Collective."""
+        launched = [place for place in self.alone if self.records[place].launch == record.launch]
+        fastest = min(launched, key=lambda place: self.records[place].median_ms(which), default=None)
+        beside = None if fastest is None or record.kind != "ringspan" else self._alone(self.records[fastest], which)
+        if fastest is None or beside is None:
+            return replace(record, timings={which: clock.time(work), **record.timings})
+        timing, other = clock.in_turns(work, beside)
+        alone = self.records[fastest]
+        self.records[fastest] = replace(alone, timings={**alone.timings, which: alone.timings[which].with_more(other)})
+        self.watch.timed_again(self.records)
+        return replace(record, timings={which: timing, **record.timings}, beside={which: (alone.kernel, other), **record.beside})
+
+    def _alone(self, record: Record, which: str) -> Callable[[], object] | None:
+        """What a record of one device timed, or None where a rank lacks the memory for it beside what is timed now. Collective."""
+        try:
+            passes, _ = one_device(record.kernel, self.shape, self.inputs() if self.whole is None else self.whole)
+            call = getattr(passes, which)
+            made = captured(call) if record.launch == "graph" else call
+            made()
+            work: Callable[[], object] | None = made
+        except torch.OutOfMemoryError:
+            work = None
+        return work if all(self.together.gather_objects(work is not None)) else None
 
     def _replayed(self, record: Record, replay: Callable[[], tuple[torch.Tensor, ...]], passes: Passes) -> Record:
         """What a graph computes is compared again: it reads other memory than the eager call did."""
