@@ -144,12 +144,12 @@ for part in $parts; do
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step "${SECONDS_ALLOWED:-560}" --context 524288 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-36}" --parameters-on-host --warmup 0 --steps 1 ;;
+      step "${SECONDS_ALLOWED:-560}" --context 524288 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-36}" --parameters-on-host --warmup 0 --steps 1 --progress ;;
     million)
       # Longer than one call may take on some machines: `setsid` it, and look at steps.log.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step "${SECONDS_ALLOWED:-1600}" --context 1048576 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --layers-per-checkpoint 2 \
-        --offload --host-gib "${HOST_GIB:-56}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 ;;
+        --offload --host-gib "${HOST_GIB:-56}" --kv-heads-per-stage 4 --parameters-on-host --warmup 0 --steps 1 --progress ;;
   esac
   echo "== $part: $((SECONDS - began)) s"
   keep

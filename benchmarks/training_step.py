@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ringspan
 from ringspan.bench.overlap import Awaited
-from ringspan.transformer import LayerShape, Offload, layer_shape
+from ringspan.transformer import LayerShape, Offload, decoder_layers, layer_shape
 from ringspan.transport import Transport
 
 PARTS = ("feed_forward", "tiled_loss", "rematerialise", "offload", "overlap")
@@ -164,6 +166,31 @@ def profiled(work: Callable[[], object]) -> None:
             print(f"{took:10.1f} ms {count:6} x  {name}")
 
 
+class Progress:
+    """Says, on rank 0, when the device has come through each layer's attention, forward or computed again: for steps of many minutes."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device, self._began, self._count = device, time.perf_counter(), 0
+        self._launched: queue.SimpleQueue[tuple[int, torch.cuda.Event | None]] = queue.SimpleQueue()
+        for number, layer in enumerate(decoder_layers(model)):
+            layer.self_attn.register_forward_hook(lambda *given, number=number: self._launch(number))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _launch(self, layer: int) -> None:
+        event = torch.cuda.Event() if self._device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        self._launched.put((layer, event))
+
+    def _watch(self) -> None:
+        while True:
+            layer, event = self._launched.get()
+            while event is not None and not event.query():
+                time.sleep(0.1)
+            self._count += 1
+            print(f"{time.perf_counter() - self._began:8.1f} s  {self._count:4}  attention of layer {layer}", flush=True)
+
+
 Prepared = tuple[LayerShape, nn.Module, Work, torch.optim.Optimizer | None]
 
 
@@ -253,6 +280,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--progress", action="store_true", help="say when each layer is through")
     parser.add_argument("--profile", action="store_true", help="then profile one forward and backward")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU: 989 for H100 and H200 in bfloat16")
     parser.add_argument("--json", help="a file to which the line is added")
@@ -274,7 +302,10 @@ def main() -> None:
     for context in arguments.context:
         line = {**settings, "context": context}
         try:
-            prepared = prepared or prepare(arguments, device)
+            if prepared is None:
+                prepared = prepare(arguments, device)
+                if arguments.progress and dist.get_rank() == 0:
+                    Progress(prepared[1], device)
             line |= measure(arguments, device, prepared, context)
         except torch.OutOfMemoryError as error:
             # The other ranks wait for this one: it ends all of them.
