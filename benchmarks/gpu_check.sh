@@ -85,11 +85,11 @@ for part in $parts; do
         --launch graph,eager,replay ;;
     many)
       # What four GPUs and more choose among.
-      bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
+      SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      bench many_heads 200 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
-      bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+      SAMPLES=10 bench many_heads 300 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
+      SAMPLES=10 bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
