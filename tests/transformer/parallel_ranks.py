@@ -266,6 +266,7 @@ def refusals(group: Any) -> list[str]:
         lambda: parallelize(tiny_llama(), context, rematerialise="full" if rank else "none"),
         lambda: parallelize(tiny_llama(), shard, shard_parameters=bool(rank)),
         lambda: parallelize(tiny_llama(), shard, compute_dtype=torch.bfloat16 if rank else None),
+        lambda: parallelize(tiny_llama(), shard, parameters_on_host=bool(rank)),
         lambda: parallelize(tiny_llama(), shard, reshard_after_forward=bool(rank)),
         lambda: parallelize(MODELS["bfloat16 llama"]() if rank else tiny_llama(), shard),
         lambda: parallelize(MODELS["frozen"]() if rank else tiny_llama(), shard),

@@ -154,7 +154,8 @@ def parallelize(
 
     problem = problem_of(prepare)
     # What was chosen, and not what was asked for: modes that differ rotate other numbers of messages, and would wait for ever.
-    sharding = f"shard_parameters={axes.sharding is not None}, compute_dtype={compute_dtype}, reshard_after_forward={reshard_after_forward}"
+    sharding = f"shard_parameters={axes.sharding is not None}, compute_dtype={compute_dtype}, "
+    sharding += f"parameters_on_host={parameters_on_host}, reshard_after_forward={reshard_after_forward}"
     settled = "" if problem is not None else f"{_settled(model, *prepared[0], layers_per_checkpoint)}, {sharding}"
     agree(everyone, "parallelize", settled, problem)
     chosen, terms = prepared[0]
