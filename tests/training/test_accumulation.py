@@ -10,6 +10,8 @@ import torch
 from ringspan.attention.loss import IGNORE_INDEX
 from ringspan.geometry import causal, documents
 from ringspan.training.batches import cut_into_passes, deal, document_borders_of
+from ringspan.training.model import build_model
+from ringspan.training.trainer import Trainer
 from ringspan.transformer import ParallelModel
 from ringspan.transformer.parallel_model import TOTAL_KEYWORD
 from tests.training.support import write_text
@@ -77,6 +79,21 @@ def test_gradients_of_bfloat16_passes_are_summed_in_float32(text: Path, tmp_path
     summed = taken[0].gradients["lm_head.weight"]
     assert not torch.equal(summed, summed.bfloat16().float()), "four sums in bfloat16 would be bfloat16 numbers"
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_masters_begin_with_the_first_weights_and_not_with_what_bfloat16_leaves_of_them(text: Path, tmp_path: Path):
+    """As they do where parameters are sharded: else what is trained would be another model, by as much as many steps move it."""
+
+    def keep(trainer: Trainer, taken: int) -> None:
+        first.update({name: master.detach().clone() for name, master in trainer.optimizer.masters.items()})
+
+    first: dict[str, torch.Tensor] = {}
+    _, trainer = take_steps(tmp_path / "run", 1, data=str(text), dtype="bfloat16", steps=1, before=keep)[0]
+    expected = dict(build_model("pico", vocabulary_size=256, context=61, seed=trainer.config.seed).named_parameters())
+    assert not torch.equal(expected["lm_head.weight"], expected["lm_head.weight"].bfloat16().float())
+    assert first.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(first[name], weight), name
 
 
 def test_a_row_is_cut_into_its_documents():

@@ -136,6 +136,23 @@ def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path: Path, mod
         save(tmp_path, 1, model)
 
 
+def test_parts_that_other_ranks_wrote_to_disks_of_their_own_make_no_checkpoint(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a shared disk rank 0 would call whole, by a manifest of its own files, what nobody can go on from."""
+    write = checkpoint.write_parts
+
+    def elsewhere(tensors: object, folder: Path, group: object) -> None:
+        write(tensors, folder, group)  # type: ignore[arg-type]
+        (folder / "__0_0.distcp").unlink()
+
+    save(tmp_path, 1, model)
+    monkeypatch.setattr(checkpoint, "write_parts", elsewhere)
+    with pytest.raises(RingspanError, match=r"__0_0\.distcp, which another rank has written, cannot be seen from rank 0"):
+        save(tmp_path, 2, model)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
 @pytest.mark.slow
 def test_killing_the_process_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path: Path):
     """SIGKILL before each file operation of a save in turn: fsyncs, renames, deletions, the pointer."""

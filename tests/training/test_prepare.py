@@ -116,3 +116,19 @@ def test_names_of_ringspans_own_are_not_looked_for_among_the_folders(
         assert {name: getattr(config, name) for name in named} == named
     config = prepare({**given, "model": "./tiny", "tokenizer": "bytes", "out": "run"}, resume=False).config
     assert config.model == str(tmp_path / "tiny"), "a path is one"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "owner"),
+    [
+        ("rope_factor", 4.0, "--rope-scaling"),
+        ("lora_alpha", 32.0, "--lora-rank"),
+        ("lora_targets", "q_proj", "--lora-rank"),
+        ("spike_factor", 3.0, "--on-spike"),
+        ("spike_window", 8, "--on-spike"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(given: dict[str, Any], name: str, value: object, owner: str):
+    with pytest.raises(RingspanError, match=f"without {owner}: it would change nothing"):
+        prepare(given | {name: value}, resume=False)
+    prepare(given | {"spike_factor": 3.0, "on_spike": "skip"}, resume=False)

@@ -264,6 +264,12 @@ def refusals(group: Any) -> list[str]:
         lambda: parallelize(tiny_llama(), context, context=("context", "shard"), shard="shard"),
         lambda: parallelize(tiny_llama(), context, loss_tile=0 if rank else 4),
         lambda: parallelize(tiny_llama(), context, rematerialise="full" if rank else "none"),
+        lambda: parallelize(tiny_llama(), shard, shard_parameters=bool(rank)),
+        lambda: parallelize(tiny_llama(), shard, compute_dtype=torch.bfloat16 if rank else None),
+        lambda: parallelize(tiny_llama(), shard, parameters_on_host=bool(rank)),
+        lambda: parallelize(tiny_llama(), shard, reshard_after_forward=bool(rank)),
+        lambda: parallelize(MODELS["bfloat16 llama"]() if rank else tiny_llama(), shard),
+        lambda: parallelize(MODELS["frozen"]() if rank else tiny_llama(), shard),
         lambda: parallel.shard_batches([make_batch(1, 9)] * (1 + rank)),
         lambda: parallel.shard_batch({**make_batch(1, 9), **({"extra": 1} if rank else {})}),
     )

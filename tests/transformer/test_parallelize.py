@@ -101,7 +101,9 @@ def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(ex
     words = (
         "mesh_dim_names=", "'pipeline' is none of them",
         "it has 3 key heads and 9 query heads", "('replicate', 'shard')", "an axis has no name of its own",
-        "at least one token", "rematerialise=", "as many micro-batches", "nothing is ignored",
+        "at least one token", "rematerialise=", "shard_parameters=False", "compute_dtype=None",
+        "parameters_on_host=False", "reshard_after_forward=False",
+        "parameters in torch.float64", "of them trained", "as many micro-batches", "nothing is ignored",
     )  # fmt: skip
     for each in extras:
         for word, message in zip(words, each["refusals"], strict=True):

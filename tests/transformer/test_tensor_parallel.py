@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ringspan
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.transformer.gradients import clip_gradients
 from ringspan.transformer.pieces import TensorGroup
 from ringspan.transformer.tensor_parallel import FAMILIES, check_splits
 from tests.support.attempts import said_of
@@ -98,6 +99,24 @@ def test_clipping_measures_the_unsplit_models_norm_and_scales_every_gradient(max
         assert relative(norm, expected) <= 2e-6
         for name, gradient in gradients(plain).items():
             assert relative(found[name], gradient) <= 2e-6, name
+
+
+def test_gradients_in_host_memory_are_clipped_where_the_ranks_group_carries_the_gpus_tensors_alone():
+    """As NCCL's does, under `parameters_on_host=True`: another rank's part has the norm 4."""
+
+    class OfGPUs:
+        devices = frozenset({"cuda"})
+
+        def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
+            raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
+
+        def gather_objects(self, mine: Any) -> list[Any]:
+            return [mine, 16.0]
+
+    parameter, transport = nn.Parameter(torch.zeros(2)), cast(Any, OfGPUs())
+    parameter.grad = torch.tensor([0.0, 3.0])
+    assert float(clip_gradients([parameter], 1.0, transport, is_counted=True)) == 5.0
+    assert torch.allclose(parameter.grad, torch.tensor([0.0, 0.6]))
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1e9])

@@ -32,7 +32,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.lora import ADAPTER, ADAPTER_TENSORS, by_peft_name
 from ringspan.training.manifest import first_damage, sync, write_manifest
 from ringspan.training.ranks import on_first
-from ringspan.training.tensors import host_copy, load_tensors, stored_sizes, write_parts
+from ringspan.training.tensors import host_copy, load_tensors, missing_files, stored_sizes, write_parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -165,7 +165,18 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot, *, keep: int, group: 
 
 
 def _write_rest(folder: Path, snapshot: Snapshot) -> None:
-    """All but the tensors, which are there."""
+    """All but the tensors, which are there.
+
+    Raises:
+        RingspanError: where not all of them are: the manifest would call whole what nobody can read.
+    """
+    if missing := missing_files(folder / TENSORS):
+        raise RingspanError(
+            f"checkpoint of step {snapshot.state.step} in {folder.parent}",
+            f"{', '.join(missing)}, which another rank has written, cannot be seen from rank 0",
+            "All ranks write their parts on a disk that all of them see",
+            "an --out on such a disk",
+        )
     (folder / MODEL).mkdir()
     snapshot.config.save_pretrained(folder / MODEL)
     for name, source in snapshot.extra_files.items():

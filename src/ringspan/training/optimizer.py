@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringspan.training.low_memory import check_blocks, make_low_memory, parts_of, stepping
 from ringspan.training.tensors import local_part
@@ -45,6 +45,8 @@ class Optimizer:
         weight_decay: of matrices.
         gradient_clip: largest norm of all gradients together.
         gather: every rank's numbers on every rank, in their order, as `Ranks.gather`; for sharded parameters.
+        unrounded: the whole float32 weights, by name, that parameters of another dtype were rounded from: the masters begin with them, and
+            may take over their memory. Of a name that is not there the master begins with the parameter.
         kind: `"adamw"`, or one of `ringspan.training.low_memory.BLOCKS`, whose moments have few bits.
 
     Raises:
@@ -63,10 +65,11 @@ class Optimizer:
         gradient_clip: float,
         kind: str = "adamw",
         gather: Callable[[list[float]], list[list[float]]] = lambda mine: [mine],
+        unrounded: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {
-            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(_first_of(parameter, (unrounded or {}).get(name)))
             for name, parameter in self._parameters.items()
         }
         self.updates = 0
@@ -176,6 +179,16 @@ class Optimizer:
                             tensor.copy_(moments[part])
             if self._parameters[name] is not master:
                 self._parameters[name].copy_(master)
+
+
+def _first_of(parameter: Tensor, unrounded: Tensor | None) -> Tensor:
+    """What a parameter's master begins with: this rank's part of `unrounded`, where it is known."""
+    if unrounded is None:
+        return parameter.detach().float()
+    if not isinstance(parameter, DTensor):
+        return unrounded.detach()
+    # Every rank has the whole: nothing is sent. A copy, since a part that is a view would hold the whole.
+    return distribute_tensor(unrounded.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
 
 
 def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:

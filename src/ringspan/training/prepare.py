@@ -27,6 +27,14 @@ from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_token
 
 Result = TypeVar("Result")
 DEFAULT_OUT = Path(TrainingConfig().out)
+_OF = {
+    "rope_factor": "rope_scaling linear",
+    "lora_alpha": "lora_rank 16",
+    "lora_targets": "lora_rank 16",
+    "spike_factor": "on_spike skip",
+    "spike_window": "on_spike skip",
+}
+"""Options that do nothing without another, and what would have them do something."""
 
 
 def prepare(given: dict[str, Any], *, resume: bool, world_size: int | None = None) -> Plan:
@@ -56,6 +64,7 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
     defaults: dict[str, Any] = {"out": str(free_folder(DEFAULT_OUT))}
     config = TrainingConfig(**defaults | given)
     config.check()
+    _check_used(config)
     config = _settled(config, config.model)
     if config.rope_scaling is not None:
         stretched_config(config.model, config.context, config.rope_scaling, config.rope_factor)
@@ -194,6 +203,15 @@ def _check_documents(config: TrainingConfig, tokenizer: Tokenizer) -> None:
             "Documents are told apart by the token that ends them",
             "--separator with its id, or --documents joined",
         )
+
+
+def _check_used(config: TrainingConfig) -> None:
+    """That no option was given which would do nothing: who sets a rank's alpha believes that there are adapters."""
+    for name, other in _OF.items():
+        owner, _, value = other.partition(" ")
+        if getattr(config, name) != getattr(TrainingConfig(), name) and not getattr(config, owner):
+            asked = f"{option(name)} {getattr(config, name)} without {option(owner)}"
+            raise RingspanError(asked, "it would change nothing", "Nothing that is asked for is ignored", f"{option(owner)} {value}")
 
 
 def _own_tokenizer(config: TrainingConfig) -> str:

@@ -59,6 +59,12 @@ def stored_sizes(folder: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Files that hold a part of what was written and are not in `folder`, by their names."""
+    written = {info.relative_path for info in (dcp.FileSystemReader(folder).read_metadata().storage_data or {}).values()}
+    return sorted(name for name in written if not (folder / name).is_file())
+
+
 @torch.no_grad()
 def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Reads what was written into the tensors given, in place, by name. Each process for itself, whatever mesh wrote it.

@@ -64,15 +64,24 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.flops = count_flops(self.model, self.model.config)
         self.is_sharded = shards_parameters(config, self.num_parameters)
+        unrounded: dict[str, torch.Tensor] = {}
         if not self.is_sharded:
             torch.nn.Module.to(self.model, ranks.device)
+            if config.dtype != "float32" and plan.checkpoint is None:
+                unrounded = {name: each.data for name, each in self.model.named_parameters() if each.requires_grad}
             cast_parameters(self.model, getattr(torch, config.dtype))
         mesh = make_mesh(config, ranks.device)
         self.replica, self._part = replica_of(mesh), part_of(mesh, sharded=self.is_sharded)
         self.parallel = spread(self.model, config, mesh, sharded=self.is_sharded)
         self.optimizer = Optimizer(
-            self.model, weight_decay=config.weight_decay, gradient_clip=config.gradient_clip, kind=config.optimizer, gather=ranks.gather
+            self.model,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+            kind=config.optimizer,
+            gather=ranks.gather,
+            unrounded=unrounded,
         )
+        del unrounded
         if plan.checkpoint is not None:
             self._restore(Path(plan.checkpoint))
         self.model.train()

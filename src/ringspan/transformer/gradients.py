@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,7 +50,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, transpor
     for gradient in gradients:
         if is_counted and _is_first(gradient):
             total += torch.linalg.vector_norm(_local(gradient), dtype=dtype).square()
-    transport.all_reduce(total)
+    if total.device.type in transport.devices or total.is_cuda:
+        transport.all_reduce(total)
+    else:
+        # Gradients in host memory, of ranks whose group carries the GPU's tensors alone: their numbers go as objects, by what it has.
+        total.fill_(math.fsum(transport.gather_objects(total.item())))
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

@@ -154,7 +154,9 @@ def parallelize(
 
     problem = problem_of(prepare)
     # What was chosen, and not what was asked for: modes that differ rotate other numbers of messages, and would wait for ever.
-    settled = "" if problem is not None else _settled(model, *prepared[0], layers_per_checkpoint)
+    sharding = f"shard_parameters={axes.sharding is not None}, compute_dtype={compute_dtype}, "
+    sharding += f"parameters_on_host={parameters_on_host}, reshard_after_forward={reshard_after_forward}"
+    settled = "" if problem is not None else f"{_settled(model, *prepared[0], layers_per_checkpoint)}, {sharding}"
     agree(everyone, "parallelize", settled, problem)
     chosen, terms = prepared[0]
     more: dict[str, Any] = dict(options or {})
@@ -239,8 +241,11 @@ def _smallest_memory(everyone: Transport, device: torch.device | None, memory_by
 def _settled(model: nn.Module, chosen: Chosen, terms: LossTerms, layers_per_checkpoint: int) -> str:
     """What all ranks have to have settled alike."""
     count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    dtypes = " and ".join(sorted({str(parameter.dtype) for parameter in model.parameters()}))
     tokens = f"feed_forward_chunk={chosen.feed_forward_chunk}, loss_tile={chosen.loss_tile}"
-    return f"{count} parameters, rematerialise={chosen.rematerialise!r}, {tokens}, layers_per_checkpoint={layers_per_checkpoint}, {terms}"
+    held = f"{count} parameters in {dtypes}, {trained} of them trained"
+    return f"{held}, rematerialise={chosen.rematerialise!r}, {tokens}, layers_per_checkpoint={layers_per_checkpoint}, {terms}"
 
 
 def _choose(
