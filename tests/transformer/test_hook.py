@@ -242,3 +242,31 @@ def test_refusals_of_a_feature_are_of_the_class_for_that():
         attention_forward(
             torch.nn.Module(), *[torch.zeros(1, 2, 8, 4)] * 3, None, dropout=0.5, ringspan_sequence=ringspan.ContextParallel().sequence(8)
         )
+
+
+def test_under_autocast_attention_computes_in_its_dtype_as_pytorchs_own_does():
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    batch = make_batch(2, 23)
+    exact_loss, exact = whole_loss(with_attention(model, "eager").double(), batch)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return sum(relative(found[name].double(), exact[name]) for name in exact) / len(exact)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, plain = whole_loss(with_attention(model, "sdpa"), batch)
+
+    def run(group: Any) -> Any:
+        context = ringspan.ContextParallel(group)
+        sequence = context.sequence(23)
+        mine = with_attention(model, "ringspan")
+        part = sequence.shard_batch(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = sequence.loss(mine(**part).logits, part["shift_labels"])
+        loss.backward()
+        context.sum_gradients(mine)
+        return loss.detach(), gradients(mine)
+
+    for loss, found in ringspan.run_in_process(2, run):
+        assert relative(loss.double(), exact_loss) < 1e-2
+        assert 1e-4 < error(found) <= 1.5 * error(plain)

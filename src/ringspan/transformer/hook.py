@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ringspan.attention import Sequence
@@ -54,6 +55,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Hugging Face's attention interface: `query [batch, heads, shard, head_dim]` to `[batch, shard, heads, head_dim]`.
 
+    Under `torch.autocast` it computes in autocast's dtype, as PyTorch's own attention does: rotations leave queries and keys in float32.
+
     Raises:
         RingspanError: without a sequence, and for every keyword that would change the result and is not computed here.
     """
@@ -92,8 +95,15 @@ def attention_forward(
     if window is not None:
         # A layer's window is narrower than its model's mask; Hugging Face counts the query itself.
         sequence = sequence.context.sequence(sequence.length, sequence.mask & sliding_window(window - 1, 0 if is_causal else window - 1))
-    out = sequence.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling, softcap=softcap, sinks=sinks)
-    return out, None
+    q, k, v = (_autocast(x.transpose(1, 2)) for x in (query, key, value))
+    return sequence.attention(q, k, v, scale=scaling, softcap=softcap, sinks=sinks), None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check_rotation(config: Any, sequence: Sequence) -> None:
