@@ -99,3 +99,16 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_made_up(strategy: str):
             dq.sum().backward()
 
     ringspan.run_in_process(2, run)
+
+
+def test_a_gradient_of_a_gradient_through_unshard_is_refused_and_not_made_up():
+    """What the other ranks sent has no graph here: a part of the second gradient would be missing."""
+
+    def run(group: Any) -> None:
+        x = torch.randn(1, 6, 2, requires_grad=True)
+        whole = ringspan.ContextParallel(group).sequence(12).unshard(x)
+        (gradient,) = torch.autograd.grad(whole.pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+    ringspan.run_in_process(2, run)
