@@ -112,3 +112,22 @@ def test_a_gradient_of_a_gradient_through_unshard_is_refused_and_not_made_up():
             gradient.sum().backward()
 
     ringspan.run_in_process(2, run)
+
+
+@pytest.mark.parametrize("stage", [None, 1])
+def test_positions_for_a_mask_mod_are_made_once_and_found_again(stage: int | None):
+    """FlexAttention's blocks are kept by where the positions lie: new ones at every call would be new blocks at every call."""
+    seen: list[torch.Tensor] = []
+
+    def evens(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        seen.append(q_idx)  # and so keeps its memory from being used again
+        return (q_idx + kv_idx) % 2 == 0
+
+    sequence = ringspan.ContextParallel(kv_heads_per_stage=stage).sequence(12, ringspan.mask_mod(evens))
+    q, k, v = torch.randn(3, 1, 12, 2, 4).unbind()
+    sequence.attention(q, k, v)
+    seen.clear()
+    sequence.attention(q, k, v)
+    first = {each.data_ptr() for each in seen}
+    sequence.attention(q, k, v)
+    assert first == {each.data_ptr() for each in seen}
