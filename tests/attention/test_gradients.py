@@ -114,6 +114,31 @@ def test_a_gradient_of_a_gradient_through_unshard_is_refused_and_not_made_up():
     ringspan.run_in_process(2, run)
 
 
+def test_after_an_evaluation_in_inference_mode_training_goes_on():
+    """What is kept from the one is used in the other, and autograd saves no tensor that was made in inference mode."""
+
+    def run(group: Any) -> None:
+        seen: list[torch.Tensor] = []
+
+        def evens(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+            seen.extend((q_idx, kv_idx))
+            return (q_idx + kv_idx) % 2 == 0
+
+        sequence = ringspan.ContextParallel(group).sequence(12, ringspan.causal() & ringspan.mask_mod(evens))
+        tokens = torch.arange(12).unsqueeze(0)
+        with torch.inference_mode():
+            sequence.shard_batch({"input_ids": tokens})
+            sequence.attention(*torch.randn(3, 1, sequence.shard_length, 2, 4).unbind())
+            seen.clear()
+        positions = sequence.shard_batch({"input_ids": tokens})["position_ids"]
+        torch.nn.Embedding(12, 4)(positions).sum().backward()
+        q, k, v = (torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True) for _ in range(3))
+        sequence.attention(q, k, v).sum().backward()
+        assert seen and not any(each.is_inference() for each in seen)
+
+    ringspan.run_in_process(2, run)
+
+
 @pytest.mark.parametrize("stage", [None, 1])
 def test_positions_for_a_mask_mod_are_made_once_and_found_again(stage: int | None):
     """FlexAttention's blocks are kept by where the positions lie: new ones at every call would be new blocks at every call."""

@@ -220,7 +220,9 @@ class Sequence:
     @cached_property
     def positions(self) -> Tensor:
         """Global positions of this rank's tokens, `[shard]`, int64, on the CPU, rising."""
-        return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
+        # Kept for whoever trains after an evaluation: autograd saves no tensor that was made in inference mode.
+        with torch.inference_mode(False):
+            return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
 
     @property
     def schedules(self) -> Schedules:

@@ -61,7 +61,8 @@ class TileScores:
 
     def _of(self, owner: int) -> Tensor:
         if owner not in self._positions:
-            self._positions[owner] = torch.tensor(self._layout.positions(owner), device=self._device)
+            with torch.inference_mode(False):
+                self._positions[owner] = torch.tensor(self._layout.positions(owner), device=self._device)
         return self._positions[owner]
 
 
