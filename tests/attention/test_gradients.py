@@ -156,3 +156,22 @@ def test_positions_for_a_mask_mod_are_made_once_and_found_again(stage: int | Non
     first = {each.data_ptr() for each in seen}
     sequence.attention(q, k, v)
     assert first == {each.data_ptr() for each in seen}
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "ring_self_attention"])
+def test_autocast_rounds_nothing_of_attention(strategy: str):
+    """The dtype is that of q, k and v: sums in float32 are not made of products in bfloat16, forward or backward."""
+
+    def run(group: Any) -> None:
+        context = ringspan.ContextParallel(group, strategy=strategy, kernel="reference")
+        sequence, x = context.sequence(12), torch.randn(3, 1, 6, 2, 8)
+        found = []
+        for enabled in (False, True):
+            q, k, v = (part.clone().requires_grad_() for part in x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out, lse = sequence.attention(q, k, v, return_lse=True)
+                torch.autograd.backward((out, lse), (torch.ones_like(out), torch.ones_like(lse)))
+                found.append([out, lse, q.grad, k.grad, v.grad, *context.decode(*x)])
+        assert all(map(torch.equal, *found))
+
+    ringspan.run_in_process(2, run)
