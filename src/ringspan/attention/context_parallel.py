@@ -56,9 +56,10 @@ class ContextParallel:
             group itself, in `sum_gradients` and the loss, and what a model computes besides.
         cuda_graphs: from the third call with the same shapes on, replay attention's forward and backward as a CUDA graph each, so that a
             short sequence does not take as long as its launches. It costs a copy of what goes in and of what comes out, and the memory of
-            the graphs; nothing changes for a caller who captures the call in a graph of his own. Refused are CPUs, in-process ranks,
-            kernels that cannot be captured, and passes through NCCL: of ranks that share no peer memory, of `kv_heads_per_stage`, and of
-            head groups (`usp`, `loongtrain`) around a ring.
+            the graphs; nothing changes for a caller who captures the call in a graph of his own. While an observer looks on, passes are
+            launched and not counted: then one is set on every rank or on none, lest ranks capture at different calls. Refused are CPUs,
+            in-process ranks, kernels that cannot be captured, and passes through NCCL: of ranks that share no peer memory, of
+            `kv_heads_per_stage`, and of head groups around a ring (`two_dimensional`).
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Attributes:
