@@ -85,6 +85,8 @@ class ContextParallel:
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
+        # Layouts are kept by their weights.
+        weights = tuple(weights) if isinstance(weights, list) else weights
         self.carrier = transport
         self.observer: Observer | None = None
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
@@ -100,7 +102,7 @@ class ContextParallel:
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
         asked += f" kv_heads_per_stage={kv_heads_per_stage} transport={transport!r} deterministic={deterministic} cuda_graphs={cuda_graphs}"
         agree(self.transport, "ContextParallel", asked, problem)
-        self.weights = None if weights is None else tuple(weights)
+        self.weights = weights
 
     @property
     def rank(self) -> int:
