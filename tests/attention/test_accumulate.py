@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ringspan.attention.accumulate import Accumulator, Partial
 from ringspan.attention.inbox import Place
 from ringspan.attention.peer_courier import _as_one
+from ringspan.attention.shelf import adjacent
 from ringspan.kernels.partial import merge_
 from ringspan.schedule import Piece
 
@@ -133,3 +134,24 @@ def test_what_lies_side_by_side_here_and_there_is_one_copy():
     assert len(_as_one([dk, dv.clone()], side_by_side)) == 2, "apart here"
     assert len(_as_one([dv, dk], side_by_side)) == 2, "the other way round"
     assert _as_one([dk], (Place(0, nbytes),))[0][1] == Place(0, nbytes)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fused", [True, False])
+def test_single_rows_that_lie_side_by_side_are_one_view_whatever_their_strides(batch: int, fused: bool):
+    """Torch calls one row contiguous whatever its stride: two of them are not one and the same stride apart."""
+    whole = torch.randn(2, batch, 1, 3, 4) if not fused or batch > 1 else torch.randn(1, 1, 2, 3, 4).permute(2, 0, 1, 3, 4)
+    first, second = (part.transpose(0, 1) for part in whole)
+    view = adjacent([first, second])
+    assert view is not None and torch.equal(view, torch.cat([first, second]))
+
+
+def test_gradients_of_one_row_of_several_sequences_add_up():
+    torch.manual_seed(0)
+    accumulator = Accumulator(Piece("dkv", 0, 0, 1), torch.empty(3, 1, 2, 4, dtype=torch.bfloat16), 3, parts=2)
+    expected = torch.zeros(2, 3, 1, 2, 4, dtype=torch.float64)
+    for _ in range(3):
+        both = torch.randn(2, 3, 1, 2, 4).bfloat16()
+        expected += both
+        accumulator.add(0, 1, *(part.transpose(0, 1) for part in both))
+    torch.testing.assert_close(torch.stack(accumulator.result()).double(), expected, rtol=2**-8, atol=1e-6)

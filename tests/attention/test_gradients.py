@@ -99,3 +99,79 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_made_up(strategy: str):
             dq.sum().backward()
 
     ringspan.run_in_process(2, run)
+
+
+def test_a_gradient_of_a_gradient_through_unshard_is_refused_and_not_made_up():
+    """What the other ranks sent has no graph here: a part of the second gradient would be missing."""
+
+    def run(group: Any) -> None:
+        x = torch.randn(1, 6, 2, requires_grad=True)
+        whole = ringspan.ContextParallel(group).sequence(12).unshard(x)
+        (gradient,) = torch.autograd.grad(whole.pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+    ringspan.run_in_process(2, run)
+
+
+def test_after_an_evaluation_in_inference_mode_training_goes_on():
+    """What is kept from the one is used in the other, and autograd saves no tensor that was made in inference mode."""
+
+    def run(group: Any) -> None:
+        seen: list[torch.Tensor] = []
+
+        def evens(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+            seen.extend((q_idx, kv_idx))
+            return (q_idx + kv_idx) % 2 == 0
+
+        sequence = ringspan.ContextParallel(group).sequence(12, ringspan.causal() & ringspan.mask_mod(evens))
+        tokens = torch.arange(12).unsqueeze(0)
+        with torch.inference_mode():
+            sequence.shard_batch({"input_ids": tokens})
+            sequence.attention(*torch.randn(3, 1, sequence.shard_length, 2, 4).unbind())
+            seen.clear()
+        positions = sequence.shard_batch({"input_ids": tokens})["position_ids"]
+        torch.nn.Embedding(12, 4)(positions).sum().backward()
+        q, k, v = (torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True) for _ in range(3))
+        sequence.attention(q, k, v).sum().backward()
+        assert seen and not any(each.is_inference() for each in seen)
+
+    ringspan.run_in_process(2, run)
+
+
+@pytest.mark.parametrize("stage", [None, 1])
+def test_positions_for_a_mask_mod_are_made_once_and_found_again(stage: int | None):
+    """FlexAttention's blocks are kept by where the positions lie: new ones at every call would be new blocks at every call."""
+    seen: list[torch.Tensor] = []
+
+    def evens(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        seen.append(q_idx)  # and so keeps its memory from being used again
+        return (q_idx + kv_idx) % 2 == 0
+
+    sequence = ringspan.ContextParallel(kv_heads_per_stage=stage).sequence(12, ringspan.mask_mod(evens))
+    q, k, v = torch.randn(3, 1, 12, 2, 4).unbind()
+    sequence.attention(q, k, v)
+    seen.clear()
+    sequence.attention(q, k, v)
+    first = {each.data_ptr() for each in seen}
+    sequence.attention(q, k, v)
+    assert first == {each.data_ptr() for each in seen}
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "ring_self_attention"])
+def test_autocast_rounds_nothing_of_attention(strategy: str):
+    """The dtype is that of q, k and v: sums in float32 are not made of products in bfloat16, forward or backward."""
+
+    def run(group: Any) -> None:
+        context = ringspan.ContextParallel(group, strategy=strategy, kernel="reference")
+        sequence, x = context.sequence(12), torch.randn(3, 1, 6, 2, 8)
+        found = []
+        for enabled in (False, True):
+            q, k, v = (part.clone().requires_grad_() for part in x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out, lse = sequence.attention(q, k, v, return_lse=True)
+                torch.autograd.backward((out, lse), (torch.ones_like(out), torch.ones_like(lse)))
+                found.append([out, lse, q.grad, k.grad, v.grad, *context.decode(*x)])
+        assert all(map(torch.equal, *found))
+
+    ringspan.run_in_process(2, run)

@@ -138,6 +138,22 @@ def test_results_and_bytes_are_exact_through_peer_memory(variant: str, ranks: in
         assert {link: size for part in parts for link, size in part.sent.items()} == parts[0].promised
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_single_rows_of_keys_beside_their_values_arrive_as_they_are(batch: int):
+    tensors = make_tensors(2, heads=4, kv_heads=4, head_dim=64, seed=0, batch=batch)
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", kernel="reference").sequence(2, ringspan.full())
+        q, k, v = (sequence.shard(x) for x in (tensors.q, tensors.k, tensors.v))
+        # As a projection leaves them: in the one row they lie side by side, whatever the rows' stride says.
+        k, v = torch.stack((k, v), 2).unbind(2) if batch == 1 else torch.stack((k, v)).unbind(0)
+        return sequence.positions, sequence.attention(q, k, v)
+
+    expected = dense(tensors, MASKS["full"].allowed(2)).out
+    for positions, found in ringspan.run_in_process(2, run):
+        torch.testing.assert_close(found, expected[:, positions], rtol=1e-10, atol=1e-10)
+
+
 def test_a_gradient_of_lse_travels_too():
     tensors = make_tensors(23, heads=4, kv_heads=4, head_dim=4, seed=1, with_dlse=True)
     split = Split(num_ranks=3, mask=ringspan.causal(), strategy="ring", options={"rotate": "queries", "transport": "peer_memory"})

@@ -216,3 +216,23 @@ def test_errors_keep_their_parts_when_they_cross_a_process_border():
     error = UnsupportedError("asked", "found", "rule", "nearest")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is UnsupportedError and vars(again) == vars(error) and str(again) == "asked: found. rule. Try: nearest"
+
+
+def test_weights_may_be_a_list_on_some_ranks_and_a_tuple_on_others():
+    def run(group: Any) -> int:
+        weights: Any = [0, 1, 3] if group.rank else (0, 1, 3)
+        return ringspan.ContextParallel(group, layout="weighted", weights=weights).sequence(8).shard_length
+
+    assert ringspan.run_in_process(3, run) == [0, 2, 6]
+
+
+def test_auto_also_chooses_under_a_mask_that_allows_nothing():
+    def run(group: Any) -> tuple[str, float]:
+        sequence = ringspan.ContextParallel(group, strategy="auto").sequence(8, ringspan.block_sparse(4, [[0, 0], [0, 0]]))
+        q = torch.randn(1, 4, 2, 8)
+        out = sequence.attention(q, q, q)
+        assert sequence.choice is not None
+        return sequence.choice.reason, float(out.abs().sum())
+
+    for reason, total in ringspan.run_in_process(2, run):
+        assert "0 ms" in reason and "times as long" not in reason and total == 0

@@ -14,7 +14,7 @@ from ringspan.attention import checks
 from ringspan.attention.replay import EAGER_CALLS, Replays
 from ringspan.errors import RingspanError
 from ringspan.kernels import KERNELS
-from ringspan.transport import SingleRank
+from ringspan.transport import SingleRank, peer_memory
 
 LENGTH, RANKS = 24, 2
 
@@ -190,6 +190,38 @@ def test_a_rank_that_cannot_capture_ends_all(monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(RingspanError, match=r"rank 1 could not capture a pass: operation not permitted.*cuda_graphs=False"):
         ringspan.run_in_process(RANKS, run)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted\nand more"), ValueError("not compiled"), AssertionError()], ids=repr)
+def test_where_a_capture_breaks_all_ranks_stay_in_step_and_go_on_without(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    class Breaks(Recorded):
+        """In the middle of the pass, as on GPUs, where nothing of it has run."""
+
+        def __call__(self, work: Any) -> Any:
+            peer_memory(group_of[self], torch.device("cpu")).begin()
+            if self.broken:
+                raise error
+            peer_memory(group_of[self], torch.device("cpu")).end()
+            return (lambda: None), (torch.empty(0), torch.empty(0))
+
+    group_of: dict[Any, Any] = {}
+
+    def run(group: Any) -> list[str]:
+        capture, said = Breaks(broken=group.rank == 1), []
+        group_of[capture] = group
+        context = with_replays(monkeypatch, group, capture, transport="peer_memory")
+        q = torch.randn(1, LENGTH // RANKS, 2, 8)
+        for _ in range(EAGER_CALLS):
+            context.sequence(LENGTH).attention(q, q, q)
+        for _ in range(2):
+            with pytest.raises(RingspanError) as refused:
+                context.sequence(LENGTH).attention(q, q, q)
+            said.append(str(refused.value))
+        ringspan.ContextParallel(group, kernel="reference", transport="peer_memory").sequence(LENGTH).attention(q, q, q)
+        return said
+
+    for said in ringspan.run_in_process(RANKS, run, timeout_seconds=2.0):
+        assert said[0] == said[1] and "rank 1 could not capture a pass" in said[0] and "and more" not in said[0]
 
 
 def test_it_is_refused_where_nothing_can_be_captured():

@@ -160,3 +160,13 @@ def test_positions_tell_tiles_apart_and_live_as_long_as_what_was_made_of_them():
 def test_it_is_for_cuda_and_says_so():
     problem = Problem(device="cpu", dtype=torch.bfloat16, heads=4, kv_heads=2, head_dim=64)
     assert KERNELS["flex"].refusal(problem) == "it runs on cuda, and the tensors are on cpu"
+
+
+def test_what_is_kept_from_inference_mode_serves_a_backward(eager: Flex):
+    """Autograd saves no tensor that was made in inference mode, and a backward saves a tile's blocks and numbers."""
+    scores = CASES["mask_mod in a band with softcap"]
+    q, k, v, dout, _ = tensors(scores)
+    with torch.inference_mode():
+        eager.forward(*(x.clone() for x in (q, k, v)), scores)
+    out, lse = eager.forward(q, k, v, scores)
+    assert all(torch.isfinite(gradient).all() for gradient in eager.backward(dout, q, k, v, out, lse, None, scores))

@@ -23,7 +23,7 @@ from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
-from ringspan.kernels import Kernel, accumulator_dtype
+from ringspan.kernels import Kernel, accumulator_dtype, without_autocast
 from ringspan.transport import PeerMemory, Transport
 
 
@@ -96,7 +96,7 @@ class DistributedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Runs the forward program and keeps q, k, v, out and lse of this rank's heads; lse is None where it is not wanted."""
         exchange = plan.exchange
-        ctx.plan, ctx.heads = plan, (q.shape[2], k.shape[2])
+        ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         if exchange is not None:
             q, k, v = exchange.inputs_to_heads(q, k, v)
@@ -118,7 +118,7 @@ class DistributedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None):
         """Runs the backward program: every rank must come here, as every rank came through the forward."""
-        with watch(ctx.plan.observer, BEFORE, "whole"):
+        with watch(ctx.plan.observer, BEFORE, "whole"), without_autocast(ctx.device):
             return DistributedAttention._input_gradients(ctx, *gradients)
 
     @staticmethod
@@ -247,5 +247,5 @@ def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
-    with watch(plan.observer, BEFORE, "whole"):
+    with watch(plan.observer, BEFORE, "whole"), without_autocast(q.device):
         return DistributedAttention.apply(q, k, v, sinks, plan)

@@ -56,9 +56,10 @@ class ContextParallel:
             group itself, in `sum_gradients` and the loss, and what a model computes besides.
         cuda_graphs: from the third call with the same shapes on, replay attention's forward and backward as a CUDA graph each, so that a
             short sequence does not take as long as its launches. It costs a copy of what goes in and of what comes out, and the memory of
-            the graphs; nothing changes for a caller who captures the call in a graph of his own. Refused are CPUs, in-process ranks,
-            kernels that cannot be captured, and passes through NCCL: of ranks that share no peer memory, of `kv_heads_per_stage`, and of
-            head groups (`usp`, `loongtrain`) around a ring.
+            the graphs; nothing changes for a caller who captures the call in a graph of his own. While an observer looks on, passes are
+            launched and not counted: then one is set on every rank or on none, lest ranks capture at different calls. Refused are CPUs,
+            in-process ranks, kernels that cannot be captured, and passes through NCCL: of ranks that share no peer memory, of
+            `kv_heads_per_stage`, and of head groups around a ring (`two_dimensional`).
         options: the strategy's own, such as `stages` of `all_gather` or `window` of `double_ring`.
 
     Attributes:
@@ -84,6 +85,8 @@ class ContextParallel:
         **options: int | str,
     ) -> None:
         self.transport = make_transport(mesh_or_group)
+        # Layouts are kept by their weights.
+        weights = tuple(weights) if isinstance(weights, list) else weights
         self.carrier = transport
         self.observer: Observer | None = None
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
@@ -99,7 +102,7 @@ class ContextParallel:
         asked = f"strategy={strategy!r} layout={layout!r} kernel={kernel!r} weights={weights} options={options}"
         asked += f" kv_heads_per_stage={kv_heads_per_stage} transport={transport!r} deterministic={deterministic} cuda_graphs={cuda_graphs}"
         agree(self.transport, "ContextParallel", asked, problem)
-        self.weights = None if weights is None else tuple(weights)
+        self.weights = weights
 
     @property
     def rank(self) -> int:
@@ -220,7 +223,9 @@ class Sequence:
     @cached_property
     def positions(self) -> Tensor:
         """Global positions of this rank's tokens, `[shard]`, int64, on the CPU, rising."""
-        return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
+        # Kept for whoever trains after an evaluation: autograd saves no tensor that was made in inference mode.
+        with torch.inference_mode(False):
+            return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
 
     @property
     def schedules(self) -> Schedules:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.geometry import Tile
-from ringspan.kernels import Kernel, Scores, accumulator_dtype
+from ringspan.kernels import Kernel, Scores, accumulator_dtype, without_autocast
 from ringspan.transport import Transport
 
 
@@ -29,7 +29,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel, transp
     """
     wide = accumulator_dtype(q.dtype)
     if k.shape[1]:
-        out, lse = kernel.forward(q, k, v, Scores(Tile(0, q.shape[1], 0, k.shape[1]), scale))
+        with without_autocast(q.device):
+            out, lse = kernel.forward(q, k, v, Scores(Tile(0, q.shape[1], 0, k.shape[1]), scale))
         out, lse = out.to(wide), lse.to(wide)
     else:
         out = q.new_zeros(q.shape, dtype=wide)

@@ -7,7 +7,9 @@ traced through it would bake in one rank's view. Each such call is therefore a g
 from __future__ import annotations
 
 import sys
-from threading import Lock
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 import torch
@@ -16,7 +18,30 @@ REASON = "what ringspan's ranks do together is not compiled: it runs as it stand
 """What torch says of such a graph break."""
 
 _WAITING: list[tuple[Any, str]] = []
-_LOCK = Lock()
+_COMPILER = "torch._dynamo"
+
+
+class WhenImported(MetaPathFinder):
+    """Calls `then` once, right after `module` has been imported; a finder for `sys.meta_path` that finds nothing else."""
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self._module, self._then = module, then
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """See `MetaPathFinder`: the spec of `module` that its path gives, with a loader that calls."""
+        if fullname != self._module:
+            return None
+        sys.meta_path.remove(self)
+        found = PathFinder.find_spec(fullname, path, target)
+        if found is not None and found.loader is not None:
+            execute = found.loader.exec_module
+
+            def then_call(module: Any) -> None:
+                execute(module)
+                self._then()
+
+            found.loader.exec_module = then_call
+        return found
 
 
 def stays_uncompiled(owner: Any, *names: str) -> None:
@@ -27,11 +52,17 @@ def stays_uncompiled(owner: Any, *names: str) -> None:
 def keep_uncompiled() -> None:
     """Tells the compiler, once it is there: importing it takes seconds, and who compiles nothing shall not wait for it.
 
-    Called wherever something is made that compiled code may be handed.
+    Called wherever something is made that compiled code may be handed, and where the compiler is imported after that.
     """
-    if not _WAITING or "torch._dynamo" not in sys.modules:
+    if _COMPILER not in sys.modules:
         return
-    with _LOCK:
-        while _WAITING:
+    while _WAITING:
+        try:
+            # No lock: whoever is still importing the compiler in another thread comes here too.
             owner, name = _WAITING.pop()
-            setattr(owner, name, torch.compiler.disable(getattr(owner, name), reason=REASON))
+        except IndexError:
+            return
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name), reason=REASON))
+
+
+sys.meta_path.insert(0, WhenImported(_COMPILER, keep_uncompiled))

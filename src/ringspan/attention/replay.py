@@ -120,7 +120,7 @@ class Replays:
         if entry.calls <= EAGER_CALLS:
             return work(*inputs)
         if entry.replay is None:
-            self._make(entry, inputs, work, transport)
+            self._make(entry, inputs, work, transport, memory)
         else:
             transport.bytes_sent.update(entry.sent)
         assert entry.replay is not None
@@ -137,17 +137,22 @@ class Replays:
         self._capture.end()
         return results
 
-    def _make(self, entry: _Entry, inputs: Sequence[Tensor | None], work: Work, transport: Transport) -> None:
+    def _make(self, entry: _Entry, inputs: Sequence[Tensor | None], work: Work, transport: Transport, memory: PeerMemory | None) -> None:
         entry.inputs = tuple(None if each is None else torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in inputs)
-        before, problem = Counter(transport.bytes_sent), None
+        before, problem, cause = Counter(transport.bytes_sent), None, None
         try:
             entry.replay, entry.results = self._capture(lambda: work(*entry.inputs))
-        except RuntimeError as error:
-            problem = str(error).splitlines()[0]
+        except Exception as error:
+            problem, cause = (str(error).strip() or type(error).__name__).splitlines()[0], error
+            if memory is not None and not isinstance(error, RingspanError):
+                # Nothing of it has run, so that no signal stands. (The memory's own refusal says that one of a pass before does.)
+                memory.end()
         # Nothing has been sent yet: a rank that replayed alone would wait for the others.
         for rank, said in enumerate(transport.gather_objects(problem)):
             if said is not None:
+                entry.replay, entry.inputs, entry.results = None, (), ()
                 rule = "A pass is replayed on every rank or on none"
-                raise RingspanError("cuda_graphs=True", f"rank {rank} could not capture a pass: {said}", rule, "cuda_graphs=False")
+                refused = RingspanError("cuda_graphs=True", f"rank {rank} could not capture a pass: {said}", rule, "cuda_graphs=False")
+                raise refused from cause
         entry.sent = Counter(transport.bytes_sent)
         entry.sent.subtract(before)

@@ -37,9 +37,12 @@ class TileScores:
 
     def from_head(self, head: int) -> TileScores:
         """The same for tensors whose first query head is number `head` of these."""
-        if self.scoring.mask_mod is None:
+        if self.scoring.mask_mod is None or head == 0:
             return self
-        return TileScores(replace(self.scoring, first_head=self.scoring.first_head + head), self._layout, self._device)
+        later = TileScores(replace(self.scoring, first_head=self.scoring.first_head + head), self._layout, self._device)
+        # A kernel knows a tile again by where its positions lie.
+        later._positions = self._positions
+        return later
 
     @property
     def shard_lengths(self) -> tuple[int, ...]:
@@ -58,7 +61,8 @@ class TileScores:
 
     def _of(self, owner: int) -> Tensor:
         if owner not in self._positions:
-            self._positions[owner] = torch.tensor(self._layout.positions(owner), device=self._device)
+            with torch.inference_mode(False):
+                self._positions[owner] = torch.tensor(self._layout.positions(owner), device=self._device)
         return self._positions[owner]
 
 

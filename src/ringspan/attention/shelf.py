@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -47,7 +48,9 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
         if not is_next or tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
             return None
         end += tensor.numel() * tensor.element_size()
-    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
+    # A single row counts as contiguous whatever its stride: that of a row among others is its size.
+    row = math.prod(first.shape[1:])
+    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), (row, *first.stride()[1:]))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -101,6 +101,11 @@ class _Problem:
     def together(self) -> Together:
         return self.bench.together
 
+    @property
+    def _clock(self) -> Clock:
+        """The bench's, whose ranks hear of one that fails."""
+        return replace(self.bench.clock, transport=cast(Transport, self.together))
+
     def run(self) -> None:
         """Baselines, settings, peers."""
         try:
@@ -173,14 +178,14 @@ class _Problem:
             record = self.records[place]
             short = [which for which in PASSES if len(record.timings[which].samples_ms) < self.bench.clock.samples]
             with releasing(self.device):
-                passes, _ = one_device(record.kernel, self.shape, inputs)
 
-                def measure(record: Record = record, passes: Passes = passes, short: list[str] = short) -> Record:
+                def measure(record: Record = record, short: list[str] = short) -> Record:
+                    passes, _ = one_device(record.kernel, self.shape, inputs)
                     timings = dict(record.timings)
                     for which in short:
                         work = getattr(passes, which)
                         work = captured(work) if record.launch == "graph" else work
-                        timings[which] = timings[which].with_more(self.bench.clock.half.time(work))
+                        timings[which] = timings[which].with_more(self._clock.half.time(work))
                     return replace(record, timings=timings)
 
                 if (made := self._attempt(record, measure)) is not None:
@@ -303,8 +308,7 @@ class _Problem:
 
     def _timed(self, record: Record, passes: Passes) -> Record | None:
         """Captures where that is asked for, times both passes, weighs memory and energy, and keeps the record. Collective."""
-        clock = replace(self.bench.clock, transport=cast(Transport, self.together))
-        clock = clock.half if record.kind == "one device" else clock
+        clock = self._clock.half if record.kind == "one device" else self._clock
 
         def measure() -> Record:
             made = record

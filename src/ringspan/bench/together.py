@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ringspan.transport import Transport
 
 
@@ -35,6 +37,15 @@ class Together:
             Broken: on every rank, where one of them has failed.
         """
         return self._exchange("", mine)
+
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
+        """See `Transport.all_reduce`; a word goes before it, as a rank that has failed would say its own instead.
+
+        Raises:
+            Broken: on every rank, where one of them has failed.
+        """
+        self.gather_objects(None)
+        self._transport.all_reduce(tensor, operation)
 
     def fail(self, status: str, reason: str) -> Broken:
         """Tells the others that this rank has failed, and returns what they will raise."""

@@ -5,7 +5,7 @@ from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
-from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
+from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first, without_autocast
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
@@ -30,6 +30,7 @@ __all__ = [
     "rows_first",
     "select_kernel",
     "time_kernel",
+    "without_autocast",
 ]
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Flash4(), CuDnn(), Flash2(), Flex(), TorchCpu(), Reference())}

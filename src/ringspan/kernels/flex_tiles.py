@@ -55,9 +55,11 @@ class FlexTiles:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        made = self._kept[key] = FlexTile(
-            block_mask(scores, batch, heads, device), score_mod(scores, device), (scores.q_positions, scores.k_positions)
-        )
+        # A backward saves what is made here, and autograd saves no tensor that was made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            made = self._kept[key] = FlexTile(
+                block_mask(scores, batch, heads, device), score_mod(scores, device), (scores.q_positions, scores.k_positions)
+            )
         if len(self._kept) > self._limit:
             self._kept.popitem(last=False)
         return made

@@ -121,10 +121,11 @@ def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make
     quickest = min(costs[name].seconds for name in fitting)
     picked = next(name for name in fitting if costs[name].seconds <= CLOSE * quickest)
     mine, slowest = costs[picked], max(fitting, key=lambda name: costs[name].seconds)
+    # Under a mask that allows nothing, there is nothing to compare with.
+    beside = f"; {slowest} would take {costs[slowest].seconds / mine.seconds:.2f} times as long" if mine.seconds else ""
     reason = (
         f"{picked}: {mine.seconds * 1e3:.3g} ms a layer predicted on {machine.name}, computing {mine.computing:.0%} of it, "
-        f"{mine.sent_bytes / 1e6:.3g} MB sent by the busiest rank; "
-        f"{slowest} would take {costs[slowest].seconds / mine.seconds:.2f} times as long"
+        f"{mine.sent_bytes / 1e6:.3g} MB sent by the busiest rank{beside}"
     )
     strategy, options = named[picked]
     return Choice(strategy, tuple(options.items()), reason, costs)
