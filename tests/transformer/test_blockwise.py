@@ -205,6 +205,15 @@ def test_a_norm_whose_weight_is_wider_than_its_input_is_not_rounded_more_often()
     assert all(torch.equal(found[part], tensor) for part, tensor in expected.items())  # type: ignore[arg-type]
 
 
+def test_a_gradient_of_a_gradient_is_refused_and_not_made_up():
+    module = MODULES["llama"]()
+    blockwise(module, 3)
+    x = torch.randn(2, 7, 12, requires_grad=True)
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, "many", True])
 def test_a_chunk_that_is_no_number_of_tokens_is_refused(chunk: Any):
     with pytest.raises(RingspanError, match="whole number of at least one token"):

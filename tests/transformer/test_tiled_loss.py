@@ -261,3 +261,12 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RingspanError, match="computing the loss again"):
         loss.backward()
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_made_up():
+    tensors, labels = make(torch.float32)
+    hidden = tensors["hidden"].requires_grad_()
+    loss = tiled_cross_entropy(hidden, tensors["weight"], labels, tile=4)
+    (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.accumulate import GradientSums, SumLinearGradients
@@ -131,6 +132,7 @@ class _Keep(torch.autograd.Function):
         return x.view_as(x) if dtype == x.dtype else torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         (gradient,) = gradients
         x, *parameters = ctx.saved_tensors

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ringspan.transformer.layers import replace_forward
 
@@ -172,6 +173,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm_forward(_rows(x), weight, norm.eps, norm.one_plus, dtype).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         from ringspan.kernels.fused_layer import norm_backward
 
@@ -190,6 +192,7 @@ class _Gate(torch.autograd.Function):
         return gated_forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         from ringspan.kernels.fused_layer import gated_backward
 
@@ -205,6 +208,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, backward=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         return _rotated(gradients[0], *ctx.saved_tensors, backward=True), None, None
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringspan.attention import Sequence
 from ringspan.attention.checks import problem_of
@@ -241,6 +242,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         if ctx.gradients is None:
             raise RingspanError(
