@@ -177,6 +177,8 @@ class _Problem:
         for place in self.alone:
             record = self.records[place]
             short = [which for which in PASSES if len(record.timings[which].samples_ms) < self.bench.clock.samples]
+            if not short:
+                continue
             with releasing(self.device):
 
                 def measure(record: Record = record, short: list[str] = short) -> Record:
@@ -352,7 +354,8 @@ class _Problem:
     def _alone(self, record: Record, which: str) -> Callable[[], object] | None:
         """What a record of one device timed, or None where a rank lacks the memory for it beside what is timed now. Collective."""
         try:
-            passes, _ = one_device(record.kernel, self.shape, self.inputs() if self.whole is None else self.whole)
+            assert self.whole is not None
+            passes, _ = one_device(record.kernel, self.shape, self.whole)
             call = getattr(passes, which)
             made = captured(call) if record.launch == "graph" else call
             made()

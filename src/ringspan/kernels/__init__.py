@@ -1,11 +1,12 @@
 """Kernels: partial attention of one tile. An explicit request is honoured or refused with the reason, never replaced."""
 
 from ringspan.errors import UnsupportedError
+from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
-from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first, without_autocast
+from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
@@ -21,6 +22,7 @@ __all__ = [
     "Scores",
     "Speeds",
     "accumulator_dtype",
+    "autocast_dtype",
     "batch_first",
     "dtype_name",
     "lowered",

@@ -12,7 +12,6 @@ head_dim]` and `lse [rows, batch, heads]`, so that any span of a shard is contig
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -22,13 +21,6 @@ from torch import Tensor
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: what partials, lse and gradients are accumulated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products in the dtypes that tensors have, also where `torch.autocast` would round what they multiply."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def merge_(

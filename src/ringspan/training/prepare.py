@@ -28,11 +28,11 @@ from ringspan.training.tokens import Split, TokenFile, ensure_tokens, load_token
 Result = TypeVar("Result")
 DEFAULT_OUT = Path(TrainingConfig().out)
 _OF = {
-    "rope_factor": "rope_scaling linear",
-    "lora_alpha": "lora_rank 16",
-    "lora_targets": "lora_rank 16",
-    "spike_factor": "on_spike skip",
-    "spike_window": "on_spike skip",
+    "rope_factor": ("rope_scaling", "linear"),
+    "lora_alpha": ("lora_rank", "16"),
+    "lora_targets": ("lora_rank", "16"),
+    "spike_factor": ("on_spike", "skip"),
+    "spike_window": ("on_spike", "skip"),
 }
 """Options that do nothing without another, and what would have them do something."""
 
@@ -207,8 +207,7 @@ def _check_documents(config: TrainingConfig, tokenizer: Tokenizer) -> None:
 
 def _check_used(config: TrainingConfig) -> None:
     """That no option was given which would do nothing: who sets a rank's alpha believes that there are adapters."""
-    for name, other in _OF.items():
-        owner, _, value = other.partition(" ")
+    for name, (owner, value) in _OF.items():
         if getattr(config, name) != getattr(TrainingConfig(), name) and not getattr(config, owner):
             asked = f"{option(name)} {getattr(config, name)} without {option(owner)}"
             raise RingspanError(asked, "it would change nothing", "Nothing that is asked for is ignored", f"{option(owner)} {value}")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ringspan.kernels import autocast_dtype
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of `dtype` are kept in: float32, or float64 where it is."""
@@ -103,7 +105,7 @@ class SumLinearGradients(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Takes `F.linear` and nothing else."""
         keywords = dict(kwargs or {})
-        if func is F.linear and not torch.is_autocast_enabled(args[0].device.type):
+        if func is F.linear and autocast_dtype(args[0].device.type) is None:
             x, weight, bias = _linear_arguments(*args, **keywords)
             if weight in self._sums and x.dtype == weight.dtype:
                 return _LinearInto.apply(x, weight, bias, self._sums)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.kernels import autocast_dtype
 from ringspan.transformer.accumulate import GradientSums, SumLinearGradients
 from ringspan.transformer.fused import can_fuse, feed_forward, fused_rms_norm, known_norm
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
@@ -124,7 +125,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module, chunk: int, places: list[Place], *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters)
-        ctx.module, ctx.chunk, ctx.places, ctx.autocast = module, chunk, places, _autocast(x.device.type)
+        ctx.module, ctx.chunk, ctx.places, ctx.autocast = module, chunk, places, (x.device.type, autocast_dtype(x.device.type))
         dtype = x.dtype
         for parameter in module.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
@@ -142,7 +143,7 @@ class _Keep(torch.autograd.Function):
         for part, piece, out in _chunks(ctx.chunk, x, gradient, dx):
             leaf = part.detach().requires_grad_(dx is not None)
             with torch.enable_grad(), ExitStack() as within:
-                for context in (*_entered(ctx.autocast), SumLinearGradients(sums), using(values)):
+                for context in (*_entered(*ctx.autocast), SumLinearGradients(sums), using(values)):
                     within.enter_context(context)
                 y = _call(ctx.module, leaf)
             wanted = ([leaf] if dx is not None else []) + parameters
@@ -182,10 +183,6 @@ def _chunks(chunk: int, x: Tensor, gradient: Tensor, dx: Tensor | None) -> Itera
         yield flat_x[None, rows], flat_gradient[None, rows], None if flat_dx is None else flat_dx[None, rows]
 
 
-def _autocast(device: str) -> tuple[str, torch.dtype] | None:
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-
-
-def _entered(autocast: tuple[str, torch.dtype] | None) -> list[AbstractContextManager[Any]]:
+def _entered(device: str, dtype: torch.dtype | None) -> list[AbstractContextManager[Any]]:
     # Casts of weights are not kept from one chunk to the next: their graph is gone with the chunk.
-    return [] if autocast is None else [torch.autocast(autocast[0], autocast[1], cache_enabled=False)]
+    return [] if dtype is None else [torch.autocast(device, dtype, cache_enabled=False)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ringspan.kernels import autocast_dtype
 from ringspan.transformer.layers import replace_forward
 
 WIDEST = 16384
@@ -60,7 +61,7 @@ def can_fuse(x: Tensor) -> bool:
     """Whether there are kernels for hidden states like `x`."""
     # Of a DTensor each rank has a part, which these do not know.
     plain = type(x) is Tensor and x.is_cuda and x.dtype in _DTYPES and x.shape[-1] <= WIDEST
-    return plain and not torch.is_autocast_enabled("cuda") and _has_triton()
+    return plain and autocast_dtype("cuda") is None and _has_triton()
 
 
 @cache

@@ -13,6 +13,7 @@ from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
+from ringspan.kernels import autocast_dtype
 from ringspan.transformer.rotary import LENGTH_DEPENDENT, ROTARY_KEYWORD
 
 ATTENTION_NAME = "ringspan"
@@ -100,10 +101,8 @@ def attention_forward(
 
 
 def _autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _check_rotation(config: Any, sequence: Sequence) -> None:
