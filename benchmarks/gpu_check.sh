@@ -88,8 +88,8 @@ for part in $parts; do
       SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      SAMPLES=10 bench many_heads 300 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
-      SAMPLES=10 bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
+      SAMPLES=${SAMPLES:-10} bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
@@ -98,7 +98,7 @@ for part in $parts; do
       bench window 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --mask window:4095 --launch graph --peers none
       bench documents 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --documents realistic:1 --launch graph --peers none ;;
     heads)
-      bench heads 120 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads 64/8,32/32 --launch graph --peers none
+      bench heads 150 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
       bench narrow 60 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     auto)
       bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
