@@ -131,7 +131,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def fused_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` as one kernel each way, the same bits in half precision; the backward keeps the angles alone."""
+    """`rotate` as one kernel each way, rounded where it rounds or less often; the backward keeps the angles alone."""
     return _Rotate.apply(x, cos, sin)
 
 
