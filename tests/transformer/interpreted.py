@@ -70,7 +70,7 @@ ROTATED = ((1, 1, 3, 8, 1), (2, 5, 37, 64, 2), (2, 32, 9, 128, 1), (1, 3, 11, 80
 
 
 def check_rotation(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-    """Value and gradient from queries as projections leave them: products and sum are rounded once each, or less where a compiler fuses them."""
+    """Value and gradient from queries as projections leave them: products and sum are rounded once each, or less where they are fused."""
     torch.manual_seed(2)
     batch, heads, length, head_dim, angles = shape
     x = torch.randn(batch, length, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
