@@ -67,7 +67,7 @@ for part in $parts; do
       CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
         CUDA_VISIBLE_DEVICES=${visible##*,} timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
-          tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
+          tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_sums or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
       done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
       for how in "--shard-parameters" "--parameters-on-host --offload" "--shard $gpus --accumulate 2" "--tensor $gpus"; do
         # shellcheck disable=SC2086

@@ -85,9 +85,10 @@ def test_json_has_every_number(ringspan: Run, tmp_path: Path):
 # ---- broken code does not pass -----------------------------------------------------------------------------------------------------
 
 
-def _first_partial_alone(out, lse, other_out, other_lse, *, start=0, into=None):
-    rows = slice(start, start + other_lse.shape[0])
-    lse[rows] = torch.logaddexp(lse[rows], other_lse)
+def _first_partial_alone(out, lse, others, *, into=None):
+    for start, _, other_lse in others:
+        rows = slice(start, start + other_lse.shape[0])
+        lse[rows] = torch.logaddexp(lse[rows], other_lse)
     if into is not None:
         into[0].copy_(out)
         into[1].copy_(lse)
