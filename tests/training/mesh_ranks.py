@@ -17,10 +17,10 @@ from tests.training.test_lora import stand_in
 
 FOLDER = "RINGSPAN_TESTS_MESHES"
 STEPS, SAVED = 4, 2
-# Four rows a step over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
+# Four rows a step, and held out, over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
 GIVEN: dict[str, Any] = {
     "model": "pico", "context": 61, "batch_size": 1, "accumulate": 4, "steps": STEPS, "device": "cpu", "warmup_steps": 2,
-    "sample_tokens": 3, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
+    "sample_tokens": 3, "validation_tokens": 244, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
 }  # fmt: skip
 MESHES: dict[str, dict[str, Any]] = {
     "context": {"shard_parameters": True},
