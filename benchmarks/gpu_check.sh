@@ -137,9 +137,9 @@ for part in $parts; do
         --strategies "${STRATEGIES:-ring,direct:shards_at_once=4}" > "$out/timeline.log" 2>&1
       echo "timeline: $?" ;;
     run)
-      # The context is used, not just held: held-out loss by position after some hundred steps on a real text.
+      # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text.
       timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \
-        --validation-tokens 262144 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
+        --validation-tokens 524288 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
       rm -rf "$out"/long_run/checkpoint* ;;
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.

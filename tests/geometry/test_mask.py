@@ -13,6 +13,7 @@ from ringspan.geometry import (
     Mask,
     block_sparse,
     causal,
+    depends_on_position,
     documents,
     full,
     mask_mod,
@@ -95,6 +96,16 @@ def test_what_is_no_mask_is_refused_with_the_forms_that_there_are(text: str):
 def test_a_mask_that_means_nothing_is_refused(make, message: str):
     with pytest.raises(RingspanError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_mask_that_does_not_depend_on_the_position_allows_the_same_one_token_further(name: str):
+    mask = EXAMPLES[name].make(19)
+    moves = all(region == "causal" or region == "full" or region.startswith("window") for region in mask.name.split("&"))
+    assert depends_on_position(mask) == (not moves)
+    if moves:
+        allowed = EXAMPLES[name].allowed(19)
+        assert torch.equal(allowed[1:, 1:], allowed[:-1, :-1])
 
 
 def test_documents_are_the_same_from_borders_from_ids_and_from_a_tensor():

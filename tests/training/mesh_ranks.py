@@ -17,10 +17,10 @@ from tests.training.test_lora import stand_in
 
 FOLDER = "RINGSPAN_TESTS_MESHES"
 STEPS, SAVED = 4, 2
-# Four rows a step over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
+# Four rows a step, and held out, over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
 GIVEN: dict[str, Any] = {
     "model": "pico", "context": 61, "batch_size": 1, "accumulate": 4, "steps": STEPS, "device": "cpu", "warmup_steps": 2,
-    "sample_tokens": 3, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
+    "sample_tokens": 3, "validation_tokens": 244, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
 }  # fmt: skip
 MESHES: dict[str, dict[str, Any]] = {
     "context": {"shard_parameters": True},
@@ -51,14 +51,16 @@ def steps_of(trainer: Trainer, last: int, save_at: int | None = None) -> Steps:
     return taken
 
 
-def run(place: Any, given: dict[str, Any], *, resume: bool = False) -> tuple[Steps, float, str]:
-    """All steps of a run, the validation loss after them, and a text; with checkpoints in the middle and at the end."""
+def run(place: Any, given: dict[str, Any], *, resume: bool = False) -> tuple[Steps, list[float], str]:
+    """All steps of a run, the validation loss after them, that by context, and a text; with checkpoints in the middle and at the end."""
     plan = place.on_first(lambda: prepare(given, resume=resume))
     trainer = Trainer(plan, place)
     steps = steps_of(trainer, STEPS, SAVED)
     trainer.begin_save()
     trainer.finish_save()
-    return steps, trainer.validate(), trainer.write_sample()[1]
+    by_context = trainer.validate_by_context()
+    assert by_context is not None and [window for window, _ in by_context] == [16, 30, 61]
+    return steps, [trainer.validate(), *(loss for _, loss in by_context)], trainer.write_sample()[1]
 
 
 def everything(group: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import list_checkpoints, verify_checkpoint
 from ringspan.training.config import TrainingConfig
 from ringspan.training.export import export
+from ringspan.training.metrics import StepRecord
 from ringspan.training.model import check_model
 from tests.training import support
 from tests.training.conftest import STEPS
@@ -37,6 +38,11 @@ def assert_same_curve(out: Path, reference: Path) -> None:
         assert worst < TOLERANCE, f"{measure.__name__} differ by {worst}"
 
 
+def assert_same_by_context(mine: StepRecord, theirs: StepRecord) -> None:
+    pairs = zip(mine.validation_by_context or (), theirs.validation_by_context or (), strict=True)
+    assert all(window == other and abs(loss - wanted) < TOLERANCE for (window, loss), (other, wanted) in pairs)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_losses_do_not_depend_on_the_number_of_ranks(finished_run: Finished, ranks: int):
     assert_same_curve(finished_run(ranks), finished_run(1))
@@ -51,6 +57,10 @@ def test_a_run_leaves_what_it_says(finished_run: Finished):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-00000010", "step-00000020"]
     assert verify_checkpoint(out / "checkpoints" / "latest").step == STEPS
+    *before, last = support.records(out)
+    assert all(record.validation_by_context is None for record in before)
+    assert [window for window, _ in last.validation_by_context or ()] == [16, 30, 61]
+    assert_same_by_context(last, support.records(finished_run(1))[-1])
     config = TrainingConfig.load(out / "config.json")
     assert (config.ranks, config.context, config.tokenizer, config.device) == (2, 61, "bytes", "cpu")
 
@@ -145,7 +155,7 @@ def test_ranks_that_torchrun_started_train_the_same(finished_run: Finished, text
         [*torchrun, *map(str, arguments)], capture_output=True, text=True, timeout=support.TIMEOUT_SECONDS, env=support.environment()
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("held-out loss") == 1
+    assert result.stdout.count("held-out loss") == result.stdout.count("  by context:  the same bytes with fewer than 16 before") == 1
     assert_same_curve(out, finished_run(2))
 
 

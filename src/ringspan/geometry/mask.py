@@ -253,6 +253,13 @@ def looks_ahead(mask: Mask) -> bool:
     return not (isinstance(mask, Band) and mask.right == 0)
 
 
+def depends_on_position(mask: Mask) -> bool:
+    """Whether moving a query and a key by as much may change what is allowed. False is proven; True where nothing excludes it."""
+    if isinstance(mask, Both):
+        return depends_on_position(mask.first) or depends_on_position(mask.second)
+    return not isinstance(mask, Band | Full)
+
+
 def document_borders(mask: Mask) -> frozenset[int]:
     """Where documents begin and end under `mask`; empty where it knows none."""
     if isinstance(mask, Both):

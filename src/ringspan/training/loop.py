@@ -115,7 +115,8 @@ def _steps(trainer: Trainer, observer: Observer, report: Callable[[StepRecord], 
         if _due(trainer, config.validation_every):
             record = replace(record, validation_loss=trainer.validate())
         if trainer.is_finished:
-            record = replace(record, validation_by_position=trainer.validate_by_position())
+            by_position, by_context = trainer.validate_by_position(), trainer.validate_by_context()
+            record = replace(record, validation_by_position=by_position, validation_by_context=by_context)
         report(record)
         if _due(trainer, config.checkpoint_every):
             trainer.begin_save()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,8 @@ from ringspan.training.saver import Saver
 from ringspan.training.spread import make_mesh, num_replicas, part_of, replica_of, shards_parameters, spread
 from ringspan.training.tensors import bits_sum, load_tensors
 from ringspan.training.tokenizer import load_tokenizer
-from ringspan.training.tokens import Windows, position_edges, validation_starts
+from ringspan.training.tokens import Windows, validation_starts
+from ringspan.training.validation import HeldOut, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,7 +167,7 @@ class Trainer:
         config, self.step = self.config, self.step + 1
         hands = self._deal(self.windows.starts(self.step), config.batch_size)
         loss = torch.zeros((), device=self.ranks.device)
-        for part in self._parts(hands):
+        for part in parts_of(self.parallel, hands[self.replica], self.ranks.device):
             share = self.parallel.loss(part)
             share.backward()
             self.optimizer.collect()
@@ -218,33 +217,26 @@ class Trainer:
             communication_share=cost.shares and cost.shares.communication,
         )
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the held-out windows, the same on every rank and for every number of ranks."""
-        self.model.eval()
-        starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
-        loss = sum(self.parallel.loss(part).item() for part in self._parts(self._deal(starts, batch_size=1)))
-        self.model.train()
-        return loss
+        return self._held_out().loss()
 
     def validate_by_position(self) -> list[tuple[int, int, float]]:
-        """The same loss for ranges of positions, as (first, past the last, nats); ranges without a token are left out."""
-        self.model.eval()
+        """The same loss for ranges of positions, see `HeldOut.by_position`."""
+        return self._held_out().by_position()
+
+    def validate_by_context(self) -> list[tuple[int, float]] | None:
+        """The loss of the same tokens given less or more before them, see `HeldOut.by_context`."""
+        return self._held_out().by_context()
+
+    def _held_out(self) -> HeldOut:
         starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
-        edges = position_edges(self.config.context)
-        losses = self.parallel.losses_by_position(self._parts(self._deal(starts, batch_size=1)), edges)
-        self.model.train()
-        return [(low, high, loss) for (low, high), loss in zip(pairwise(edges), losses, strict=True) if not math.isnan(loss)]
+        return HeldOut(self.parallel, self._deal(starts, batch_size=1)[self.replica], self.ranks.device)
 
     def _deal(self, starts: list[int], batch_size: int) -> list[list[Pass]]:
         """The passes of every replica over the rows that begin at `starts`."""
         rows, replicas = rows_of(starts, self.tokens, self.config.context), num_replicas(self.config)
         return deal(rows, num_replicas=replicas, batch_size=batch_size, mask=self.mask, separator=self.separator)
-
-    def _parts(self, hands: list[list[Pass]]) -> list[dict[str, Any]]:
-        """This rank's parts of its replica's passes."""
-        mine = hands[self.replica]
-        return self.parallel.shard_batches([each.tensors(self.ranks.device) for each in mine], [each.mask for each in mine])
 
     @property
     def separator(self) -> int | None:
