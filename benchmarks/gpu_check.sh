@@ -118,11 +118,13 @@ for part in $parts; do
       step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
       grep -E ' ms +(attention|matrix|messages|copies|fills|waits|elementwise)' "$out/step.log" ;;
     parts)
-      # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
+      # What each part is worth in the whole 8B shape: the context that fits without it and what it costs. WAYS names some, to split them over GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--without overlap" "--plain"; do
+      all=";--without feed_forward;--without tiled_loss;--without rematerialise;--rematerialise full;--without offload;--without overlap;--plain"
+      IFS=';' read -ra ways <<< "${WAYS-$all}"
+      for how in "${ways[@]}"; do
         # shellcheck disable=SC2086
-        step 90 --layers 4 --context "${CONTEXT:-65536,131072}" --offload --steps 2 $how
+        step 150 --layers "${LAYERS:-32}" --context "${CONTEXT:-8192,16384,32768,65536,131072}" --gpu-gib "${GPU_GIB:-76}" --offload --steps 1 $how
       done ;;
     reach)
       # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs; and how far one GPU goes.
@@ -134,6 +136,7 @@ for part in $parts; do
       timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
     timeline)
       timeout 120 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths "${LENGTHS:-32768}" --kernel "$kernel" --graph --timeline \
+        --heads "${HEADS:-32/8}" --head-dim "${HEAD_DIM:-128}" \
         --strategies "${STRATEGIES:-ring,direct:shards_at_once=4}" > "$out/timeline.log" 2>&1
       echo "timeline: $?" ;;
     run)

@@ -62,6 +62,16 @@ def test_what_the_command_line_takes_is_read(text: str):
     assert isinstance(parse_mask(text), Mask)
 
 
+class _Unhashable:
+    """A function by content: which plan is whose could not be told."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashable)
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return q_idx >= kv_idx
+
+
 NO_MASKS = """triangle window window: window:x window:1,2,3 window:-1 documents: documents:0 prefix:-2 prefix blocks:4 blocks:0:1
 blocks:4:10/1 causal& causal:3"""
 
@@ -88,6 +98,7 @@ def test_what_is_no_mask_is_refused_with_the_forms_that_there_are(text: str):
         (lambda: block_sparse(4, [[1, 0]]), "square"),
         (lambda: block_sparse(4, []), "square"),
         (lambda: mask_mod(3), "cannot be called"),  # type: ignore[arg-type]
+        (lambda: mask_mod(_Unhashable()), "cannot be hashed"),
         (lambda: documents([0, 3, 8]).check_length(9), "Every position belongs to a document"),
         (lambda: block_sparse(4, [[1, 0], [1, 1]]).check_length(9), "Every position belongs to a block"),
         (lambda: (causal() & documents([0, 3])).check_length(4), "document"),

@@ -17,8 +17,10 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import list_checkpoints, verify_checkpoint
 from ringspan.training.config import TrainingConfig
 from ringspan.training.export import export
+from ringspan.training.folders import occupied
 from ringspan.training.metrics import StepRecord
 from ringspan.training.model import check_model
+from ringspan.training.prepare import prepare
 from tests.training import support
 from tests.training.conftest import STEPS
 from tests.training.processes import rank_process, started, wait_for_step
@@ -108,17 +110,31 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(text: Path, tmp_path: Pat
     assert not Path(f"/proc/{other}").exists()
 
 
+def test_a_folder_in_which_a_run_is_at_work_takes_no_other(text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with occupied(out), started(*support.TINY, "--data", text, "--steps", 3, "--ranks", 2, "--out", out) as process:
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith(f"error: --out {out}: process {os.getpid()} on ") and "trains there" in errors
+    assert "Traceback" not in said + errors
+    assert not (out / "metrics.jsonl").exists()
+
+
 def test_ranks_whose_launcher_is_killed_write_a_checkpoint_and_end(text: Path, tmp_path: Path):
     out = tmp_path / "run"
-    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out) as process:
+    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out, "--checkpoint-every", 1) as process:
         wait_for_step(out, 3)
         ranks = [rank_process(process.pid, rank) for rank in (0, 1)]
+        with pytest.raises(RingspanError, match=f"process {ranks[0]} on .* trains there"):
+            prepare({"out": str(out)}, resume=True)
         process.kill()
         deadline = time.monotonic() + 60
         while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert verify_checkpoint(out / "checkpoints" / "latest").step >= 3
+    assert prepare({"out": str(out)}, resume=True).first_step >= 3, "a lock ends with its process"
 
 
 def test_a_rank_that_stops_answering_is_given_up_after_the_timeout_and_named(text: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,13 +92,17 @@ def check_sequence(length: int, mask: Mask) -> None:
 
 def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
     """That `x` is `length` long along `dim`."""
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != length:
+    if not _has_dim(x, dim) or x.shape[dim] != length:
         raise RingspanError(
-            f"a tensor {tuple(x.shape)} with the sequence along dim {dim}",
+            f"a tensor {tuple(x.shape)} with the sequence along dim {dim!r}",
             f"{of} has {length} positions",
             "The tensor is that long along dim",
             "the dim that counts positions, usually 1",
         )
+
+
+def _has_dim(x: Tensor, dim: object) -> TypeGuard[int]:
+    return isinstance(dim, int) and -x.ndim <= dim < x.ndim
 
 
 def features(mask: Mask, softcap: float | None) -> frozenset[str]:
@@ -273,7 +278,7 @@ def describe_attention(
 
 def describe_shard(x: Tensor, dim: int) -> str:
     """What all ranks' shards must have in common."""
-    if not -x.ndim <= dim < x.ndim:
-        return f"shape {tuple(x.shape)} dim {dim}"
+    if not _has_dim(x, dim):
+        return f"shape {tuple(x.shape)} dim {dim!r}"
     others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
     return f"dim={dim % x.ndim} other sizes={others} {x.dtype} on {x.device.type}"

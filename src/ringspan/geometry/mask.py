@@ -371,12 +371,12 @@ def mask_mod(function: MaskMod) -> Mask:
     reads when they first meet it, and not again.
 
     Raises:
-        RingspanError: where `function` cannot be called.
+        RingspanError: where `function` cannot be called, or cannot be hashed.
     """
-    if not callable(function):
-        raise RingspanError(
-            f"mask_mod({function!r})", "it cannot be called", "A mask_mod is a function of (b, h, q_idx, kv_idx)", "mask_mod(f)"
-        )
+    found = "it cannot be called" if not callable(function) else "it cannot be hashed" if type(function).__hash__ is None else None
+    if found is not None:
+        rule = "A mask_mod is a function of (b, h, q_idx, kv_idx), by whose identity plans are kept"
+        raise RingspanError(f"mask_mod({function!r})", found, rule, "mask_mod(f)")
     return Predicate(function)
 
 

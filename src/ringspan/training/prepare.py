@@ -13,7 +13,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, STDLIB, TrainingConfig, option
 from ringspan.training.export import check_target
-from ringspan.training.folders import free_folder, mark, newest_folder, own_folder
+from ringspan.training.folders import free_folder, mark, newest_folder, occupied, own_folder
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
@@ -140,6 +140,8 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
         _check_base(config, state)
     config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
+    with occupied(files.out):
+        pass
     tokens = _same_tokens(config, files, state)
     _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
