@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
         )
 
 
-def _has_dim(x: Tensor, dim: object) -> TypeGuard[int]:
+def _has_dim(x: Tensor, dim: int) -> bool:
     return isinstance(dim, int) and -x.ndim <= dim < x.ndim
 
 
