@@ -11,17 +11,15 @@ from torch import Tensor
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Kernel, Problem, select_kernel
-from ringspan.strategies import Schedules, make_schedules
+from ringspan.strategies import make_schedules
 from ringspan.transport import InProcessTransport, Transport
 
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """How pieces travel: see `ContextParallel`."""
 
 
-def peer_memory_reason(schedules: Schedules, materialised: bool, kv_heads_per_stage: int | None) -> str | None:
+def peer_memory_reason(materialised: bool, kv_heads_per_stage: int | None) -> str | None:
     """Why such attention does not go through peer memory, or None."""
-    if schedules.grid is not None:
-        return "head groups exchange positions for heads by sends and receives"
     if materialised:
         return "ring_self_attention keeps scores and sends keys and values apart"
     if kv_heads_per_stage is not None:

@@ -93,7 +93,7 @@ class PeerCourier:
             if batch.lane == 0 and send.piece.owner == self._transport.rank:
                 # For all who read it.
                 self._packed[send.piece] = packed
-        self._transport.bytes_sent[send.peer] += sum(tensor.numel() * tensor.element_size() for tensor in packed)
+        self._transport.bytes_sent[self._memory.rank_of(send.peer)] += sum(tensor.numel() * tensor.element_size() for tensor in packed)
         return packed
 
 

@@ -13,13 +13,15 @@ from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
-from ringspan.attention.reshard import make_exchange
+from ringspan.attention.reshard import head_group, inbox_bytes, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
+from ringspan.attention.swap import PeerSwapper, TransportSwapper
 from ringspan.errors import UnsupportedError
+from ringspan.geometry import HeadShare, head_shares
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, QUEUED, Choice, Schedules, choose, complete_ring, make_schedules
-from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
+from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import Sequence
@@ -65,13 +67,13 @@ def make_plan(
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
     schedules, choice = _choose(sequence, q, k, kernel)
-    exchange, first_head = None, 0
+    place, members, first_head = 0, tuple(range(transport.size)), 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
     varlen = kernel.can.varlen and q.shape[0] == 1 and sequence.mask.mod is None
     if (grid := schedules.grid) is not None:
-        exchange = make_exchange(transport, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
-        transport = Subgroup(transport, grid.context_group(exchange.place))
-        first_head = exchange.share.q_start
+        place = grid.place(transport.rank)
+        members, first_head = grid.context_group(place), head_shares(q.shape[2], k.shape[2], grid.degree)[place].q_start
+        transport = Subgroup(transport, members)
     forward, backward = (
         resolve(schedule, schedules.layout, sequence.mask, shapes, transport.rank, varlen)
         for schedule in (schedules.forward, schedules.backward)
@@ -81,6 +83,13 @@ def make_plan(
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
     peers = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
+    exchange = None
+    if grid is not None:
+        group = head_group(grid, context.transport.rank)
+        memory = None if peers is None else peers[0]
+        swapper = TransportSwapper(context.transport, group) if memory is None else PeerSwapper(memory, context.transport.bytes_sent, group)
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
+        peers = peers and (SomePeers(peers[0], members), peers[1])
     replayed = context.replays is not None
     if replayed and (refused := checks.replay_refusal(q.device.type, kernel, transport, peers is not None)) is not None:
         raise refused
@@ -132,13 +141,23 @@ def _peers(
     threads = isinstance(context.transport, InProcessTransport)
     if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
         return None
-    reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
+    reason = checks.peer_memory_reason(materialised, context.kv_heads_per_stage)
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
-        sizes, singles = (row_bytes(q, k, rounded, lse_gradient) for rounded in (False, kernel.rounds))
-        inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
-        if 2 * max(each.messages for each in inboxes.values()) <= memory.channels:
-            memory.reserve(max(each.nbytes for each in inboxes.values()))
+        grid, nbytes = schedules.grid, 0
+        shares = [HeadShare(0, q.shape[2], 0, k.shape[2])] if grid is None else head_shares(q.shape[2], k.shape[2], grid.degree)
+        mine = shares[0 if grid is None else grid.place(context.transport.rank)]
+        if grid is not None:
+            nbytes = inbox_bytes(grid, sequence.layout, q, k.shape[2])
+        inboxes: dict[str, Inbox] = {}
+        # All inboxes are alike, also where some ranks have more heads than others.
+        for share in (*set(shares), mine):
+            tensors = q[:, :, : share.heads], k[:, :, : share.kv_heads]
+            sizes, singles = (row_bytes(*tensors, rounded, lse_gradient) for rounded in (False, kernel.rounds))
+            inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
+            nbytes = max(nbytes, *(each.nbytes for each in inboxes.values()))
+        if 2 * max(1, *(each.messages for each in inboxes.values())) <= memory.channels:
+            memory.reserve(nbytes)
             return memory, inboxes
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
     if wanted == "peer_memory":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,10 @@ class PeerMemory(Protocol):
 
     def inbox(self, rank: int) -> Tensor:
         """The inbox of `rank`, uint8. Others write where it has said that they may."""
+        ...
+
+    def rank_of(self, member: int) -> int:
+        """The rank of the transport that `member` is here."""
         ...
 
     def begin(self) -> None:
@@ -169,6 +173,10 @@ class SymmetricMemory:
         """See `PeerMemory.inbox`."""
         return self._inboxes[rank]
 
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`: itself."""
+        return member
+
     def begin(self) -> None:
         """See `PeerMemory.begin`. Whoever replays a captured graph orders it among the passes around it."""
         self._passes.begin()
@@ -243,6 +251,10 @@ class SharedMemory:
         """See `PeerMemory.inbox`."""
         return self._inboxes[rank]
 
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`: itself."""
+        return member
+
     def begin(self) -> None:
         """See `PeerMemory.begin`."""
         self._passes.begin()
@@ -275,6 +287,50 @@ class SharedMemory:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
         write()
         return _WhenNeeded(arrive)
+
+
+class SomePeers:
+    """The peer memory of some ranks, counted from 0, within that of all: nobody else takes part in their passes.
+
+    Args:
+        whole: of all ranks.
+        members: ranks of `whole`, this one among them, in the order in which they are counted.
+    """
+
+    def __init__(self, whole: PeerMemory, members: Sequence[int]) -> None:
+        self._whole, self._members, self.channels = whole, tuple(members), whole.channels
+
+    def reserve(self, nbytes: int) -> None:
+        """Not offered: every inbox is as large as all others."""
+        raise NotImplementedError("room is made in the inboxes of all ranks")
+
+    def inbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.inbox`."""
+        return self._whole.inbox(self._members[rank])
+
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`."""
+        return self._whole.rank_of(self._members[member])
+
+    def begin(self) -> None:
+        """See `PeerMemory.begin`."""
+        self._whole.begin()
+
+    def end(self) -> None:
+        """See `PeerMemory.end`."""
+        self._whole.end()
+
+    def signal(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.signal`."""
+        self._whole.signal(self._members[peer], channel)
+
+    def wait(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.wait`."""
+        self._whole.wait(self._members[peer], channel)
+
+    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+        """See `PeerMemory.aside`."""
+        return self._whole.aside(lane, write, arrive)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:
