@@ -135,9 +135,8 @@ class PeerSwapper:
         memory.begin()
         token = None if observer is None else observer.begin(step, "transfer", swap, _Nothing())
         with watch(observer, step, "post", swap):
-            for other in group.others:
-                if any(message.nbytes for message in mail.messages(other, group.place)):
-                    memory.signal(group.members[other], _FREE)
+            arriving = [other for other in group.others if any(message.nbytes for message in mail.messages(other, group.place))]
+            memory.allow([(group.members[other], _FREE) for other in arriving])
             for other in group.others:
                 messages, rank = mail.messages(group.place, other), group.members[other]
                 if any(message.nbytes for message in messages):
@@ -147,9 +146,8 @@ class PeerSwapper:
                     memory.signal(rank, _READY)
                     self._sent[rank] += sum(message.nbytes for message in messages)
         with watch(observer, step, "wait", swap):
-            for other in group.others:
-                if any(message.nbytes for message in mail.messages(other, group.place)):
-                    memory.wait(group.members[other], _READY)
+            for other in arriving:
+                memory.wait(group.members[other], _READY)
         memory.end()
         if observer is not None:
             observer.end(token)

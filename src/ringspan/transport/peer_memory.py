@@ -67,12 +67,16 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
-        """Has both done beside what follows; what it returns waits until they are.
+    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
+        """Sets these, (peer, channel) each, after what the current stream has done until here; what follows need not wait for that."""
+        ...
+
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+        """Has all done beside what follows; what it returns waits until they are.
 
         Args:
-            lane: what is written on the same one is written in turn, and what arrives is awaited in turn.
-            write: waits only for room that a peer gives without waiting for `arrive`.
+            lane: what is written by several calls on the same one is written in turn, and what arrives is awaited in turn.
+            writes: they wait only for room that a peer gives without waiting for `arrive`, and not for each other.
             arrive: waits for what peers write.
         """
         ...
@@ -137,8 +141,9 @@ class SymmetricMemory:
         self._nbytes = 0
         # Inboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
         self._captured, self._retired = False, []
-        self._streams: dict[tuple[int, str], torch.cuda.Stream] = {}
+        self._streams: dict[str, torch.cuda.Stream] = {}
         self._before: torch.cuda.Stream | None = None
+        self._branched = False
         self._passes = _Passes()
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
@@ -191,30 +196,57 @@ class SymmetricMemory:
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._passes.end()
+        if self._branched:
+            # A graph ends where all its branches have come together.
+            torch.cuda.current_stream(self._index).wait_stream(self._stream("allow"))
+            self._branched = False
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
         self._handle.put_signal(peer, channel, self._timeout_ms)
 
+    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
+        """See `PeerMemory.allow`. Beside what follows in a CUDA graph, where that takes no time of the host's."""
+        current = stream = torch.cuda.current_stream(self._index)
+        if torch.cuda.is_current_stream_capturing():
+            stream, self._branched = self._stream("allow"), True
+            stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for peer, channel in signals:
+                self.signal(peer, channel)
+
     def wait(self, peer: int, channel: int) -> None:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
-        return _Aside([self._on(lane, "write", write), self._on(lane, "arrive", arrive)], self._index)
+        return _Aside([self._on(f"write {lane}", writes), self._on(f"arrive {lane}", [arrive])], self._index)
 
-    def _on(self, lane: int, what: str, work: Work) -> torch.cuda.Event:
-        if (lane, what) not in self._streams:
-            # Its few words of work must not queue behind the blocks of an attention kernel.
-            self._streams[(lane, what)] = torch.cuda.Stream(self._device, priority=-1)
-        stream, done = self._streams[(lane, what)], torch.cuda.Event()
-        stream.wait_stream(torch.cuda.current_stream(self._index))
+    def _on(self, name: str, works: Sequence[Work]) -> torch.cuda.Event:
+        stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
+        stream.wait_stream(current)
+        # In a graph, where branches cost the host nothing, each is one: several copy engines share the link, and none waits for another.
+        branches = len(works) - 1 if torch.cuda.is_current_stream_capturing() else 0
+        beside = [self._stream(f"{name}, {index}") for index in range(branches)]
+        for branch, work in zip(beside, works[1:], strict=False):
+            branch.wait_stream(stream)
+            with torch.cuda.stream(branch):
+                work()
         with torch.cuda.stream(stream):
-            work()
+            for work in works[:1] if beside else works:
+                work()
+        for branch in beside:
+            stream.wait_stream(branch)
         done.record(stream)
         return done
+
+    def _stream(self, name: str) -> torch.cuda.Stream:
+        if name not in self._streams:
+            # Its few words of work must not queue behind the blocks of an attention kernel.
+            self._streams[name] = torch.cuda.Stream(self._device, priority=-1)
+        return self._streams[name]
 
 
 class _WhenNeeded:
@@ -283,9 +315,15 @@ class SharedMemory:
                 self._changed.wait(0.05)
             self._set.remove(word)
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
+        """See `PeerMemory.allow`."""
+        for peer, channel in signals:
+            self.signal(peer, channel)
+
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
-        write()
+        for write in writes:
+            write()
         return _WhenNeeded(arrive)
 
 
@@ -328,9 +366,13 @@ class SomePeers:
         """See `PeerMemory.wait`."""
         self._whole.wait(self._members[peer], channel)
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
+        """See `PeerMemory.allow`."""
+        self._whole.allow([(self._members[peer], channel) for peer, channel in signals])
+
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
-        return self._whole.aside(lane, write, arrive)
+        return self._whole.aside(lane, writes, arrive)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:

@@ -1,0 +1,112 @@
+"""What waits for what on a GPU's streams: what is written to several peers, and the signals that let others write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from ringspan.transport.peer_memory import SymmetricMemory
+
+
+class Stream:
+    """Knows what is done before whatever it is given next."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.before: set[str] = set()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.before |= other.before
+
+    def wait_event(self, event: Event) -> None:
+        self.before |= event.before
+
+
+class Event:
+    def record(self, stream: Stream) -> None:
+        self.before = set(stream.before)
+
+
+class Device:
+    """Stands for torch.cuda: the current stream, and whether it is captured."""
+
+    def __init__(self, capturing: bool) -> None:
+        self.current = self.main = Stream()
+        self.capturing = capturing
+        self.seen: dict[str, set[str]] = {}
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def work(self, name: str) -> None:
+        """Some work on the current stream, which begins after what that stream has waited for."""
+        self.seen[name] = set(self.current.before)
+        self.current.before.add(name)
+
+
+@pytest.fixture(params=[True, False], ids=["captured", "launched"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device(request.param)
+    for name, value in {
+        "Stream": Stream, "Event": Event, "stream": device.stream, "current_stream": lambda index=None: device.current,
+        "is_current_stream_capturing": lambda: device.capturing,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return device
+
+
+class Memory(SymmetricMemory):
+    """Without a GPU: its signals are works of the device."""
+
+    def __init__(self, device: Device) -> None:
+        self._index, self._device, self._streams, self._branched, self._before = 0, torch.device("cuda", 0), {}, False, None
+        self._gpu, self._captured = device, False
+        from ringspan.transport.peer_memory import _Passes
+
+        self._passes = _Passes()
+
+    def signal(self, peer: int, channel: int) -> None:
+        self._gpu.work(f"signal {peer}")
+
+
+def test_messages_to_several_peers_do_not_wait_for_each_other_in_a_graph(device: Device):
+    memory = Memory(device)
+    memory.begin()
+    device.work("packed")
+    first = memory.aside(0, [lambda name=name: device.work(name) for name in ("a", "b", "c")], lambda: device.work("came"))
+    device.work("computed")
+    assert all("packed" in device.seen[name] for name in ("a", "b", "c", "came"))
+    assert device.seen["c"] == ({"packed"} if device.capturing else {"packed", "a", "b"})
+    assert "a" not in device.seen["computed"], "computing waits for nothing"
+    second = memory.aside(0, [lambda: device.work("d")], lambda: device.work("came too"))
+    assert {"a", "b", "c"} <= device.seen["d"], "what one lane sends goes in turn"
+    assert "came" not in device.seen["d"], "and does not wait for what it is still to receive"
+    for pending in (first, second):
+        pending.wait()
+    device.work("next")
+    assert {"a", "b", "c", "d", "came", "came too"} <= device.seen["next"]
+    memory.end()
+
+
+def test_others_are_let_write_after_what_was_read_and_nobody_waits_for_that(device: Device):
+    memory = Memory(device)
+    memory.begin()
+    device.work("read")
+    memory.allow([(1, 3), (2, 5)])
+    device.work("computed")
+    assert all("read" in device.seen[f"signal {peer}"] for peer in (1, 2))
+    assert ("signal 1" in device.seen["computed"]) == (not device.capturing)
+    memory.end()
+    assert {"signal 1", "signal 2"} <= device.main.before, "a graph ends where its branches have come together"
+    # A pass that lets nobody write has no branch to wait for: in a capture a stream that is not in it must not be met.
+    memory.begin()
+    memory._streams["allow"] = Stream()
+    memory._streams["allow"].before.add("not of this graph")
+    memory.end()
+    assert "not of this graph" not in device.main.before
