@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|host|timeline|run|
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|alone|host|timeline|run|
 #   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -88,8 +88,8 @@ for part in $parts; do
       SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
-      SAMPLES=${SAMPLES:-10} bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
+      SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
@@ -127,10 +127,13 @@ for part in $parts; do
         step 150 --layers "${LAYERS:-32}" --context "${CONTEXT:-8192,16384,32768,65536,131072}" --gpu-gib "${GPU_GIB:-76}" --offload --steps 1 $how
       done ;;
     reach)
-      # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs; and how far one GPU goes.
+      # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1
-      GPUS=1 step 400 --context 131072,262144 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
+      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1 ;;
+    alone)
+      # How far one GPU goes.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      GPUS=1 step 400 --context "${CONTEXT:-262144}" --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
     host)
       # Where the host's time goes at short lengths.
       timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
