@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ringspan.attention import accumulate
 from ringspan.attention.accumulate import Accumulator, Partial
@@ -13,6 +17,7 @@ from ringspan.attention.peer_courier import _as_one
 from ringspan.attention.shelf import adjacent
 from ringspan.kernels.partial import add_, merge_
 from ringspan.schedule import Piece
+from ringspan.transformer.memory import LiveBytes
 
 ROWS = 12
 
@@ -105,6 +110,45 @@ def test_what_was_lent_is_read_before_it_is_given_back():
     torch.testing.assert_close(accumulator.result()[0].movedim(1, 0).double(), total, rtol=1.01 * 2**-8, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("kind", ["o", "dq", "dkv"])
+@pytest.mark.parametrize("spans", [[(0, 96)], [(0, 96), (8, 96)], [(0, 48), (40, 96)]])
+@pytest.mark.parametrize("additions", [2, 3, 4, 5, 8])
+def test_the_first_their_sum_and_the_next_are_all_that_is_held(spans, additions: int, kind: str, rounds: bool, dtype, monkeypatch):
+    """`ringspan.bench.memory` promises it: what waits takes no more than the sum that it saves, and where none is saved nothing waits."""
+    for name in ("merge_", "add_"):
+        monkeypatch.setattr(accumulate, name, uncounted(getattr(accumulate, name)))
+    like, parts = torch.empty(1, 96, 2, 64, dtype=dtype), 2 if kind == "dkv" else 1
+    sum_bytes = parts * like.numel() * (4 if dtype != torch.float32 and (additions > 2 or not rounds) else 0)
+    with LiveBytes() as live:
+        live.ignore(like)
+        if kind == "o":
+            total = Partial(Piece(kind, 0, 0, 96), like, additions, (min(start for start, _ in spans), 96), rounds)
+        else:
+            total = Accumulator(Piece(kind, 0, 0, 96), like, additions, rounds, parts)
+        for index in range(additions):
+            start, stop = spans[min(index, len(spans) - 1)]
+            made = [torch.ones(1, stop - start, 2, 64, dtype=dtype).movedim(1, 0) for _ in range(parts)]
+            if isinstance(total, Partial):
+                total.add(start, stop, made[0], torch.ones(1, 2, stop - start).permute(2, 0, 1))
+            else:
+                total.add(start, stop, *made)
+            del made
+        total.result()
+    assert live.peak <= 2 * parts * like.numel() * like.element_size() + sum_bytes + 6 * 2 * 96 * 4, "and a few lse"
+
+
+def uncounted(work: Callable[..., None]) -> Callable[..., None]:
+    """`work` whose own intermediates, which the fused kernels have in registers, are not counted."""
+
+    def quiet(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            work(*args, **kwargs)
+
+    return quiet
+
+
 def watched(partial: Partial, monkeypatch: pytest.MonkeyPatch) -> tuple[list, list[int]]:
     """What it makes room for, and how many parts each of its merges takes in."""
     made, merged, right = [], [], partial._empty
@@ -155,8 +199,9 @@ def test_gradients_add_up_whether_they_lie_side_by_side_or_not(spans, rounds: bo
         unit = 2**-8 if wanted == torch.bfloat16 else 2**-22
         torch.testing.assert_close(mine.movedim(1, 0).double(), right, rtol=1.01 * unit + 1e-6, atol=2e-6)
     if set(spans) == {(0, 12)} and len(spans) > 1:
-        # All at once, dk and dv as well where they lie side by side.
-        assert passes == [len(spans) - 1] * (1 if beside else 2)
+        # All at once where waiting costs nothing, dk and dv as well where they lie side by side.
+        each = [len(spans) - 1] if rounds and dtype == torch.bfloat16 else [1] * (len(spans) - 1)
+        assert passes == [count for count in each for _ in range(1 if beside else 2)]
 
 
 def test_what_lies_side_by_side_here_and_there_is_one_copy():

@@ -1,9 +1,10 @@
 """What a rank adds up during one pass: partial outputs, and gradients. Few passes over memory, one rounding at the end.
 
-A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is. Up to `TOGETHER` more are put off,
-and then all are added in registers, in float32, and rounded once, into the first: one pass over memory, and no float32 copy. What has more
-to come, or must be added before because its memory was lent or its sum travels, is kept in float32 (float64 for float64), of a partial
-output only those rows to which more comes, and the last addition rounds it while it passes through anyway.
+A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is. Where at most `TOGETHER` more come,
+narrower than their sum, they are put off, and then all are added in registers, in float32, and rounded once, into the first: one pass over
+memory, and no float32 copy. What has more to come, or must be added before because its memory was lent or its sum travels, is kept in
+float32 (float64 for float64), of a partial output only those rows to which more comes, and the last addition rounds it while it passes
+through anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ringspan.kernels import accumulator_dtype, add_, merge_
 from ringspan.schedule import Piece
 
 TOGETHER = 3
-"""How many additions are put off, where no more are to come: they take the memory that their float32 sum would. Otherwise none is."""
+"""How many additions are put off, where no more are to come: in half precision they take the memory that their float32 sum would, and the
+next one beside it. Otherwise none is."""
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
@@ -39,19 +41,19 @@ class Partial:
         self._again = slice(again[0] - piece.start, again[1] - piece.start) if rounds else slice(0, len(piece))
         self._held: tuple[Tensor, Tensor] | None = None
         self._wide: tuple[Tensor, Tensor] | None = None
-        self._late = _Late[tuple[Tensor, Tensor]](additions)
+        self._late = _Late[tuple[Tensor, Tensor]](rounds)
 
     def add(self, start: int, stop: int, out: Tensor, lse: Tensor, lent: bool = False) -> None:
         """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse`, unless they are `lent` until `settle`."""
-        if self._late.is_full:
-            self.settle()
         self._ahead -= 1
         if self._held is None and (start, stop) == (self.piece.start, self.piece.stop):
             self._held = (out.clone(), lse.clone()) if lent else (out, lse)
             return
         if self._held is None:
             self._again = slice(0, len(self.piece))
-        self._late.put(start - self.piece.start, (out, lse), lent)
+        self._late.put(start - self.piece.start, (out, lse), lent, self._ahead)
+        if self._late.is_due:
+            self.settle()
 
     def settle(self, lent: bool = False) -> None:
         """Merges what was put off; with `lent`, where some of it was lent."""
@@ -112,28 +114,27 @@ class Accumulator:
     def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1) -> None:
         self.piece, self._like, self._ahead, self._rounds, self._parts = piece, like, additions, rounds, parts
         self._held: list[Tensor] | None = None
-        self._late = _Late[tuple[Tensor, ...]](additions)
+        self._late = _Late[tuple[Tensor, ...]](rounds)
 
     def add(self, start: int, stop: int, *parts: Tensor, lent: bool = False) -> None:
         """Adds to rows `[start, stop)`; may keep and overwrite `parts`, unless they are `lent` until `settle`."""
-        if self._late.is_full:
-            self.settle()
         self._ahead -= 1
         if self._held is None and (start, stop) == (self.piece.start, self.piece.stop):
             self._held = [part.clone() if lent else part for part in parts]
             return
-        self._held = self._held or self._zeros()
-        self._late.put(start - self.piece.start, parts, lent)
+        self._late.put(start - self.piece.start, parts, lent, self._ahead)
+        if self._late.is_due:
+            self.settle()
 
     def settle(self, lent: bool = False) -> None:
         """Adds what was put off; with `lent`, where some of it was lent."""
         if not self._late.others or (lent and not self._late.lent):
             return
-        assert self._held is not None
-        held, others = self._held, self._late.take()
-        wide = accumulator_dtype(self._like.dtype)
-        if held[0].dtype != (result := wide if self._ahead or not self._rounds else self._like.dtype):
+        result = accumulator_dtype(self._like.dtype) if self._ahead or not self._rounds else self._like.dtype
+        held, others = self._hold(result), self._late.take()
+        if held[0].dtype != result:
             self._held = self._empty(result)
+        assert self._held is not None
         # dk and dv that lie side by side are one launch.
         whole, into, added = adjacent(held), adjacent(self._held), [adjacent(parts) for _, parts in others]
         if whole is not None and into is not None and all(other is not None and len(other) == len(whole) for other in added):
@@ -145,16 +146,19 @@ class Accumulator:
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """The rows as they stand, views, in the dtype of the last addition: as wide as they need to be."""
         self.settle()
-        self._held = self._held or self._zeros()
-        return [held[start - self.piece.start : stop - self.piece.start] for held in self._held]
+        held = self._hold(accumulator_dtype(self._like.dtype))
+        return [part[start - self.piece.start : stop - self.piece.start] for part in held]
 
     def result(self) -> list[Tensor]:
         """The parts as `[batch, rows, heads, head_dim]`, contiguous, in the dtype of `like` where it rounds."""
         held = self.rows(self.piece.start, self.piece.stop)
         return [part.movedim(0, 1).contiguous() for part in (_cast(held, self._like.dtype) if self._rounds else held)]
 
-    def _zeros(self) -> list[Tensor]:
-        return [part.zero_() for part in self._empty(accumulator_dtype(self._like.dtype))]
+    def _hold(self, dtype: torch.dtype) -> list[Tensor]:
+        """What was first there of all rows, or zeros of `dtype`."""
+        if self._held is None:
+            self._held = [part.zero_() for part in self._empty(dtype)]
+        return self._held
 
     def _empty(self, dtype: torch.dtype) -> list[Tensor]:
         batch, _, heads, head_dim = self._like.shape
@@ -165,28 +169,30 @@ class Accumulator:
 class _Late(Generic[Parts]):
     """Additions that are put off: for each its first row and its tensors.
 
+    Args:
+        waits: whether any may be: not those of a sum that stays wide.
+
     Attributes:
         others: in the order in which they came.
         lent: whether some of it is in memory that will be overwritten.
+        is_due: whether all of it is to be added now: to wait for what is to come would take more memory than their sum does.
     """
 
-    def __init__(self, additions: int) -> None:
-        # With many to come the sum is kept, rather than all of them.
-        self._limit = TOGETHER if additions <= TOGETHER + 1 else 1
+    def __init__(self, waits: bool) -> None:
+        self._waits = waits
         self.others: list[tuple[int, Parts]] = []
-        self.lent = False
+        self.lent = self.is_due = False
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.others) == self._limit
-
-    def put(self, start: int, parts: Parts, lent: bool) -> None:
+    def put(self, start: int, parts: Parts, lent: bool, ahead: int) -> None:
+        """One more; `ahead`: how many are to come."""
         self.others.append((start, parts))
         self.lent |= lent
+        narrow = parts[0].dtype != accumulator_dtype(parts[0].dtype)
+        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= TOGETHER)
 
     def take(self) -> list[tuple[int, Parts]]:
-        """All of it, which then is none."""
-        others, self.others, self.lent = self.others, [], False
+        """All of it, which then is none. What comes after it is not put off: their sum is there already."""
+        others, self.others, self.lent, self._waits = self.others, [], False, False
         return others
 
 

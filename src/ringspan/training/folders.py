@@ -58,14 +58,15 @@ def occupied(out: Path) -> Iterator[None]:
     Raises:
         RingspanError: where a run is at work there: two would clear away each other's unfinished checkpoints.
     """
-    with (out / _LOCK).open("a+") as file:
+    # Without a buffer: what a full disk refuses would be tried again, and raised, on the way out.
+    with (out / _LOCK).open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise RingspanError(
                 f"--out {out}",
-                f"{file.read().strip() or 'another process'} trains there",
+                f"{file.read().decode(errors='replace').strip() or 'another process'} trains there",
                 "One run writes into a folder at a time",
                 "waiting for its end or stopping it, or another --out",
             ) from None
@@ -74,8 +75,7 @@ def occupied(out: Path) -> Iterator[None]:
         # Who it is is said to the next one; on a full disk it is not.
         with contextlib.suppress(OSError):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
         yield
 
 

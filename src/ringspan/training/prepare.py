@@ -81,6 +81,8 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
     was_there = os.path.exists(files.out)
     try:
         _check_writable(files.out)
+        # A run that has just been started has written nothing yet but what this one would write over.
+        _check_unoccupied(files.out)
         tokens = _writing(lambda: _tokens(files, config), files.out)
         Split.of(tokens, config.context)
         vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
@@ -140,8 +142,7 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
         _check_base(config, state)
     config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
-    with occupied(files.out):
-        pass
+    _check_unoccupied(files.out)
     tokens = _same_tokens(config, files, state)
     _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
@@ -243,6 +244,14 @@ def _check_writable(out: Path) -> None:
         file = out / ".writable"
         file.write_bytes(b"ringspan")
         file.unlink()
+
+    _writing(probe, out)
+
+
+def _check_unoccupied(out: Path) -> None:
+    def probe() -> None:
+        with occupied(out):
+            pass
 
     _writing(probe, out)
 
