@@ -118,13 +118,17 @@ def _steps(trainer: Trainer, observer: Observer, report: Callable[[StepRecord], 
     while (stopped_by := ranks.agree_on_stop(failed=trainer.saver.has_failed)) is None and not trainer.is_finished:
         _tell_of_checkpoint(trainer, observer)
         record = trainer.take_step()
+        if trainer.is_finished:
+            # Before anything is measured: what may fail then takes no step with it.
+            trainer.begin_save()
+            saved = trainer.step
         if _due(trainer, config.validation_every):
             record = replace(record, validation_loss=trainer.validate())
         if trainer.is_finished:
             by_position, by_context = trainer.validate_by_position(), trainer.validate_by_context()
             record = replace(record, validation_by_position=by_position, validation_by_context=by_context)
         report(record)
-        if _due(trainer, config.checkpoint_every):
+        if saved != trainer.step and _due(trainer, config.checkpoint_every):
             trainer.begin_save()
             saved = trainer.step
     trainer.finish_save()
