@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ringspan.training import lora
+from ringspan.training import trainer as trainer_module
 from ringspan.training.prepare import prepare
 from ringspan.training.ranks import Ranks, StopSignal
 from ringspan.training.trainer import Trainer
@@ -70,9 +71,14 @@ def everything(group: Any) -> dict[str, Any]:
     assert isinstance(saving, dist.ProcessGroup)
     place = Ranks(rank=dist.get_rank(), num_ranks=3, device=torch.device("cpu"), control=group, saving=saving, stop=StopSignal())
     given = {**GIVEN, "data": str(folder / "text.txt"), "ranks": 3}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"read": {}}
+    read, right = [], trainer_module.build_model
+    trainer_module.build_model = lambda *args, **options: read.append("the whole model") or right(*args, **options)
     for name, mesh in MESHES.items():
+        read.clear()
         found[name] = run(place, {**given, **mesh, "out": str(folder / name)})
+        found["read"][name] = len(read)
+    trainer_module.build_model = right
     for name, mesh in MESHES.items():
         if name not in AFTER_ONE:
             continue

@@ -76,6 +76,13 @@ def assert_same(found: Any, expected: Any, what: str) -> None:
 
 
 @pytest.mark.slow
+def test_where_parameters_are_sharded_rank_0_alone_reads_the_whole_model(made: Any):
+    *_, found = made
+    read = [[rank["read"][name] for rank in found] for name in MESHES]
+    assert read == [[1, 1, 1] if name == "whole" else [1, 0, 0] for name in MESHES]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_takes_the_steps_of_one_rank_from_the_start_and_from_its_checkpoint(name: str, made: Any):
     folder, expected, _, found = made

@@ -182,19 +182,29 @@ def stretched_config(model: str, context: int, rope_scaling: str, rope_factor: f
 
 
 def rebuild_model(folder: Path) -> PreTrainedModel:
-    """The architecture that `folder/config.json` describes, its weights any numbers until they are loaded. In float32, on the CPU."""
+    """The architecture that `folder/config.json` describes, as `empty_model` makes it."""
+    import transformers
+
+    return empty_model(transformers.AutoConfig.from_pretrained(folder, local_files_only=True), str(folder))
+
+
+def empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The architecture of `config`, its weights any numbers, and no memory before they are written. In float32, on the CPU.
+
+    Args:
+        name: what a refusal calls it.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
     from ringspan.transformer import register
 
     register()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with no_init_weights():
         built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     # Without first weights transformers leaves out the tying too.
     built.tie_weights()
-    check_exact(built, str(folder))
+    check_exact(built, name)
     return built
 
 
