@@ -94,8 +94,8 @@ def _first_partial_alone(out, lse, others, *, into=None):
         into[1].copy_(lse)
 
 
-def _not_zeroed(self: Accumulator) -> list[torch.Tensor]:
-    rows = self._like.new_empty((len(self.piece), self._like.shape[0], *self._like.shape[2:]))
+def _not_zeroed(self: Accumulator, dtype: torch.dtype) -> list[torch.Tensor]:
+    rows = self._like.new_empty((len(self.piece), self._like.shape[0], *self._like.shape[2:]), dtype=dtype)
     return [rows.clone() for _ in range(self._parts)]
 
 

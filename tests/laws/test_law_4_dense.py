@@ -186,7 +186,7 @@ def _backward_from_own_lse(self, dout, q, k, v, out, lse, dlse, scores):
 BREAKAGES = {
     "a merge that forgets the other partial": (accumulate, "merge_", _forget_the_other_partial),
     "a backward from the tile's own lse": (Reference, "backward", _backward_from_own_lse),
-    "an accumulator that is not zeroed": (Accumulator, "_zeros", lambda self: [x.fill_(0.5) for x in right_zeros(self)]),
+    "an accumulator that is not zeroed": (Accumulator, "_zeros", lambda self, dtype: [x.fill_(0.5) for x in right_zeros(self, dtype)]),
     "a gradient that arrives and is not added": (executor.BackwardPass, "combine", lambda self, piece, arrived: None),
 }
 

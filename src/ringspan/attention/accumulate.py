@@ -157,8 +157,11 @@ class Accumulator:
     def _hold(self, dtype: torch.dtype) -> list[Tensor]:
         """What was first there of all rows, or zeros of `dtype`."""
         if self._held is None:
-            self._held = [part.zero_() for part in self._empty(dtype)]
+            self._held = self._zeros(dtype)
         return self._held
+
+    def _zeros(self, dtype: torch.dtype) -> list[Tensor]:
+        return [part.zero_() for part in self._empty(dtype)]
 
     def _empty(self, dtype: torch.dtype) -> list[Tensor]:
         batch, _, heads, head_dim = self._like.shape
