@@ -177,6 +177,20 @@ def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy:
         assert sent == sent_too
 
 
+@pytest.mark.parametrize(
+    ("strategy", "heads"), [({"strategy": "ring"}, 4), ({"strategy": "ulysses"}, 4), ({"strategy": "two_dimensional"}, 1)]
+)
+def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_and_where_there_are_none(strategy: dict, heads: int):
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", **strategy).sequence(64)
+        x = torch.randn(1, sequence.shard_length, heads, 8)
+        sequence.attention(x, x, x)
+        return sequence.peer_bytes, peer_memory(group, x.device).inbox(group.rank).numel()
+
+    for told, size in ringspan.run_in_process(4, run):
+        assert told == size > 0
+
+
 def test_what_is_copied_in_eights_is_what_is_copied():
     whole = torch.arange(2 * 6 * 8 * 12, dtype=torch.int16).view(torch.bfloat16).view(2, 6, 8, 12)
     for heads, columns in (
