@@ -175,21 +175,27 @@ def test_ranks_are_ordered_through_peer_memory_around_a_replay():
     assert said == ["begin", "end"] * 2, "the launches of the others order themselves"
 
 
-def test_a_rank_that_cannot_capture_ends_all(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("options", [{}, {"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}], ids=str)
+def test_a_rank_that_cannot_capture_ends_all(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    """Those that it exchanges heads with too, which run no program with it: they would wait for it."""
+
     class Unrun(Recorded):
         """Sends nothing while it captures, as on GPUs."""
 
         def __call__(self, work: Any) -> Any:
             return super().__call__(work if self.broken else lambda: (torch.empty(0), torch.empty(0)))
 
+    ranks = 4
+
     def run(group: Any) -> None:
-        context = with_replays(monkeypatch, group, Unrun(broken=group.rank == 1))
-        q = torch.randn(1, LENGTH // RANKS, 2, 8)
-        for _ in range(EAGER_CALLS + 1):
+        context = with_replays(monkeypatch, group, Unrun(broken=group.rank == ranks - 1), **options)
+        q = torch.randn(1, LENGTH // ranks, 2, 8)
+        for _ in range(EAGER_CALLS):
+            context.sequence(LENGTH).attention(q, q, q)
+        with pytest.raises(RingspanError, match=rf"rank {ranks - 1} could not capture a pass: operation not permitted.*cuda_graphs=False"):
             context.sequence(LENGTH).attention(q, q, q)
 
-    with pytest.raises(RingspanError, match=r"rank 1 could not capture a pass: operation not permitted.*cuda_graphs=False"):
-        ringspan.run_in_process(RANKS, run)
+    ringspan.run_in_process(ranks, run, timeout_seconds=5.0)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nand more"), ValueError("not compiled"), AssertionError()], ids=repr)

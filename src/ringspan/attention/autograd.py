@@ -31,7 +31,8 @@ from ringspan.transport import PeerMemory, Transport
 class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
-    `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
+    `transport` is of the ranks that the programs speak of, `everyone` of all: they are others where there is an `exchange`, which
+    is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
     of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
@@ -41,6 +42,7 @@ class Plan:
     backward: RankProgram
     kernel: Kernel
     transport: Transport
+    everyone: Transport
     scores: TileScores
     exchange: Exchange | None = None
     materialised: bool = False
@@ -56,7 +58,7 @@ class Plan:
         if self.replays is None:
             return work(*inputs)
         memory = None if self.peers is None else self.peers[0]
-        return self.replays.run(self, direction, inputs, work, self.transport, memory)
+        return self.replays.run(self, direction, inputs, work, self.everyone, memory)
 
     @cached_property
     def lse_gradient_travels(self) -> bool:

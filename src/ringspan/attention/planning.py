@@ -99,6 +99,7 @@ def make_plan(
         backward,
         kernel,
         transport,
+        context.transport,
         TileScores(scoring, schedules.layout, q.device),
         exchange,
         materialised,
