@@ -246,8 +246,23 @@ def test_what_goes_through_nccl_is_refused_where_anything_is_sent():
     kernel = KERNELS["flash2"]
 
     def refusal(size: int, through_peers: bool) -> RingspanError | None:
-        transport: Any = SimpleNamespace(size=size)
-        return checks.replay_refusal("cuda", kernel, transport, through_peers)
+        everyone: Any = SimpleNamespace(size=size)
+        return checks.replay_refusal("cuda", kernel, everyone, size, through_peers)
 
     assert refusal(2, True) is None and refusal(1, False) is None
     assert "destroy_process_group" in str(refusal(2, False))
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}], ids=str)
+def test_threads_are_refused_whoever_runs_a_program_together(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    """They wait for each other on the host, and a replay would not."""
+    right = checks.replay_refusal
+    monkeypatch.setattr(checks, "replay_refusal", lambda device, _, *about: right("cuda", KERNELS["flash2"], *about))
+
+    def run(group: Any) -> None:
+        x = torch.randn(1, LENGTH // group.size, 2, 8)
+        context = ringspan.ContextParallel(group, transport="peer_memory", cuda_graphs=True, **options)
+        with pytest.raises(RingspanError, match=r"in-process ranks are threads.*cuda_graphs=False"):
+            context.sequence(LENGTH).attention(x, x, x)
+
+    ringspan.run_in_process(4, run, timeout_seconds=5.0)

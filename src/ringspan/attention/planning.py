@@ -91,9 +91,10 @@ def make_plan(
         swapper = TransportSwapper(context.transport, group) if memory is None else PeerSwapper(memory, context.transport.bytes_sent, group)
         exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
         peers = peers and (SomePeers(peers[0], members), peers[1])
-    replayed = context.replays is not None
-    if replayed and (refused := checks.replay_refusal(q.device.type, kernel, transport, peers is not None)) is not None:
-        raise refused
+    if context.replays is not None:
+        refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
+        if refused is not None:
+            raise refused
     plan = Plan(
         forward,
         backward,
