@@ -59,6 +59,10 @@ class PeerMemory(Protocol):
         """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
+    def leave(self) -> None:
+        """An error ends what is done in several passes between two of them: whoever else is in the next would take another for it."""
+        ...
+
     def signal(self, peer: int, channel: int) -> None:
         """Sets a signal to `peer`, after what the current stream has done until here."""
         ...
@@ -100,6 +104,9 @@ class _Passes:
 
     def end(self) -> None:
         self._under_way = False
+
+    def leave(self) -> None:
+        self._under_way = True
 
 
 class _Aside:
@@ -212,6 +219,10 @@ class SymmetricMemory:
             torch.cuda.current_stream(self._index).wait_stream(self._stream("allow"))
             self._branched = False
 
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
+
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
         self._handle.put_signal(peer, channel, self._timeout_ms)
@@ -306,6 +317,10 @@ class SharedMemory:
         """See `PeerMemory.end`."""
         self._passes.end()
 
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
+
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
         word = (self._transport.rank, peer, channel)
@@ -368,6 +383,10 @@ class SomePeers:
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._whole.end()
+
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._whole.leave()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
