@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
+from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
 from ringspan.attention.swap import copy_
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
@@ -177,6 +179,20 @@ def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy:
         assert sent == sent_too
 
 
+@pytest.mark.parametrize(
+    ("strategy", "heads"), [({"strategy": "ring"}, 4), ({"strategy": "ulysses"}, 4), ({"strategy": "two_dimensional"}, 1)]
+)
+def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_and_where_there_are_none(strategy: dict, heads: int):
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", **strategy).sequence(64)
+        x = torch.randn(1, sequence.shard_length, heads, 8)
+        sequence.attention(x, x, x)
+        return sequence.peer_bytes, peer_memory(group, x.device).inbox(group.rank).numel()
+
+    for told, size in ringspan.run_in_process(4, run):
+        assert told == size > 0
+
+
 def test_what_is_copied_in_eights_is_what_is_copied():
     whole = torch.arange(2 * 6 * 8 * 12, dtype=torch.int16).view(torch.bfloat16).view(2, 6, 8, 12)
     for heads, columns in (
@@ -263,6 +279,50 @@ def test_after_a_pass_that_an_error_left_the_next_is_refused(monkeypatch: pytest
             sequence.attention(x, x, x)
 
     ringspan.run_in_process(2, run)
+
+
+@pytest.mark.parametrize("at", ["forward", "backward"])
+def test_an_attention_that_an_error_left_between_its_passes_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch, at: str):
+    """The other ranks wait in its next exchange: what came of another one would be right for none."""
+    right, failing = Plan.launched, set()
+
+    def launched(self, direction, inputs, work):
+        result = right(self, direction, inputs, work)
+        if self.exchange.place == 0 and direction in failing:
+            raise torch.OutOfMemoryError("no room for the result")
+        return result
+
+    monkeypatch.setattr(Plan, "launched", launched)
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", strategy="ulysses").sequence(16)
+        q, k, v = (torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True) for _ in range(3))
+        sequence.attention(q, k, v).sum().backward()
+        group.gather_objects("both are out")
+        failing.add(at)
+        with pytest.raises(torch.OutOfMemoryError if group.rank == 0 else RankFailure):
+            sequence.attention(q, k, v).sum().backward()
+        if group.rank == 0:
+            failing.clear()
+            with pytest.raises(RingspanError, match="an error left the attention before this one in the middle"):
+                sequence.attention(q, k, v)
+
+    ringspan.run_in_process(2, run, timeout_seconds=5.0)
+
+
+def test_an_attention_that_is_computed_again_for_its_backward_leaves_nothing_in_the_middle():
+    """Checkpointing ends the second forward with an error of its own, once it has what was saved."""
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", strategy="ulysses").sequence(16)
+        x = torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True)
+        gradients = []
+        for attention in (sequence.attention, lambda *qkv: checkpoint(sequence.attention, *qkv, use_reentrant=False)) * 2:
+            gradients += torch.autograd.grad(attention(x, x, x).square().sum(), x)
+        return gradients
+
+    for first, *others in ringspan.run_in_process(2, run, timeout_seconds=5.0):
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():

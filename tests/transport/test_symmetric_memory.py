@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ringspan.errors import RingspanError
+from ringspan.transport import SingleRank
 from ringspan.transport.peer_memory import SymmetricMemory
 
 
@@ -110,3 +113,30 @@ def test_others_are_let_write_after_what_was_read_and_nobody_waits_for_that(devi
     memory._streams["allow"].before.add("not of this graph")
     memory.end()
     assert "not of this graph" not in device.main.before
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_was_planned_goes_on_where_there_is_no_room_for_more(monkeypatch: pytest.MonkeyPatch, captured: bool):
+    mib = 1 << 20
+
+    def empty(nbytes: int, **_: Any) -> torch.Tensor:
+        if nbytes > 8 * mib:
+            raise torch.OutOfMemoryError(f"no room for {nbytes}")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def rendezvous(mine: torch.Tensor, _: Any) -> Any:
+        return SimpleNamespace(get_buffer=lambda rank, sizes, dtype: mine)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    memory = Memory.__new__(Memory)
+    memory._module, memory._transport = SimpleNamespace(empty=empty, rendezvous=rendezvous), SingleRank()
+    memory._group, memory._device, memory._size = None, torch.device("cuda", 0), 1
+    memory._inboxes, memory._mine, memory._handle, memory._nbytes, memory._captured, memory._retired = [], None, None, 0, False, []
+    memory.reserve(5 * mib)
+    memory._captured, before = captured, memory.inbox(0).data_ptr()
+    with pytest.raises(RingspanError, match=r"rank 0: no room.*transport='process_group'"):
+        memory.reserve(9 * mib)
+    assert memory.inbox(0).numel() == 6 * mib
+    assert not captured or memory.inbox(0).data_ptr() == before, "what a graph writes to is still there"
+    memory.reserve(int(7.5 * mib))
+    assert memory.inbox(0).numel() == 8 * mib and len(memory._retired) == captured

@@ -173,19 +173,19 @@ def check_attention(
     select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
 
 
-def replay_refusal(device: str, kernel: Kernel, transport: Transport, through_peers: bool) -> UnsupportedError | None:
-    """Why passes cannot be captured as CUDA graphs, or None. The same on every rank.
+def replay_refusal(device: str, kernel: Kernel, everyone: Transport, ranks: int, through_peers: bool) -> UnsupportedError | None:
+    """Why passes of `ranks` ranks among `everyone` cannot be captured as CUDA graphs, or None. The same on every rank.
 
     A communicator of NCCL whose calls a graph holds is not destroyed before the graph is: `destroy_process_group()` would wait for ever
     (pytorch/pytorch#115388). So only what goes through peer memory, or nowhere, is captured.
     """
     if device != "cuda":
         found = f"the tensors are on {device}"
-    elif isinstance(transport, InProcessTransport):
+    elif isinstance(everyone, InProcessTransport) and everyone.size > 1:
         found = "in-process ranks are threads, which wait for each other on the host"
     elif not kernel.can.graph_capture:
         found = f"kernel {kernel.name!r} cannot be captured"
-    elif not through_peers and transport.size > 1:
+    elif not through_peers and ranks > 1:
         found = "these passes go through NCCL, and destroy_process_group() would wait for ever for a graph that holds its calls"
     else:
         return None

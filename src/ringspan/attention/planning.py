@@ -30,11 +30,12 @@ Peers = tuple[PeerMemory, dict[str, Inbox]]
 
 
 class Planned(NamedTuple):
-    """A plan, the schedules that it runs, and what strategy `auto` chose where it did."""
+    """A plan, the schedules that it runs, what strategy `auto` chose where it did, and how much peer memory every rank keeps for it."""
 
     plan: Plan
     schedules: Schedules
     choice: Choice | None
+    peer_bytes: int
 
 
 def make_plan(
@@ -82,7 +83,7 @@ def make_plan(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
-    peers = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
+    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
     exchange = None
     if grid is not None:
         group = head_group(grid, context.transport.rank)
@@ -90,14 +91,16 @@ def make_plan(
         swapper = TransportSwapper(context.transport, group) if memory is None else PeerSwapper(memory, context.transport.bytes_sent, group)
         exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
         peers = peers and (SomePeers(peers[0], members), peers[1])
-    replayed = context.replays is not None
-    if replayed and (refused := checks.replay_refusal(q.device.type, kernel, transport, peers is not None)) is not None:
-        raise refused
+    if context.replays is not None:
+        refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
+        if refused is not None:
+            raise refused
     plan = Plan(
         forward,
         backward,
         kernel,
         transport,
+        context.transport,
         TileScores(scoring, schedules.layout, q.device),
         exchange,
         materialised,
@@ -107,7 +110,7 @@ def make_plan(
         return_lse,
         context.replays,
     )
-    return Planned(plan, schedules, choice)
+    return Planned(plan, schedules, choice, peer_bytes)
 
 
 def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[Schedules, Choice | None]:
@@ -134,13 +137,13 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
 
 def _peers(
     sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool, lse_gradient: bool
-) -> Peers | None:
-    """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
+) -> tuple[Peers | None, int]:
+    """Peer memory and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank."""
     context = sequence.context
     wanted = context.carrier
     threads = isinstance(context.transport, InProcessTransport)
     if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
-        return None
+        return None, 0
     reason = checks.peer_memory_reason(materialised, context.kv_heads_per_stage)
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
@@ -158,10 +161,10 @@ def _peers(
             nbytes = max(nbytes, *(each.nbytes for each in inboxes.values()))
         if 2 * max(1, *(each.messages for each in inboxes.values())) <= memory.channels:
             memory.reserve(nbytes)
-            return memory, inboxes
+            return (memory, inboxes), nbytes
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
     if wanted == "peer_memory":
         raise UnsupportedError(
             "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
         )
-    return None
+    return None, 0

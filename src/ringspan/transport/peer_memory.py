@@ -59,6 +59,10 @@ class PeerMemory(Protocol):
         """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
+    def leave(self) -> None:
+        """An error ends what is done in several passes between two of them: whoever else is in the next would take another for it."""
+        ...
+
     def signal(self, peer: int, channel: int) -> None:
         """Sets a signal to `peer`, after what the current stream has done until here."""
         ...
@@ -100,6 +104,9 @@ class _Passes:
 
     def end(self) -> None:
         self._under_way = False
+
+    def leave(self) -> None:
+        self._under_way = True
 
 
 class _Aside:
@@ -154,11 +161,22 @@ class SymmetricMemory:
             return
         # Nobody writes to an old inbox any more: a pass ends when all has come, and all ranks are between passes.
         torch.cuda.synchronize(self._device)
-        if self._captured:
-            self._retired.append((self._mine, self._handle, self._inboxes))
-        # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
-        nbytes = max(nbytes, self._nbytes + self._nbytes // 4)
-        self._inboxes, self._mine, self._handle, self._captured = [], None, None, False
+        before, held = self._nbytes, (self._mine, self._handle, self._inboxes) if self._captured else None
+        try:
+            # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
+            self._make_inboxes(max(nbytes, before + before // 4))
+        except RingspanError:
+            # What was planned before relies on what there was: whoever is refused may go on with that.
+            if held is not None:
+                (self._mine, self._handle, self._inboxes), self._nbytes, self._captured = held, before, True
+            elif before:
+                self._make_inboxes(before)
+            raise
+        if held is not None:
+            self._retired.append(held)
+
+    def _make_inboxes(self, nbytes: int) -> None:
+        self._inboxes, self._mine, self._handle, self._captured, self._nbytes = [], None, None, False, 0
         nbytes, problem = -(-nbytes >> 21) << 21, None
         try:
             self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -167,7 +185,7 @@ class SymmetricMemory:
         # Whoever has none must not leave the others in the rendezvous.
         for rank, reason in enumerate(self._transport.gather_objects(problem)):
             if reason is not None:
-                self._nbytes, self._mine = 0, None
+                self._mine = None
                 rule = "Every rank has an inbox of the same size"
                 raise RingspanError(f"{nbytes:,} bytes of peer memory", f"rank {rank}: {reason}", rule, "transport='process_group'")
         self._handle = self._module.rendezvous(self._mine, self._group)
@@ -200,6 +218,10 @@ class SymmetricMemory:
             # A graph ends where all its branches have come together.
             torch.cuda.current_stream(self._index).wait_stream(self._stream("allow"))
             self._branched = False
+
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
@@ -295,6 +317,10 @@ class SharedMemory:
         """See `PeerMemory.end`."""
         self._passes.end()
 
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
+
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
         word = (self._transport.rank, peer, channel)
@@ -357,6 +383,10 @@ class SomePeers:
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._whole.end()
+
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._whole.leave()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
