@@ -83,8 +83,8 @@ class PeerCourier:
 
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`."""
-        if freed := self._inbox.freed.get(step):
-            self._memory.allow([(message.peer, _free(message)) for message in freed])
+        for message in self._inbox.freed.get(step, ()):
+            self._memory.signal(message.peer, _free(message))
 
     def _pack(self, batch: Batch, send: Send, tensors: Sequence[Tensor]) -> list[Tensor]:
         packed = self._packed.get(send.piece)

@@ -136,7 +136,8 @@ class PeerSwapper:
         token = None if observer is None else observer.begin(step, "transfer", swap, _Nothing())
         with watch(observer, step, "post", swap):
             arriving = [other for other in group.others if any(message.nbytes for message in mail.messages(other, group.place))]
-            memory.allow([(group.members[other], _FREE) for other in arriving])
+            for other in arriving:
+                memory.signal(group.members[other], _FREE)
             for other in group.others:
                 messages, rank = mail.messages(group.place, other), group.members[other]
                 if any(message.nbytes for message in messages):

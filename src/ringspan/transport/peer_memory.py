@@ -22,6 +22,9 @@ from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
+BRANCHES = 2
+"""How many messages of a lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With both lanes
+there are seven branches; they share eight queues of the hardware, and one that queues before what it waits for waits for ever."""
 
 
 class PeerMemory(Protocol):
@@ -69,10 +72,6 @@ class PeerMemory(Protocol):
 
     def wait(self, peer: int, channel: int) -> None:
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
-        ...
-
-    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
-        """Sets these, (peer, channel) each, after what the current stream has done until here; what follows need not wait for that."""
         ...
 
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
@@ -150,7 +149,6 @@ class SymmetricMemory:
         self._captured, self._retired = False, []
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._before: torch.cuda.Stream | None = None
-        self._branched = False
         self._passes = _Passes()
         self._timeout_ms = transport.timeout_ms
         self.reserve(1 << 21)
@@ -214,10 +212,6 @@ class SymmetricMemory:
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._passes.end()
-        if self._branched:
-            # A graph ends where all its branches have come together.
-            torch.cuda.current_stream(self._index).wait_stream(self._stream("allow"))
-            self._branched = False
 
     def leave(self) -> None:
         """See `PeerMemory.leave`."""
@@ -226,16 +220,6 @@ class SymmetricMemory:
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
         self._handle.put_signal(peer, channel, self._timeout_ms)
-
-    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
-        """See `PeerMemory.allow`. Beside what follows in a CUDA graph, where that takes no time of the host's."""
-        current = stream = torch.cuda.current_stream(self._index)
-        if torch.cuda.is_current_stream_capturing():
-            stream, self._branched = self._stream("allow"), True
-            stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for peer, channel in signals:
-                self.signal(peer, channel)
 
     def wait(self, peer: int, channel: int) -> None:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
@@ -249,18 +233,17 @@ class SymmetricMemory:
     def _on(self, name: str, works: Sequence[Work]) -> torch.cuda.Event:
         stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
         stream.wait_stream(current)
-        # In a graph, where branches cost the host nothing, each is one: several copy engines share the link, and none waits for another.
-        branches = len(works) - 1 if torch.cuda.is_current_stream_capturing() else 0
-        beside = [self._stream(f"{name}, {index}") for index in range(branches)]
-        for branch, work in zip(beside, works[1:], strict=False):
-            branch.wait_stream(stream)
-            with torch.cuda.stream(branch):
-                work()
-        with torch.cuda.stream(stream):
-            for work in works[:1] if beside else works:
-                work()
-        for branch in beside:
-            stream.wait_stream(branch)
+        # In a graph, where they cost the host nothing.
+        branches = BRANCHES if torch.cuda.is_current_stream_capturing() else 1
+        streams = [stream, *(self._stream(f"{name}, {branch}") for branch in range(1, min(branches, len(works))))]
+        for other in streams[1:]:
+            other.wait_stream(stream)
+        for branch, other in enumerate(streams):
+            with torch.cuda.stream(other):
+                for work in works[branch :: len(streams)]:
+                    work()
+        for other in streams[1:]:
+            stream.wait_stream(other)
         done.record(stream)
         return done
 
@@ -341,11 +324,6 @@ class SharedMemory:
                 self._changed.wait(0.05)
             self._set.remove(word)
 
-    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
-        """See `PeerMemory.allow`."""
-        for peer, channel in signals:
-            self.signal(peer, channel)
-
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
         for write in writes:
@@ -395,10 +373,6 @@ class SomePeers:
     def wait(self, peer: int, channel: int) -> None:
         """See `PeerMemory.wait`."""
         self._whole.wait(self._members[peer], channel)
-
-    def allow(self, signals: Sequence[tuple[int, int]]) -> None:
-        """See `PeerMemory.allow`."""
-        self._whole.allow([(self._members[peer], channel) for peer, channel in signals])
 
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
