@@ -23,8 +23,8 @@ from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
 BRANCHES = 2
-"""How many messages of a lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With both lanes
-there are seven branches; they share eight queues of the hardware, and one that queues before what it waits for waits for ever."""
+"""How many messages of a lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With both
+lanes there are seven branches; they share eight queues of the hardware, and one that queues before what it waits for waits for ever."""
 
 
 class PeerMemory(Protocol):
