@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "ringspan"
+_ONE_AT_A_TIME = threading.RLock()
+"""While a model is made without first weights transformers switches torch's initialisers off, for every thread of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +131,15 @@ def build_model(
 
     register()
     if model in PRESETS:
-        with torch.random.fork_rng(devices=[]):
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return transformers.LlamaForCausalLM(_llama(PRESETS[model], vocabulary_size, context))
     stretched = {} if rope_scaling is None else {"config": stretched_config(model, context, rope_scaling, rope_factor)}
     try:
-        built = transformers.AutoModelForCausalLM.from_pretrained(
-            model, **stretched, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
-        )
+        with _ONE_AT_A_TIME:
+            built = transformers.AutoModelForCausalLM.from_pretrained(
+                model, **stretched, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
+            )
     except RingspanError:
         raise
     except Exception as error:  # a folder can be broken in more ways than transformers has errors for
@@ -200,7 +204,7 @@ def empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     from ringspan.transformer import register
 
     register()
-    with no_init_weights():
+    with _ONE_AT_A_TIME, no_init_weights():
         built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     # Without first weights transformers leaves out the tying too.
     built.tie_weights()
