@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|host|timeline|run|
+# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|alone|host|timeline|run|
 #   half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -67,7 +67,7 @@ for part in $parts; do
       CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
       (for tool in memcheck racecheck; do
         CUDA_VISIBLE_DEVICES=${visible##*,} timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
-          tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
+          tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_sums or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
       done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
       for how in "--shard-parameters" "--parameters-on-host --offload" "--shard $gpus --accumulate 2" "--tensor $gpus"; do
         # shellcheck disable=SC2086
@@ -88,8 +88,8 @@ for part in $parts; do
       SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
-      SAMPLES=${SAMPLES:-10} bench many_narrow 100 --kernel "$kernel" --strategy auto,all_gather --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
+      SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
@@ -118,28 +118,34 @@ for part in $parts; do
       step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
       grep -E ' ms +(attention|matrix|messages|copies|fills|waits|elementwise)' "$out/step.log" ;;
     parts)
-      # What each part is worth: the context that fits without it and what it costs, on an 8B shape of fewer layers.
+      # What each part is worth in the whole 8B shape: the context that fits without it and what it costs. WAYS names some, to split them over GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      for how in "" "--without feed_forward" "--without tiled_loss" "--without rematerialise" "--rematerialise full" "--without offload" "--without overlap" "--plain"; do
+      all=";--without feed_forward;--without tiled_loss;--without rematerialise;--rematerialise full;--without offload;--without overlap;--plain"
+      IFS=';' read -ra ways <<< "${WAYS-$all}"
+      for how in "${ways[@]}"; do
         # shellcheck disable=SC2086
-        step 90 --layers 4 --context "${CONTEXT:-65536,131072}" --offload --steps 2 $how
+        step 150 --layers "${LAYERS:-32}" --context "${CONTEXT:-8192,16384,32768,65536,131072}" --gpu-gib "${GPU_GIB:-76}" --offload --steps 1 $how
       done ;;
     reach)
-      # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs; and how far one GPU goes.
+      # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1
-      GPUS=1 step 400 --context 131072,262144 --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
+      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1 ;;
+    alone)
+      # How far one GPU goes.
+      export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+      GPUS=1 step 400 --context "${CONTEXT:-262144}" --gpu-gib "${GPU_GIB:-76}" --rematerialise full --offload --host-gib "${HOST_GIB:-70}" --parameters-on-host --warmup 0 --steps 1 ;;
     host)
       # Where the host's time goes at short lengths.
       timeout 90 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths 2048 --kernel "$kernel" --python 2>&1 | grep -E '^ |heads' | cut -c1-150 ;;
     timeline)
       timeout 120 torchrun --nproc-per-node "$gpus" benchmarks/kernel_times.py --lengths "${LENGTHS:-32768}" --kernel "$kernel" --graph --timeline \
+        --heads "${HEADS:-32/8}" --head-dim "${HEAD_DIM:-128}" \
         --strategies "${STRATEGIES:-ring,direct:shards_at_once=4}" > "$out/timeline.log" 2>&1
       echo "timeline: $?" ;;
     run)
-      # The context is used, not just held: held-out loss by position after some hundred steps on a real text.
+      # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text.
       timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \
-        --validation-tokens 262144 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
+        --validation-tokens 524288 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
       rm -rf "$out"/long_run/checkpoint* ;;
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.

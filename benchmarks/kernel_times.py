@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--lengths", default="8192")
     parser.add_argument("--heads", default="32/8", help="query/KV heads")
+    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph")
     parser.add_argument("--timeline", action="store_true")
     parser.add_argument("--python", action="store_true", help="where the host's time goes, launched eagerly")
@@ -116,7 +117,7 @@ def main() -> None:
             sequence = context.sequence(length)
             torch.manual_seed(0)
             q, k, v, dout = (
-                torch.randn(1, sequence.shard_length, number, 128, device=device, dtype=torch.bfloat16)
+                torch.randn(1, sequence.shard_length, number, arguments.head_dim, device=device, dtype=torch.bfloat16)
                 for number in (heads, kv_heads, kv_heads, heads)
             )
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -130,7 +131,7 @@ def main() -> None:
 
             for what, work in (("forward", forward), ("forward + backward", both)):
                 call = captured(work) if arguments.graph else work
-                title = f"{name}, {per_rank} tokens a GPU, {arguments.heads} heads, {what}"
+                title = f"{name}, {per_rank} tokens a GPU, {arguments.heads} heads of {arguments.head_dim}, {what}"
                 show(title, call, rank, arguments.timeline)
                 if arguments.python:
                     show_python(title, work, rank)

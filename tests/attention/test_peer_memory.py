@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
+from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.attention.swap import copy_
+from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
@@ -27,7 +30,7 @@ from tests.support.split import Split, split_attention, weights_for
 
 __all__ = ["poisoned"]
 
-CARRIED = [name for name, (strategy, _) in VARIANTS.items() if strategy not in ("ulysses", "two_dimensional", "ring_self_attention")]
+CARRIED = [name for name, (strategy, _) in VARIANTS.items() if strategy != "ring_self_attention"]
 ROW_BYTES = {"q": (24,), "kv": (20, 20), "o": (48, 4), "do": (24, 24, 4, 4), "dq": (48,), "dkv": (40, 40)}
 
 
@@ -88,7 +91,7 @@ def check_inboxes(schedule: Schedule, singles: Any = None) -> None:
     assert read == set(written), "every signal is waited for, and every wait has its signal"
 
 
-@pytest.mark.parametrize("variant", CARRIED)
+@pytest.mark.parametrize("variant", [name for name in CARRIED if VARIANTS[name][0] not in ("ulysses", "two_dimensional")])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "weighted"])
 def test_nothing_is_read_elsewhere_or_overwritten_early(variant: str, layout: str):
     for ranks in (1, 2, 3, 5, 8):
@@ -154,6 +157,59 @@ def test_single_rows_of_keys_beside_their_values_arrive_as_they_are(batch: int):
         torch.testing.assert_close(found, expected[:, positions], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("strategy", [{"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 16), (6, 1, 3), (3, 3, 8)])
+def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy: dict, heads: int, kv_heads: int, head_dim: int):
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, 2, 45, heads, head_dim).bfloat16()
+    k, v = torch.randn(2, 2, 45, kv_heads, head_dim).bfloat16()
+
+    def run(group, transport: str):
+        sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", **strategy).sequence(45)
+        leaves = [sequence.shard(x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = sequence.attention(*leaves, return_lse=True)
+        loss = (out * sequence.shard(dout)).float().sum() + lse.sum()
+        return [out, lse, *torch.autograd.grad(loss, leaves)], group.bytes_sent
+
+    parts = zip(
+        *(ringspan.run_in_process(4, lambda group, way=way: run(group, way)) for way in ("process_group", "peer_memory")), strict=True
+    )
+    for (expected, sent), (found, sent_too) in parts:
+        assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+        assert sent == sent_too
+
+
+@pytest.mark.parametrize(
+    ("strategy", "heads"), [({"strategy": "ring"}, 4), ({"strategy": "ulysses"}, 4), ({"strategy": "two_dimensional"}, 1)]
+)
+def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_and_where_there_are_none(strategy: dict, heads: int):
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", **strategy).sequence(64)
+        x = torch.randn(1, sequence.shard_length, heads, 8)
+        sequence.attention(x, x, x)
+        return sequence.peer_bytes, peer_memory(group, x.device).inbox(group.rank).numel()
+
+    for told, size in ringspan.run_in_process(4, run):
+        assert told == size > 0
+
+
+def test_what_is_copied_in_eights_is_what_is_copied():
+    whole = torch.arange(2 * 6 * 8 * 12, dtype=torch.int16).view(torch.bfloat16).view(2, 6, 8, 12)
+    for heads, columns in (
+        (slice(2, 4), slice(None)),
+        (slice(1, 8), slice(0, 4)),
+        (slice(0, 8, 2), slice(1, 5)),
+        (slice(0, 1), slice(0, 3)),
+    ):
+        source = whole[:, 1:5, heads, columns]
+        for target in (torch.zeros(source.shape, dtype=torch.bfloat16), torch.zeros(2, 4, 9, 24, dtype=torch.bfloat16)):
+            target = target[:, :, : source.shape[2], : source.shape[3]]
+            copy_(target, source)
+            assert torch.equal(target.view(torch.int16), source.contiguous().view(torch.int16))
+    copy_(wide := torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.float16))
+    assert wide.sum() == 12
+
+
 def test_a_gradient_of_lse_travels_too():
     tensors = make_tensors(23, heads=4, kv_heads=4, head_dim=4, seed=1, with_dlse=True)
     split = Split(num_ranks=3, mask=ringspan.causal(), strategy="ring", options={"rotate": "queries", "transport": "peer_memory"})
@@ -166,8 +222,6 @@ def test_a_gradient_of_lse_travels_too():
     "options", [{"strategy": "ring", "rotate": "queries"}, {"strategy": "pass_query"}, {"strategy": "ring"}, {"strategy": "ulysses"}]
 )
 def test_a_loss_that_uses_lse_on_one_rank_alone_has_the_gradients_of_zeros_elsewhere(transport: str, options: dict):
-    if (transport, options["strategy"]) == ("peer_memory", "ulysses"):
-        pytest.skip("head groups do not go through peer memory")
     tensors = make_tensors(24, heads=2, kv_heads=2, head_dim=4, seed=3, with_dlse=True)
     assert tensors.dlse is not None
 
@@ -227,6 +281,50 @@ def test_after_a_pass_that_an_error_left_the_next_is_refused(monkeypatch: pytest
     ringspan.run_in_process(2, run)
 
 
+@pytest.mark.parametrize("at", ["forward", "backward"])
+def test_an_attention_that_an_error_left_between_its_passes_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch, at: str):
+    """The other ranks wait in its next exchange: what came of another one would be right for none."""
+    right, failing = Plan.launched, set()
+
+    def launched(self, direction, inputs, work):
+        result = right(self, direction, inputs, work)
+        if self.exchange.place == 0 and direction in failing:
+            raise torch.OutOfMemoryError("no room for the result")
+        return result
+
+    monkeypatch.setattr(Plan, "launched", launched)
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", strategy="ulysses").sequence(16)
+        q, k, v = (torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True) for _ in range(3))
+        sequence.attention(q, k, v).sum().backward()
+        group.gather_objects("both are out")
+        failing.add(at)
+        with pytest.raises(torch.OutOfMemoryError if group.rank == 0 else RankFailure):
+            sequence.attention(q, k, v).sum().backward()
+        if group.rank == 0:
+            failing.clear()
+            with pytest.raises(RingspanError, match="an error left the attention before this one in the middle"):
+                sequence.attention(q, k, v)
+
+    ringspan.run_in_process(2, run, timeout_seconds=5.0)
+
+
+def test_an_attention_that_is_computed_again_for_its_backward_leaves_nothing_in_the_middle():
+    """Checkpointing ends the second forward with an error of its own, once it has what was saved."""
+
+    def run(group):
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", strategy="ulysses").sequence(16)
+        x = torch.randn(1, sequence.shard_length, 2, 4, requires_grad=True)
+        gradients = []
+        for attention in (sequence.attention, lambda *qkv: checkpoint(sequence.attention, *qkv, use_reentrant=False)) * 2:
+            gradients += torch.autograd.grad(attention(x, x, x).square().sum(), x)
+        return gradients
+
+    for first, *others in ringspan.run_in_process(2, run, timeout_seconds=5.0):
+        assert all(torch.equal(first, other) for other in others)
+
+
 def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
     # Rank 3 waits from the start, and 8,000 signals of others wake it.
     def waiting(group):
@@ -275,9 +373,7 @@ def test_many_passes_of_changing_lengths_leave_no_signal_behind():
         assert all(total == total for pair in sums for total in pair)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"strategy": "ulysses"}, {"strategy": "ring_self_attention"}, {"strategy": "ring", "kv_heads_per_stage": 1}]
-)
+@pytest.mark.parametrize("arguments", [{"strategy": "ring_self_attention"}, {"strategy": "ring", "kv_heads_per_stage": 1}])
 def test_what_does_not_go_through_peer_memory_is_refused_where_it_was_asked_for(arguments: dict):
     def run(group, transport: str):
         cp = ringspan.ContextParallel(group, transport=transport, **arguments)

@@ -148,6 +148,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "tensor to shard": (lambda group: ringspan.ContextParallel(group).sequence(8).shard(torch.zeros(1, 9)), "8 positions"),
     "dim to shard": (lambda group: ringspan.ContextParallel(group).sequence(8).shard(torch.zeros(1, 8), dim=2), "dim 2"),
+    "dim to unshard": (
+        lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 4), dim="1"),  # type: ignore[arg-type]
+        "with the sequence along dim '1'",
+    ),
     "tensor to unshard": (
         lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 12)),
         "4 positions|12 tokens|owns",

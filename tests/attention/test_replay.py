@@ -175,21 +175,27 @@ def test_ranks_are_ordered_through_peer_memory_around_a_replay():
     assert said == ["begin", "end"] * 2, "the launches of the others order themselves"
 
 
-def test_a_rank_that_cannot_capture_ends_all(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("options", [{}, {"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}], ids=str)
+def test_a_rank_that_cannot_capture_ends_all(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    """Those that it exchanges heads with too, which run no program with it: they would wait for it."""
+
     class Unrun(Recorded):
         """Sends nothing while it captures, as on GPUs."""
 
         def __call__(self, work: Any) -> Any:
             return super().__call__(work if self.broken else lambda: (torch.empty(0), torch.empty(0)))
 
+    ranks = 4
+
     def run(group: Any) -> None:
-        context = with_replays(monkeypatch, group, Unrun(broken=group.rank == 1))
-        q = torch.randn(1, LENGTH // RANKS, 2, 8)
-        for _ in range(EAGER_CALLS + 1):
+        context = with_replays(monkeypatch, group, Unrun(broken=group.rank == ranks - 1), **options)
+        q = torch.randn(1, LENGTH // ranks, 2, 8)
+        for _ in range(EAGER_CALLS):
+            context.sequence(LENGTH).attention(q, q, q)
+        with pytest.raises(RingspanError, match=rf"rank {ranks - 1} could not capture a pass: operation not permitted.*cuda_graphs=False"):
             context.sequence(LENGTH).attention(q, q, q)
 
-    with pytest.raises(RingspanError, match=r"rank 1 could not capture a pass: operation not permitted.*cuda_graphs=False"):
-        ringspan.run_in_process(RANKS, run)
+    ringspan.run_in_process(ranks, run, timeout_seconds=5.0)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nand more"), ValueError("not compiled"), AssertionError()], ids=repr)
@@ -240,8 +246,23 @@ def test_what_goes_through_nccl_is_refused_where_anything_is_sent():
     kernel = KERNELS["flash2"]
 
     def refusal(size: int, through_peers: bool) -> RingspanError | None:
-        transport: Any = SimpleNamespace(size=size)
-        return checks.replay_refusal("cuda", kernel, transport, through_peers)
+        everyone: Any = SimpleNamespace(size=size)
+        return checks.replay_refusal("cuda", kernel, everyone, size, through_peers)
 
     assert refusal(2, True) is None and refusal(1, False) is None
     assert "destroy_process_group" in str(refusal(2, False))
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}], ids=str)
+def test_threads_are_refused_whoever_runs_a_program_together(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    """They wait for each other on the host, and a replay would not."""
+    right = checks.replay_refusal
+    monkeypatch.setattr(checks, "replay_refusal", lambda device, _, *about: right("cuda", KERNELS["flash2"], *about))
+
+    def run(group: Any) -> None:
+        x = torch.randn(1, LENGTH // group.size, 2, 8)
+        context = ringspan.ContextParallel(group, transport="peer_memory", cuda_graphs=True, **options)
+        with pytest.raises(RingspanError, match=r"in-process ranks are threads.*cuda_graphs=False"):
+            context.sequence(LENGTH).attention(x, x, x)
+
+    ringspan.run_in_process(4, run, timeout_seconds=5.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import ringspan
-from ringspan.attention.reshard import make_exchange
+from ringspan.attention.reshard import head_group, make_exchange
+from ringspan.attention.swap import TransportSwapper
 from ringspan.bench.case import Shape
 from ringspan.bench.memory import promise, staged
 from ringspan.geometry import make_layout
@@ -52,7 +53,8 @@ def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
     schedules = make_schedules("ulysses", layout, ringspan.causal())
     assert schedules.grid is not None
     q, k, v = (torch.randn(1, rows, number, width) for number in (heads, kv_heads, kv_heads))
-    exchange = make_exchange(Instant(), schedules.grid, layout, schedules.layout, heads, kv_heads)
+    group = head_group(schedules.grid, 0)
+    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, heads, kv_heads)
     with LiveBytes() as live:
         live.ignore(q, k, v)
         exchange.inputs_to_heads(q, k, v)

@@ -85,16 +85,17 @@ def test_json_has_every_number(ringspan: Run, tmp_path: Path):
 # ---- broken code does not pass -----------------------------------------------------------------------------------------------------
 
 
-def _first_partial_alone(out, lse, other_out, other_lse, *, start=0, into=None):
-    rows = slice(start, start + other_lse.shape[0])
-    lse[rows] = torch.logaddexp(lse[rows], other_lse)
+def _first_partial_alone(out, lse, others, *, into=None):
+    for start, _, other_lse in others:
+        rows = slice(start, start + other_lse.shape[0])
+        lse[rows] = torch.logaddexp(lse[rows], other_lse)
     if into is not None:
         into[0].copy_(out)
         into[1].copy_(lse)
 
 
-def _not_zeroed(self: Accumulator) -> list[torch.Tensor]:
-    rows = self._like.new_empty((len(self.piece), self._like.shape[0], *self._like.shape[2:]))
+def _not_zeroed(self: Accumulator, dtype: torch.dtype) -> list[torch.Tensor]:
+    rows = self._like.new_empty((len(self.piece), self._like.shape[0], *self._like.shape[2:]), dtype=dtype)
     return [rows.clone() for _ in range(self._parts)]
 
 

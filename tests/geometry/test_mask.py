@@ -13,6 +13,7 @@ from ringspan.geometry import (
     Mask,
     block_sparse,
     causal,
+    depends_on_position,
     documents,
     full,
     mask_mod,
@@ -61,6 +62,16 @@ def test_what_the_command_line_takes_is_read(text: str):
     assert isinstance(parse_mask(text), Mask)
 
 
+class _Unhashable:
+    """A function by content: which plan is whose could not be told."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashable)
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return q_idx >= kv_idx
+
+
 NO_MASKS = """triangle window window: window:x window:1,2,3 window:-1 documents: documents:0 prefix:-2 prefix blocks:4 blocks:0:1
 blocks:4:10/1 causal& causal:3"""
 
@@ -87,6 +98,7 @@ def test_what_is_no_mask_is_refused_with_the_forms_that_there_are(text: str):
         (lambda: block_sparse(4, [[1, 0]]), "square"),
         (lambda: block_sparse(4, []), "square"),
         (lambda: mask_mod(3), "cannot be called"),  # type: ignore[arg-type]
+        (lambda: mask_mod(_Unhashable()), "cannot be hashed"),
         (lambda: documents([0, 3, 8]).check_length(9), "Every position belongs to a document"),
         (lambda: block_sparse(4, [[1, 0], [1, 1]]).check_length(9), "Every position belongs to a block"),
         (lambda: (causal() & documents([0, 3])).check_length(4), "document"),
@@ -95,6 +107,16 @@ def test_what_is_no_mask_is_refused_with_the_forms_that_there_are(text: str):
 def test_a_mask_that_means_nothing_is_refused(make, message: str):
     with pytest.raises(RingspanError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_mask_that_does_not_depend_on_the_position_allows_the_same_one_token_further(name: str):
+    mask = EXAMPLES[name].make(19)
+    moves = all(region == "causal" or region == "full" or region.startswith("window") for region in mask.name.split("&"))
+    assert depends_on_position(mask) == (not moves)
+    if moves:
+        allowed = EXAMPLES[name].allowed(19)
+        assert torch.equal(allowed[1:, 1:], allowed[:-1, :-1])
 
 
 def test_documents_are_the_same_from_borders_from_ids_and_from_a_tensor():

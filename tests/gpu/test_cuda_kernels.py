@@ -76,7 +76,7 @@ def test_a_kernel_computes_each_tile_as_the_reference_does(name: str, shape: str
         rows = slice(rows.start - tile.q_start, rows.stop - tile.q_start)
         keys = slice(keys.start - tile.k_start, keys.stop - tile.k_start)
         part_out, part_lse = kernel.forward(q[:, rows], k[:, keys], v[:, keys], Scores(part, 0.1))
-        merge_(merged[0][rows], merged[1][rows], part_out.movedim(0, 1), part_lse.permute(2, 0, 1).float())
+        merge_(*merged, [(rows.start, part_out.movedim(0, 1), part_lse.permute(2, 0, 1).float())])
     found_out, found_lse = merged[0].movedim(0, 1), merged[1].permute(1, 2, 0)
     assert relative(found_out, out) < BUDGET
     assert relative(found_lse, lse) < 1e-5
@@ -106,13 +106,19 @@ def test_the_fused_merge_is_the_merge(dtype: torch.dtype, shape: tuple[int, int,
     lse[::3], part_lse[::2] = -torch.inf, -torch.inf
     out[::3] = 0
     exact_out, exact_lse = out.cpu(), lse.cpu()
-    merge_(exact_out, exact_lse, part.cpu(), part_lse.cpu())
-    merge_(out, lse, part, part_lse)
+    merge_(exact_out, exact_lse, [(0, part.cpu(), part_lse.cpu())])
+    merge_(out, lse, [(0, part, part_lse)])
     assert not out.isnan().any()
     assert torch.equal(torch.isneginf(lse).cpu(), torch.isneginf(exact_lse))
     finite = ~torch.isneginf(exact_lse)
     torch.testing.assert_close(lse.cpu()[finite], exact_lse[finite], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(out.cpu(), exact_out, rtol=2e-5, atol=2e-6)
+
+
+def test_fused_sums_of_several_parts_are_their_specification():
+    from tests.kernels import interpreted
+
+    interpreted.main()
 
 
 @pytest.mark.parametrize("kernel", CUDA_KERNELS)
@@ -146,9 +152,9 @@ def test_the_fused_merge_in_place_reads_everything_before_it_writes(into: torch.
         part, part_lse = torch.randn(300, 2, 4, 64, device="cuda"), torch.randn(300, 2, 4, device="cuda")
         buffers = None if into is None else (torch.full_like(out, torch.nan, dtype=into), torch.full_like(lse, torch.nan))
         exact = (out.cpu(), lse.cpu()) if into is None else tuple(x.cpu() for x in buffers)
-        merge_(out.cpu() if into else exact[0], lse.cpu() if into else exact[1], part.cpu(), part_lse.cpu(), start=100,
+        merge_(out.cpu() if into else exact[0], lse.cpu() if into else exact[1], [(100, part.cpu(), part_lse.cpu())],
                into=None if into is None else exact)  # fmt: skip
-        merge_(out, lse, part, part_lse, start=100, into=buffers)
+        merge_(out, lse, [(100, part, part_lse)], into=buffers)
         found = (out, lse) if into is None else buffers
         assert relative(found[0].cpu(), exact[0]) < (1e-2 if into == torch.bfloat16 else 1e-6)
         assert relative(found[1].cpu(), exact[1]) < 1e-6

@@ -72,22 +72,24 @@ def test_merging_some_rows_into_other_buffers_is_merging_them_in_place(dtype: to
     (out, lse), (other_out, other_lse), _ = random_partials(torch.float64, seed=2)
     other_out, other_lse = other_out[: 6 - start], other_lse[: 6 - start]
     expected_out, expected_lse = out.clone(), lse.clone()
-    partial.merge_(expected_out[start:], expected_lse[start:], other_out, other_lse)
+    partial.merge_(expected_out, expected_lse, [(start, other_out, other_lse)])
     into = (torch.full_like(out, torch.nan, dtype=dtype), torch.full_like(lse, torch.nan))
     before = out.clone(), lse.clone()
-    partial.merge_(out, lse, other_out, other_lse, start=start, into=into)
+    partial.merge_(out, lse, [(start, other_out, other_lse)], into=into)
     assert torch.equal(out, before[0]) and torch.equal(lse, before[1]), "what is merged into other buffers stays as it is"
     assert torch.equal(into[0], expected_out.to(dtype)), "rounded once"
     assert torch.equal(into[1], expected_lse)
 
 
-def _without_the_guard(out, lse, other_out, other_lse):
+def _without_the_guard(out, lse, others):
+    ((_, other_out, other_lse),) = others
     total = torch.logaddexp(lse, other_lse)
     out.mul_(torch.exp(lse - total).unsqueeze(-1)).addcmul_(other_out, torch.exp(other_lse - total).unsqueeze(-1))
     lse.copy_(total)
 
 
-def _larger_lse_wins(out, lse, other_out, other_lse):
+def _larger_lse_wins(out, lse, others):
+    ((_, other_out, other_lse),) = others
     wins = (other_lse > lse).unsqueeze(-1)
     out.copy_(torch.where(wins, other_out, out))
     torch.maximum(lse, other_lse, out=lse)

@@ -165,9 +165,10 @@ def test_gradients_of_key_heads_that_several_ranks_share_are_rounded_once(
 # ---- the law fails where the code is broken ----------------------------------------------------------------------------------------
 
 
-def _forget_the_other_partial(out, lse, other_out, other_lse, *, start=0, into=None):
-    rows = slice(start, start + other_lse.shape[0])
-    lse[rows] = torch.logaddexp(lse[rows], other_lse)
+def _forget_the_other_partial(out, lse, others, *, into=None):
+    for start, _, other_lse in others:
+        rows = slice(start, start + other_lse.shape[0])
+        lse[rows] = torch.logaddexp(lse[rows], other_lse)
     if into is not None:
         into[0].copy_(out)
         into[1].copy_(lse)
@@ -185,7 +186,7 @@ def _backward_from_own_lse(self, dout, q, k, v, out, lse, dlse, scores):
 BREAKAGES = {
     "a merge that forgets the other partial": (accumulate, "merge_", _forget_the_other_partial),
     "a backward from the tile's own lse": (Reference, "backward", _backward_from_own_lse),
-    "an accumulator that is not zeroed": (Accumulator, "_zeros", lambda self: [x.fill_(0.5) for x in right_zeros(self)]),
+    "an accumulator that is not zeroed": (Accumulator, "_zeros", lambda self, dtype: [x.fill_(0.5) for x in right_zeros(self, dtype)]),
     "a gradient that arrives and is not added": (executor.BackwardPass, "combine", lambda self, piece, arrived: None),
 }
 

@@ -102,8 +102,8 @@ def test_short_shards_make_gradients_no_worse_than_the_whole_sequence_does(rows:
         assert relative(gradient, expected.named()[name]) <= 2.0**-9, "what a single rounding of out and of dO·out leaves"
 
 
-def _merged_in_bfloat16(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, *, start: int = 0, into: Any = None) -> None:
-    merge_(out, lse, other_out, other_lse, start=start, into=into)
+def _merged_in_bfloat16(out: Tensor, lse: Tensor, others: list[tuple[int, Tensor, Tensor]], *, into: Any = None) -> None:
+    merge_(out, lse, others, into=into)
     written = out if into is None else into[0]
     written.copy_(written.bfloat16())
 

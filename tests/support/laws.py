@@ -30,7 +30,7 @@ def merged(*partials: Partial) -> Partial:
     """Left to right."""
     out, lse = (tensor.clone() for tensor in partials[0])
     for other_out, other_lse in partials[1:]:
-        merge_(out, lse, other_out, other_lse)
+        merge_(out, lse, [(0, other_out, other_lse)])
     return out, lse
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ringspan.training import lora
+from ringspan.training import trainer as trainer_module
 from ringspan.training.prepare import prepare
 from ringspan.training.ranks import Ranks, StopSignal
 from ringspan.training.trainer import Trainer
@@ -17,10 +18,10 @@ from tests.training.test_lora import stand_in
 
 FOLDER = "RINGSPAN_TESTS_MESHES"
 STEPS, SAVED = 4, 2
-# Four rows a step over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
+# Four rows a step, and held out, over three replicas: two of them have a blank pass. The norm matters, since it is always clipped.
 GIVEN: dict[str, Any] = {
     "model": "pico", "context": 61, "batch_size": 1, "accumulate": 4, "steps": STEPS, "device": "cpu", "warmup_steps": 2,
-    "sample_tokens": 3, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
+    "sample_tokens": 3, "validation_tokens": 244, "gradient_clip": 0.3, "prompt": "ab", "temperature": 0.0,
 }  # fmt: skip
 MESHES: dict[str, dict[str, Any]] = {
     "context": {"shard_parameters": True},
@@ -51,14 +52,16 @@ def steps_of(trainer: Trainer, last: int, save_at: int | None = None) -> Steps:
     return taken
 
 
-def run(place: Any, given: dict[str, Any], *, resume: bool = False) -> tuple[Steps, float, str]:
-    """All steps of a run, the validation loss after them, and a text; with checkpoints in the middle and at the end."""
+def run(place: Any, given: dict[str, Any], *, resume: bool = False) -> tuple[Steps, list[float], str]:
+    """All steps of a run, the validation loss after them, that by context, and a text; with checkpoints in the middle and at the end."""
     plan = place.on_first(lambda: prepare(given, resume=resume))
     trainer = Trainer(plan, place)
     steps = steps_of(trainer, STEPS, SAVED)
     trainer.begin_save()
     trainer.finish_save()
-    return steps, trainer.validate(), trainer.write_sample()[1]
+    by_context = trainer.validate_by_context()
+    assert by_context is not None and [window for window, _ in by_context] == [16, 30, 61]
+    return steps, [trainer.validate(), *(loss for _, loss in by_context)], trainer.write_sample()[1]
 
 
 def everything(group: Any) -> dict[str, Any]:
@@ -68,9 +71,14 @@ def everything(group: Any) -> dict[str, Any]:
     assert isinstance(saving, dist.ProcessGroup)
     place = Ranks(rank=dist.get_rank(), num_ranks=3, device=torch.device("cpu"), control=group, saving=saving, stop=StopSignal())
     given = {**GIVEN, "data": str(folder / "text.txt"), "ranks": 3}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"read": {}}
+    read, right = [], trainer_module.build_model
+    trainer_module.build_model = lambda *args, **options: read.append("the whole model") or right(*args, **options)
     for name, mesh in MESHES.items():
+        read.clear()
         found[name] = run(place, {**given, **mesh, "out": str(folder / name)})
+        found["read"][name] = len(read)
+    trainer_module.build_model = right
     for name, mesh in MESHES.items():
         if name not in AFTER_ONE:
             continue

@@ -67,12 +67,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]
 
 
 def assert_same(found: Any, expected: Any, what: str) -> None:
-    (steps, validation, text), (wanted, loss, sample) = found, expected
+    (steps, validation, text), (wanted, held_out, sample) = found, expected
     wanted = wanted[len(wanted) - len(steps) :]
-    numbers = [*(number for step in steps for number in step), validation]
-    for mine, theirs in zip(numbers, [*(number for step in wanted for number in step), loss], strict=True):
+    numbers = [*(number for step in steps for number in step), *validation]
+    for mine, theirs in zip(numbers, [*(number for step in wanted for number in step), *held_out], strict=True):
         assert math.isclose(mine, theirs, rel_tol=BUDGET), f"{what}: {steps} beside {wanted}"
     assert text == sample, what
+
+
+@pytest.mark.slow
+def test_where_parameters_are_sharded_rank_0_alone_reads_the_whole_model(made: Any):
+    *_, found = made
+    read = [[rank["read"][name] for rank in found] for name in MESHES]
+    assert read == [[1, 1, 1] if name == "whole" else [1, 0, 0] for name in MESHES]
 
 
 @pytest.mark.slow

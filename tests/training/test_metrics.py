@@ -8,7 +8,7 @@ import pytest
 
 from ringspan.errors import RingspanError
 from ringspan.training.metrics import MetricsFile, StepRecord, read_metrics
-from ringspan.viz.loss_curve import draw_loss_curve, running_mean
+from ringspan.viz.loss_curve import _draw_by_context, draw_loss_curve, running_mean
 
 
 def write(path: Path, steps: range, *, after_step: int | None) -> None:
@@ -72,6 +72,21 @@ def test_the_loss_curve_is_a_picture_for_any_number_of_steps(tmp_path: Path, num
     content = (tmp_path / "loss.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000
+
+
+def test_the_same_tokens_by_context_are_a_line_before_what_lies_at_each_position():
+    from matplotlib.figure import Figure
+
+    ranges, windows = [(0, 16, 2.6), (16, 64, 2.2)], [(16, 2.5), (32, 2.3), (64, 2.2)]
+    axes, alone = Figure().subplots(1, 2)
+    _draw_by_context(axes, ranges, windows, "byte")
+    first, second, line = axes.get_lines()
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 16], [2.6, 2.6]), "a logarithmic axis has no 0"
+    assert list(second.get_xdata()) == [16, 64]
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == windows
+    assert line.get_color() != first.get_color() == second.get_color()
+    _draw_by_context(alone, ranges, (), "byte")
+    assert {each.get_color() for each in alone.get_lines()} == {line.get_color()}, "where it is all there is, it is not in the background"
 
 
 def test_a_running_mean_looks_back_alone():

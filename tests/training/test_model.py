@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ringspan.errors import RingspanError
-from ringspan.training.model import PRESETS, build_model, cast_parameters, check_exact, check_model, head_sizes, plain_attention
+from ringspan.training.model import (
+    PRESETS,
+    build_model,
+    cast_parameters,
+    check_exact,
+    check_model,
+    empty_model,
+    head_sizes,
+    plain_attention,
+)
 from ringspan.training.sample import sample
 from tests.support.models import seeded
 
@@ -33,6 +43,22 @@ def test_a_seed_gives_the_same_weights_and_leaves_torchs_own_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_threads_that_make_models_at_once_make_the_same_and_leave_torchs_initialisers_alone():
+    first = pico(3)
+
+    def make(index: int) -> LlamaForCausalLM | None:
+        if index % 2:
+            empty_model(first.config, "empty")
+            return None
+        return pico(3)
+
+    with ThreadPoolExecutor(8) as threads:
+        made = [model for model in threads.map(make, range(24)) if model is not None]
+    for model in made:
+        assert all(torch.equal(mine, right) for mine, right in zip(model.parameters(), first.parameters(), strict=True))
+    assert torch.nn.init.ones_(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_generation_uses_the_weights_exactly_as_they_are():

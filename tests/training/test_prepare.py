@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import signal
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import pytest
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import Snapshot, TrainingState, save_checkpoint
+from ringspan.training.config import TrainingConfig
+from ringspan.training.folders import occupied
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.plan import Plan
@@ -51,6 +56,37 @@ def test_a_run_that_goes_on_needs_room_only_for_the_checkpoints_that_are_not_the
         left = shutil.copytree(folder, folder.with_name(".step-00000009.partial"))
         go_on_with_room_for(fits - 1, size)
         shutil.rmtree(left)
+
+
+def test_a_run_that_has_just_begun_keeps_its_configuration_from_another(given: dict[str, Any]):
+    """Until its model is made it has written neither metrics nor a checkpoint."""
+    begun = prepare(given | {"out": "run", "seed": 7}, resume=False)
+    with occupied(begun.files.out), pytest.raises(RingspanError, match=f"--out run: process {os.getpid()} on .* trains there"):
+        prepare(given | {"out": "run", "seed": 8}, resume=False)
+    assert TrainingConfig.load(begun.files.config).seed == 7
+    assert prepare(given | {"out": "run", "seed": 8}, resume=False).config.seed == 8, "free again"
+
+
+def test_a_lock_that_cannot_be_opened_is_said_like_all_that_cannot_be_written(given: dict[str, Any]):
+    plan = prepare(given | {"out": "run"}, resume=False)
+    (plan.files.out / ".lock").unlink(missing_ok=True)
+    (plan.files.out / ".lock").mkdir()
+    save(plan, 1)
+    with pytest.raises(RingspanError, match="--out run: Is a directory"):
+        prepare({"out": "run"}, resume=True)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path):
+    """What cannot be said of the process is left unsaid, inside and on the way out."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(RingspanError, match="the reason"), occupied(tmp_path):
+            raise RingspanError("the reason")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_run_that_is_refused_leaves_no_folder_of_its_own_and_keeps_one_that_was_there(given: dict[str, Any], tmp_path: Path):

@@ -17,7 +17,11 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import list_checkpoints, verify_checkpoint
 from ringspan.training.config import TrainingConfig
 from ringspan.training.export import export
+from ringspan.training.folders import occupied
+from ringspan.training.launch import launch
+from ringspan.training.metrics import StepRecord
 from ringspan.training.model import check_model
+from ringspan.training.prepare import prepare
 from tests.training import support
 from tests.training.conftest import STEPS
 from tests.training.processes import rank_process, started, wait_for_step
@@ -37,6 +41,11 @@ def assert_same_curve(out: Path, reference: Path) -> None:
         assert worst < TOLERANCE, f"{measure.__name__} differ by {worst}"
 
 
+def assert_same_by_context(mine: StepRecord, theirs: StepRecord) -> None:
+    pairs = zip(mine.validation_by_context or (), theirs.validation_by_context or (), strict=True)
+    assert all(window == other and abs(loss - wanted) < TOLERANCE for (window, loss), (other, wanted) in pairs)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_losses_do_not_depend_on_the_number_of_ranks(finished_run: Finished, ranks: int):
     assert_same_curve(finished_run(ranks), finished_run(1))
@@ -51,6 +60,10 @@ def test_a_run_leaves_what_it_says(finished_run: Finished):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-00000010", "step-00000020"]
     assert verify_checkpoint(out / "checkpoints" / "latest").step == STEPS
+    *before, last = support.records(out)
+    assert all(record.validation_by_context is None for record in before)
+    assert [window for window, _ in last.validation_by_context or ()] == [16, 30, 61]
+    assert_same_by_context(last, support.records(finished_run(1))[-1])
     config = TrainingConfig.load(out / "config.json")
     assert (config.ranks, config.context, config.tokenizer, config.device) == (2, 61, "bytes", "cpu")
 
@@ -98,17 +111,28 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(text: Path, tmp_path: Pat
     assert not Path(f"/proc/{other}").exists()
 
 
+def test_a_folder_in_which_a_run_is_at_work_takes_no_other(text: Path, tmp_path: Path):
+    """Not even one that was allowed to start before the other had."""
+    plan = prepare({"data": str(text), "model": "pico", "context": 61, "device": "cpu", "out": str(tmp_path / "run")}, resume=False)
+    with occupied(plan.files.out), pytest.raises(RingspanError, match=f"process {os.getpid()} on .* trains there"):
+        launch(plan, "ringspan.cli.train_rank", print)
+    assert not plan.files.metrics.exists()
+
+
 def test_ranks_whose_launcher_is_killed_write_a_checkpoint_and_end(text: Path, tmp_path: Path):
     out = tmp_path / "run"
-    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out) as process:
+    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out, "--checkpoint-every", 1) as process:
         wait_for_step(out, 3)
         ranks = [rank_process(process.pid, rank) for rank in (0, 1)]
+        with pytest.raises(RingspanError, match=f"process {ranks[0]} on .* trains there"):
+            prepare({"out": str(out)}, resume=True)
         process.kill()
         deadline = time.monotonic() + 60
         while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert verify_checkpoint(out / "checkpoints" / "latest").step >= 3
+    assert prepare({"out": str(out)}, resume=True).first_step >= 3, "a lock ends with its process"
 
 
 def test_a_rank_that_stops_answering_is_given_up_after_the_timeout_and_named(text: Path, tmp_path: Path):
@@ -145,7 +169,7 @@ def test_ranks_that_torchrun_started_train_the_same(finished_run: Finished, text
         [*torchrun, *map(str, arguments)], capture_output=True, text=True, timeout=support.TIMEOUT_SECONDS, env=support.environment()
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("held-out loss") == 1
+    assert result.stdout.count("held-out loss") == result.stdout.count("  by context:  the same bytes with fewer than 16 before") == 1
     assert_same_curve(out, finished_run(2))
 
 

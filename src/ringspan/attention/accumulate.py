@@ -1,18 +1,28 @@
 """What a rank adds up during one pass: partial outputs, and gradients. Few passes over memory, one rounding at the end.
 
-A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is; if the next is also the last, both
-are added in registers, in float32, and rounded once, into the first. With more to come the sum is kept in float32 (float64 for float64),
-of a partial output only those rows to which more comes, and the last addition rounds it while it passes through anyway.
+A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is. Where at most `TOGETHER` more come,
+narrower than their sum, they are put off, and then all are added in registers, in float32, and rounded once, into the first: one pass over
+memory, and no float32 copy. What has more to come, or must be added before because its memory was lent or its sum travels, is kept in
+float32 (float64 for float64), of a partial output only those rows to which more comes, and the last addition rounds it while it passes
+through anyway.
 """
 
 from __future__ import annotations
+
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.shelf import adjacent
-from ringspan.kernels import accumulator_dtype, merge_
+from ringspan.kernels import accumulator_dtype, add_, merge_
 from ringspan.schedule import Piece
+
+TOGETHER = 3
+"""How many additions are put off, where no more are to come: in half precision they take the memory that their float32 sum would, and the
+next one beside it. Otherwise none is."""
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 
 class Partial:
@@ -31,15 +41,24 @@ class Partial:
         self._again = slice(again[0] - piece.start, again[1] - piece.start) if rounds else slice(0, len(piece))
         self._held: tuple[Tensor, Tensor] | None = None
         self._wide: tuple[Tensor, Tensor] | None = None
+        self._late = _Late[tuple[Tensor, Tensor]](rounds)
 
     def add(self, start: int, stop: int, out: Tensor, lse: Tensor, lent: bool = False) -> None:
-        """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse` unless they are `lent`."""
+        """Merges rows `[start, stop)` of another partial; may keep and overwrite `out` and `lse`, unless they are `lent` until `settle`."""
         self._ahead -= 1
         if self._held is None and (start, stop) == (self.piece.start, self.piece.stop):
             self._held = (out.clone(), lse.clone()) if lent else (out, lse)
             return
         if self._held is None:
             self._again = slice(0, len(self.piece))
+        self._late.put(start - self.piece.start, (out, lse), lent, self._ahead)
+        if self._late.is_due:
+            self.settle()
+
+    def settle(self, lent: bool = False) -> None:
+        """Merges what was put off; with `lent`, where some of it was lent."""
+        if not self._late.others or (lent and not self._late.lent):
+            return
         held = self._hold()
         kept = held[0][self._again], held[1][self._again]
         mine, into, wide = self._wide or kept, None, accumulator_dtype(self._like.dtype)
@@ -47,7 +66,7 @@ class Partial:
             into, self._wide = (None if self._wide is None else kept), None
         elif mine[0].dtype != wide:
             self._wide = into = self._empty(mine[0].shape[0], wide)
-        merge_(*mine, out, lse, start=start - self.piece.start - self._again.start, into=into)
+        merge_(*mine, [(start - self._again.start, *other) for start, other in self._late.take()], into=into)
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """`out` and `lse` of the rows, views, as wide as they need to be."""
@@ -61,6 +80,7 @@ class Partial:
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         """What there is of all rows."""
+        self.settle()
         assert self._wide is None or not self._rounds, "what is rounded at the end is asked for at the end"
         return self._wide or self._hold()
 
@@ -94,45 +114,89 @@ class Accumulator:
     def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1) -> None:
         self.piece, self._like, self._ahead, self._rounds, self._parts = piece, like, additions, rounds, parts
         self._held: list[Tensor] | None = None
-        self._fresh = True
+        self._late = _Late[tuple[Tensor, ...]](rounds)
 
     def add(self, start: int, stop: int, *parts: Tensor, lent: bool = False) -> None:
-        """Adds to rows `[start, stop)`; may keep and overwrite `parts` unless they are `lent`."""
+        """Adds to rows `[start, stop)`; may keep and overwrite `parts`, unless they are `lent` until `settle`."""
         self._ahead -= 1
-        if self._fresh and (start, stop) == (self.piece.start, self.piece.stop):
-            self._held, self._fresh = [part.clone() if lent else part for part in parts], False
+        if self._held is None and (start, stop) == (self.piece.start, self.piece.stop):
+            self._held = [part.clone() if lent else part for part in parts]
             return
-        self._settle()
+        self._late.put(start - self.piece.start, parts, lent, self._ahead)
+        if self._late.is_due:
+            self.settle()
+
+    def settle(self, lent: bool = False) -> None:
+        """Adds what was put off; with `lent`, where some of it was lent."""
+        if not self._late.others or (lent and not self._late.lent):
+            return
+        result = accumulator_dtype(self._like.dtype) if self._ahead or not self._rounds else self._like.dtype
+        held, others = self._hold(result), self._late.take()
+        if held[0].dtype != result:
+            self._held = self._empty(result)
         assert self._held is not None
-        wide = accumulator_dtype(self._like.dtype)
-        if (self._ahead or not self._rounds) and self._held[0].dtype != wide:
-            self._held = _cast(self._held, wide)
-        into = [held[start - self.piece.start : stop - self.piece.start] for held in self._held]
         # dk and dv that lie side by side are one launch.
-        whole, added = adjacent(into), adjacent(parts)
-        for held, part in [(whole, added)] if whole is not None and added is not None else zip(into, parts, strict=True):
-            # Added in float32 whatever the dtypes, and rounded to that of what is held.
-            held.add_(part)
+        whole, into, added = adjacent(held), adjacent(self._held), [adjacent(parts) for _, parts in others]
+        if whole is not None and into is not None and all(other is not None and len(other) == len(whole) for other in added):
+            add_(whole, [(0, other) for other in added if other is not None], into=None if into is whole else into)
+            return
+        for i, (part, target) in enumerate(zip(held, self._held, strict=True)):
+            add_(part, [(start, parts[i]) for start, parts in others], into=None if target is part else target)
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """The rows as they stand, views, in the dtype of the last addition: as wide as they need to be."""
-        self._settle()
-        assert self._held is not None
-        return [held[start - self.piece.start : stop - self.piece.start] for held in self._held]
+        self.settle()
+        held = self._hold(accumulator_dtype(self._like.dtype))
+        return [part[start - self.piece.start : stop - self.piece.start] for part in held]
 
     def result(self) -> list[Tensor]:
         """The parts as `[batch, rows, heads, head_dim]`, contiguous, in the dtype of `like` where it rounds."""
         held = self.rows(self.piece.start, self.piece.stop)
         return [part.movedim(0, 1).contiguous() for part in (_cast(held, self._like.dtype) if self._rounds else held)]
 
-    def _settle(self) -> None:
-        if self._fresh:
-            self._held, self._fresh = self._zeros(), False
+    def _hold(self, dtype: torch.dtype) -> list[Tensor]:
+        """What was first there of all rows, or zeros of `dtype`."""
+        if self._held is None:
+            self._held = self._zeros(dtype)
+        return self._held
 
-    def _zeros(self) -> list[Tensor]:
+    def _zeros(self, dtype: torch.dtype) -> list[Tensor]:
+        return [part.zero_() for part in self._empty(dtype)]
+
+    def _empty(self, dtype: torch.dtype) -> list[Tensor]:
         batch, _, heads, head_dim = self._like.shape
-        shape, wide = (self._parts, batch, len(self.piece), heads, head_dim), accumulator_dtype(self._like.dtype)
-        return [part.movedim(1, 0) for part in self._like.new_zeros(shape, dtype=wide)]
+        both = self._like.new_empty((self._parts, batch, len(self.piece), heads, head_dim), dtype=dtype)
+        return [part.movedim(1, 0) for part in both]
+
+
+class _Late(Generic[Parts]):
+    """Additions that are put off: for each its first row and its tensors.
+
+    Args:
+        waits: whether any may be: not those of a sum that stays wide.
+
+    Attributes:
+        others: in the order in which they came.
+        lent: whether some of it is in memory that will be overwritten.
+        is_due: whether all of it is to be added now: to wait for what is to come would take more memory than their sum does.
+    """
+
+    def __init__(self, waits: bool) -> None:
+        self._waits = waits
+        self.others: list[tuple[int, Parts]] = []
+        self.lent = self.is_due = False
+
+    def put(self, start: int, parts: Parts, lent: bool, ahead: int) -> None:
+        """One more; `ahead`: how many are to come."""
+        self.others.append((start, parts))
+        self.lent |= lent
+        narrow = parts[0].dtype != accumulator_dtype(parts[0].dtype)
+        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= TOGETHER)
+
+    def take(self) -> list[tuple[int, Parts]]:
+        """All of it, which then is none. What comes after it is not put off: their sum is there already."""
+        others, self.others, self.lent, self._waits = self.others, [], False, False
+        return others
 
 
 def _cast(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from ringspan.attention.replay import Replays
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.tape import remembered
-from ringspan.errors import UnsupportedError
+from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype, without_autocast
 from ringspan.transport import PeerMemory, Transport
 
@@ -31,7 +32,8 @@ from ringspan.transport import PeerMemory, Transport
 class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
-    `exchange` is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
+    `transport` is of the ranks that the programs speak of, `everyone` of all: they are others where there is an `exchange`, which
+    is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
     of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
@@ -41,6 +43,7 @@ class Plan:
     backward: RankProgram
     kernel: Kernel
     transport: Transport
+    everyone: Transport
     scores: TileScores
     exchange: Exchange | None = None
     materialised: bool = False
@@ -56,7 +59,22 @@ class Plan:
         if self.replays is None:
             return work(*inputs)
         memory = None if self.peers is None else self.peers[0]
-        return self.replays.run(self, direction, inputs, work, self.transport, memory)
+        return self.replays.run(self, direction, inputs, work, self.everyone, memory)
+
+    @contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """What an error ends between an exchange and a pass is left as one that it ends within: the other ranks wait in the next.
+
+        An error of ringspan's own comes before the first, or is shared by all ranks.
+        """
+        try:
+            yield
+        except RingspanError:
+            raise
+        except BaseException:
+            if self.exchange is not None and self.peers is not None:
+                self.peers[0].leave()
+            raise
 
     @cached_property
     def lse_gradient_travels(self) -> bool:
@@ -98,16 +116,17 @@ class DistributedAttention(torch.autograd.Function):
         exchange = plan.exchange
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
-        if exchange is not None:
-            q, k, v = exchange.inputs_to_heads(q, k, v)
-        weights: list[Tensor] = []
-        if plan.materialised:
-            out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
-        else:
-            out, lse = remembered(partial(DistributedAttention._launched_forward, q, k, v, _own(sinks, plan), plan))
-        ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
-        lse = lse if plan.return_lse else None
-        return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
+        with plan.in_one_piece():
+            if exchange is not None:
+                q, k, v = exchange.inputs_to_heads(q, k, v)
+            weights: list[Tensor] = []
+            if plan.materialised:
+                out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
+            else:
+                out, lse = remembered(partial(DistributedAttention._launched_forward, q, k, v, _own(sinks, plan), plan))
+            ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
+            lse = lse if plan.return_lse else None
+            return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
 
     @staticmethod
     def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -119,12 +138,15 @@ class DistributedAttention(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None):
         """Runs the backward program: every rank must come here, as every rank came through the forward."""
         with watch(ctx.plan.observer, BEFORE, "whole"), without_autocast(ctx.device):
-            return DistributedAttention._input_gradients(ctx, *gradients)
+            # Under checkpointing a layer is computed again to give them: its errors are its own.
+            saved = ctx.saved_tensors
+            with ctx.plan.in_one_piece():
+                return DistributedAttention._input_gradients(ctx, saved, *gradients)
 
     @staticmethod
-    def _input_gradients(ctx, *gradients: Tensor | None):
+    def _input_gradients(ctx, saved: tuple[Tensor, ...], *gradients: Tensor | None):
         dout, dlse = gradients
-        q, k, v, out, lse, sinks, *weights = ctx.saved_tensors
+        q, k, v, out, lse, sinks, *weights = saved
         plan, exchange = ctx.plan, ctx.plan.exchange
         if dlse is not None and plan.lse_gradient_refusal is not None:
             raise UnsupportedError(

@@ -11,17 +11,15 @@ from torch import Tensor
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Kernel, Problem, select_kernel
-from ringspan.strategies import Schedules, make_schedules
+from ringspan.strategies import make_schedules
 from ringspan.transport import InProcessTransport, Transport
 
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """How pieces travel: see `ContextParallel`."""
 
 
-def peer_memory_reason(schedules: Schedules, materialised: bool, kv_heads_per_stage: int | None) -> str | None:
+def peer_memory_reason(materialised: bool, kv_heads_per_stage: int | None) -> str | None:
     """Why such attention does not go through peer memory, or None."""
-    if schedules.grid is not None:
-        return "head groups exchange positions for heads by sends and receives"
     if materialised:
         return "ring_self_attention keeps scores and sends keys and values apart"
     if kv_heads_per_stage is not None:
@@ -91,13 +89,17 @@ def check_sequence(length: int, mask: Mask) -> None:
 
 def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
     """That `x` is `length` long along `dim`."""
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != length:
+    if not _has_dim(x, dim) or x.shape[dim] != length:
         raise RingspanError(
-            f"a tensor {tuple(x.shape)} with the sequence along dim {dim}",
+            f"a tensor {tuple(x.shape)} with the sequence along dim {dim!r}",
             f"{of} has {length} positions",
             "The tensor is that long along dim",
             "the dim that counts positions, usually 1",
         )
+
+
+def _has_dim(x: Tensor, dim: int) -> bool:
+    return isinstance(dim, int) and -x.ndim <= dim < x.ndim
 
 
 def features(mask: Mask, softcap: float | None) -> frozenset[str]:
@@ -171,19 +173,19 @@ def check_attention(
     select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
 
 
-def replay_refusal(device: str, kernel: Kernel, transport: Transport, through_peers: bool) -> UnsupportedError | None:
-    """Why passes cannot be captured as CUDA graphs, or None. The same on every rank.
+def replay_refusal(device: str, kernel: Kernel, everyone: Transport, ranks: int, through_peers: bool) -> UnsupportedError | None:
+    """Why passes of `ranks` ranks among `everyone` cannot be captured as CUDA graphs, or None. The same on every rank.
 
     A communicator of NCCL whose calls a graph holds is not destroyed before the graph is: `destroy_process_group()` would wait for ever
     (pytorch/pytorch#115388). So only what goes through peer memory, or nowhere, is captured.
     """
     if device != "cuda":
         found = f"the tensors are on {device}"
-    elif isinstance(transport, InProcessTransport):
+    elif isinstance(everyone, InProcessTransport) and everyone.size > 1:
         found = "in-process ranks are threads, which wait for each other on the host"
     elif not kernel.can.graph_capture:
         found = f"kernel {kernel.name!r} cannot be captured"
-    elif not through_peers and transport.size > 1:
+    elif not through_peers and ranks > 1:
         found = "these passes go through NCCL, and destroy_process_group() would wait for ever for a graph that holds its calls"
     else:
         return None
@@ -273,7 +275,7 @@ def describe_attention(
 
 def describe_shard(x: Tensor, dim: int) -> str:
     """What all ranks' shards must have in common."""
-    if not -x.ndim <= dim < x.ndim:
-        return f"shape {tuple(x.shape)} dim {dim}"
+    if not _has_dim(x, dim):
+        return f"shape {tuple(x.shape)} dim {dim!r}"
     others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
     return f"dim={dim % x.ndim} other sizes={others} {x.dtype} on {x.device.type}"

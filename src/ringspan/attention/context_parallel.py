@@ -339,7 +339,7 @@ class Sequence:
     ) -> Plan:
         planned = make_plan(self, q, k, v, sinks, scale, softcap, return_lse)
         self.kernel, self._schedules, self.choice = planned.plan.kernel, planned.schedules, planned.choice
-        self.peer_bytes = 0 if planned.plan.peers is None else max(each.nbytes for each in planned.plan.peers[1].values())
+        self.peer_bytes = planned.peer_bytes
         return planned.plan
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,10 @@ class Pass:
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
             for piece in step.releases:
                 self.shelf.drop(piece)
+            if step.combines and self.courier.lends:
+                with watch(observer, index, "merge"):
+                    for accumulator in self.accumulators():
+                        accumulator.settle(lent=True)
             self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
         self.courier.end()
@@ -93,6 +98,10 @@ class Pass:
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """What this rank has accumulated of `piece`, to be sent."""
+        raise NotImplementedError
+
+    def accumulators(self) -> Iterable[Partial | Accumulator]:
+        """All that this rank adds up: what was lent to them is read before it is given back."""
         raise NotImplementedError
 
     def components(self, piece: Piece, single: bool) -> list[Component]:
@@ -171,6 +180,10 @@ class ForwardPass(_FlashPass):
         """Merges a partial that another rank computed."""
         self._partials[piece.owner].add(piece.start, piece.stop, *arrived, lent=self.courier.lends)
 
+    def accumulators(self) -> Iterable[Partial]:
+        """See `Pass.accumulators`."""
+        return self._partials.values()
+
     def partial(self, piece: Piece) -> list[Tensor]:
         """`out` and `lse` of the rows of `piece`."""
         return self._partials[piece.owner].rows(piece.start, piece.stop)
@@ -243,6 +256,10 @@ class BackwardPass(_FlashPass):
         """Adds a gradient that came from elsewhere."""
         self._settle_before(piece)
         self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, *arrived, lent=self.courier.lends)
+
+    def accumulators(self) -> Iterable[Accumulator]:
+        """See `Pass.accumulators`."""
+        return self._accumulators.values()
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""

@@ -5,6 +5,8 @@ Li et al. (2105.13120). One of the two places where scores exist as a tensor (th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,10 @@ class MaterialisedForward(_MaterialisedPass):
         weights = _masked(self.softmax()[launch.kv_owner][:, :, rows, columns], self.allowed(launch), 0)
         self._out.add(tile.q_start, tile.q_stop, rows_first(torch.einsum("bhqk,bkhd->bqhd", weights, self.keys(launch))))
 
+    def accumulators(self) -> Iterable[Accumulator]:
+        """See `Pass.accumulators`."""
+        return [self._out]
+
     def softmax(self) -> Blocks:
         """The weights of every block, from the complete rows."""
         if self.weights is None:
@@ -143,7 +149,11 @@ class MaterialisedBackward(_MaterialisedPass):
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Adds a gradient that came from elsewhere."""
-        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, arrived[0])
+        self._accumulators[(piece.kind, piece.owner)].add(piece.start, piece.stop, arrived[0], lent=self.courier.lends)
+
+    def accumulators(self) -> Iterable[Accumulator]:
+        """See `Pass.accumulators`."""
+        return self._accumulators.values()
 
     def partial(self, piece: Piece) -> list[Tensor]:
         """The accumulated rows of `piece`."""

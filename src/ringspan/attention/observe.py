@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ringspan.transport import Parcel, Pending
+from ringspan.transport import Pending
 
 KINDS = ("pack", "post", "transfer", "attend", "merge", "wait", "cast", "whole", "reduce")
 """`pack` inputs laid out for the run · `post` transfers handed to the transport · `transfer` from then until it is known to be over ·
@@ -48,14 +48,6 @@ class Swap:
 
     sends: tuple[tuple[int, int], ...]
     receives: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def of(sends: list[Parcel], receives: list[Parcel]) -> Swap:
-        """(peer, bytes) of each parcel."""
-        sent, received = (
-            tuple((peer, tensor.numel() * tensor.element_size()) for tensor, peer in parcels) for parcels in (sends, receives)
-        )
-        return Swap(sent, received)
 
 
 _NOBODY = nullcontext()

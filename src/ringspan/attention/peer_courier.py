@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,21 +53,20 @@ class PeerCourier:
         posting, memory = self._inbox.postings[batch.index], self._memory
         packed = [self._pack(batch, send, tensors) for send, tensors in zip(batch.sends, outgoing, strict=True)]
 
-        def write() -> None:
-            for message, parts in posting.written:
-                memory.wait(message.peer, _free(message))
-                theirs = memory.inbox(message.peer)
-                for position, places in parts:
-                    for tensor, place in _as_one(packed[position], places):
-                        _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
-                memory.signal(message.peer, _ready(message))
+        def write(message: Message, parts: Sequence[tuple[int, tuple[Place, ...]]]) -> None:
+            memory.wait(message.peer, _free(message))
+            theirs = memory.inbox(message.peer)
+            for position, places in parts:
+                for tensor, place in _as_one(packed[position], places):
+                    _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
+            memory.signal(message.peer, _ready(message))
 
         def arrive() -> None:
             for message in posting.awaited:
                 memory.wait(message.peer, _ready(message))
 
         # What is read beside the computing must not be freed before.
-        return UnderWay(memory.aside(batch.lane, write, arrive), packed)
+        return UnderWay(memory.aside(batch.lane, [partial(write, *written) for written in posting.written], arrive), packed)
 
     def begin(self) -> None:
         """See `Courier.begin`.
@@ -93,7 +93,7 @@ class PeerCourier:
             if batch.lane == 0 and send.piece.owner == self._transport.rank:
                 # For all who read it.
                 self._packed[send.piece] = packed
-        self._transport.bytes_sent[send.peer] += sum(tensor.numel() * tensor.element_size() for tensor in packed)
+        self._transport.bytes_sent[self._memory.rank_of(send.peer)] += sum(tensor.numel() * tensor.element_size() for tensor in packed)
         return packed
 
 

@@ -13,13 +13,15 @@ from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
-from ringspan.attention.reshard import make_exchange
+from ringspan.attention.reshard import head_group, inbox_bytes, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
+from ringspan.attention.swap import PeerSwapper, TransportSwapper
 from ringspan.errors import UnsupportedError
+from ringspan.geometry import HeadShare, head_shares
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import MACHINES, QUEUED, Choice, Schedules, choose, complete_ring, make_schedules
-from ringspan.transport import InProcessTransport, PeerMemory, Subgroup, agree, peer_memory
+from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import Sequence
@@ -28,11 +30,12 @@ Peers = tuple[PeerMemory, dict[str, Inbox]]
 
 
 class Planned(NamedTuple):
-    """A plan, the schedules that it runs, and what strategy `auto` chose where it did."""
+    """A plan, the schedules that it runs, what strategy `auto` chose where it did, and how much peer memory every rank keeps for it."""
 
     plan: Plan
     schedules: Schedules
     choice: Choice | None
+    peer_bytes: int
 
 
 def make_plan(
@@ -65,13 +68,13 @@ def make_plan(
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
     schedules, choice = _choose(sequence, q, k, kernel)
-    exchange, first_head = None, 0
+    place, members, first_head = 0, tuple(range(transport.size)), 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
     varlen = kernel.can.varlen and q.shape[0] == 1 and sequence.mask.mod is None
     if (grid := schedules.grid) is not None:
-        exchange = make_exchange(transport, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
-        transport = Subgroup(transport, grid.context_group(exchange.place))
-        first_head = exchange.share.q_start
+        place = grid.place(transport.rank)
+        members, first_head = grid.context_group(place), head_shares(q.shape[2], k.shape[2], grid.degree)[place].q_start
+        transport = Subgroup(transport, members)
     forward, backward = (
         resolve(schedule, schedules.layout, sequence.mask, shapes, transport.rank, varlen)
         for schedule in (schedules.forward, schedules.backward)
@@ -80,15 +83,24 @@ def make_plan(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
-    peers = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
-    replayed = context.replays is not None
-    if replayed and (refused := checks.replay_refusal(q.device.type, kernel, transport, peers is not None)) is not None:
-        raise refused
+    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
+    exchange = None
+    if grid is not None:
+        group = head_group(grid, context.transport.rank)
+        memory = None if peers is None else peers[0]
+        swapper = TransportSwapper(context.transport, group) if memory is None else PeerSwapper(memory, context.transport.bytes_sent, group)
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, q.shape[2], k.shape[2])
+        peers = peers and (SomePeers(peers[0], members), peers[1])
+    if context.replays is not None:
+        refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
+        if refused is not None:
+            raise refused
     plan = Plan(
         forward,
         backward,
         kernel,
         transport,
+        context.transport,
         TileScores(scoring, schedules.layout, q.device),
         exchange,
         materialised,
@@ -98,7 +110,7 @@ def make_plan(
         return_lse,
         context.replays,
     )
-    return Planned(plan, schedules, choice)
+    return Planned(plan, schedules, choice, peer_bytes)
 
 
 def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[Schedules, Choice | None]:
@@ -125,24 +137,34 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
 
 def _peers(
     sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool, lse_gradient: bool
-) -> Peers | None:
-    """Peer memory and this rank's part in it, or None for the transport itself. The same decision on every rank."""
+) -> tuple[Peers | None, int]:
+    """Peer memory and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank."""
     context = sequence.context
     wanted = context.carrier
     threads = isinstance(context.transport, InProcessTransport)
     if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
-        return None
-    reason = checks.peer_memory_reason(schedules, materialised, context.kv_heads_per_stage)
+        return None, 0
+    reason = checks.peer_memory_reason(materialised, context.kv_heads_per_stage)
     memory = peer_memory(context.transport, q.device) if reason is None else reason
     if not isinstance(memory, str):
-        sizes, singles = (row_bytes(q, k, rounded, lse_gradient) for rounded in (False, kernel.rounds))
-        inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
-        if 2 * max(each.messages for each in inboxes.values()) <= memory.channels:
-            memory.reserve(max(each.nbytes for each in inboxes.values()))
-            return memory, inboxes
+        grid, nbytes = schedules.grid, 0
+        shares = [HeadShare(0, q.shape[2], 0, k.shape[2])] if grid is None else head_shares(q.shape[2], k.shape[2], grid.degree)
+        mine = shares[0 if grid is None else grid.place(context.transport.rank)]
+        if grid is not None:
+            nbytes = inbox_bytes(grid, sequence.layout, q, k.shape[2])
+        inboxes: dict[str, Inbox] = {}
+        # All inboxes are alike, also where some ranks have more heads than others.
+        for share in (*set(shares), mine):
+            tensors = q[:, :, : share.heads], k[:, :, : share.kv_heads]
+            sizes, singles = (row_bytes(*tensors, rounded, lse_gradient) for rounded in (False, kernel.rounds))
+            inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
+            nbytes = max(nbytes, *(each.nbytes for each in inboxes.values()))
+        if 2 * max(1, *(each.messages for each in inboxes.values())) <= memory.channels:
+            memory.reserve(nbytes)
+            return (memory, inboxes), nbytes
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
     if wanted == "peer_memory":
         raise UnsupportedError(
             "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
         )
-    return None
+    return None, 0

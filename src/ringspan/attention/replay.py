@@ -103,7 +103,7 @@ class Replays:
             direction: which work of that owner.
             inputs: of the same number, shapes and dtypes whenever the work is the same, or they are another's.
             work: runs on the tensors it is given, and on the current stream.
-            transport: counts what is sent, replayed or not.
+            transport: of all ranks that have this work; counts what is sent, replayed or not.
             memory: the peer memory that the work goes through, which orders passes on several streams; or None.
 
         Raises:

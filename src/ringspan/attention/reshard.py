@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
+from ringspan.attention.inbox import ALIGNMENT
+from ringspan.attention.observe import AFTER, BEFORE, Observer
+from ringspan.attention.swap import Found, Group, Mail, Message, Swapper, aligned, copy_
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
 from ringspan.kernels import accumulator_dtype
-from ringspan.transport import Parcel, Transport
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Exchange:
     """Who exchanges what within one head group.
 
     Attributes:
-        transport: of all ranks.
-        members: the ranks of this rank's head group, by place.
-        place: this rank's.
+        swapper: carries what the ranks of this rank's head group give each other.
+        group: these ranks, by place.
         shares: each place's heads.
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
@@ -31,14 +30,18 @@ class Exchange:
         observer: looks on.
     """
 
-    transport: Transport
-    members: tuple[int, ...]
-    place: int
+    swapper: Swapper
+    group: Group
     shares: tuple[HeadShare, ...]
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
     observer: Observer | None = None
+
+    @property
+    def place(self) -> int:
+        """This rank's in its head group."""
+        return self.group.place
 
     @property
     def share(self) -> HeadShare:
@@ -71,7 +74,7 @@ class Exchange:
 
     def outputs_to_positions(self, out: Tensor, lse: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
         """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads."""
-        places = len(self.members)
+        places = len(self.shares)
         (out,) = self._to_positions([out], [self.q_heads], [heads], [[out.dtype] * places], [out.dtype])
         if lse is not None:
             (lse,) = self._to_positions([lse.transpose(1, 2)], [self.q_heads], [heads], [[lse.dtype] * places], [lse.dtype])
@@ -91,34 +94,31 @@ class Exchange:
 
         `dk` and `dv` are in `key_gradients_in` that dtype. What several places made of a key head is added.
         """
-        keys = [self.key_gradients_in(dq.dtype, place) for place in range(len(self.members))]
-        dtypes = [[dq.dtype] * len(self.members), keys, keys]
+        keys = [self.key_gradients_in(dq.dtype, place) for place in range(len(self.shares))]
+        dtypes = [[dq.dtype] * len(self.shares), keys, keys]
         split = [self.q_heads, self.kv_heads, self.kv_heads]
         dq, dk, dv = self._to_positions([dq, dk, dv], split, [heads, kv_heads, kv_heads], dtypes, [dq.dtype] * 3)
         return dq, dk, dv
 
     def _to_heads(self, parts: list[Tensor], heads: list[list[slice]]) -> list[Tensor]:
         """`heads[i][place]`: those of tensor i that a place has. All tensors are of one dtype."""
-        batch, own, rest = parts[0].shape[0], self.part_lengths[self.place], parts[0].shape[3:]
+        batch, rest = parts[0].shape[0], parts[0].shape[3:]
 
-        def packed(place: int) -> _Message:
-            message = _segments(parts[0], [(batch, own, _width(of_tensor[place]), *rest) for of_tensor in heads])
-            for segment, part, of_tensor in zip(message.segments, parts, heads, strict=True):
-                segment.copy_(part[:, :, of_tensor[place]])
-            return message
+        def messages(source: int, target: int) -> Sequence[Message]:
+            shapes = tuple((batch, self.part_lengths[source], _width(of_tensor[target]), *rest) for of_tensor in heads)
+            return (Message(shapes, parts[0].dtype),)
 
-        def room(place: int) -> _Message:
-            return _segments(parts[0], [(batch, self.part_lengths[place], _width(of_tensor[self.place]), *rest) for of_tensor in heads])
+        def fill(target: int, index: int, segments: list[Tensor]) -> None:
+            for segment, part, of_tensor in zip(segments, parts, heads, strict=True):
+                copy_(segment, part[:, :, of_tensor[target]])
 
-        buffers = {place: [room(place)] for place in self._others}
-        # What was packed goes before there is room for the whole.
-        self._swap({place: [packed(place)] for place in self._others}, buffers, BEFORE)
+        found = self._swap(messages, fill, parts[0].device, BEFORE)
         wholes = [parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads]
         for place, rows in enumerate(self.rows):
             for i, (whole, of_tensor) in enumerate(zip(wholes, heads, strict=True)):
-                came = parts[i][:, :, of_tensor[place]] if place == self.place else buffers[place][0].segments[i]
+                came = parts[i][:, :, of_tensor[place]] if place == self.place else found[place][0][i]
                 for part_rows, whole_rows in rows:
-                    whole[:, whole_rows] = came[:, part_rows]
+                    copy_(whole[:, whole_rows], came[:, part_rows])
         return wholes
 
     def _to_positions(
@@ -135,23 +135,21 @@ class Exchange:
         """
         batch, own, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
-        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.members))]
+        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.shares))]
 
-        def packed(place: int, same: list[int]) -> _Message:
-            message = _segments(wholes[same[0]], [(batch, self.part_lengths[place], *wholes[i].shape[2:]) for i in same])
-            for segment, i in zip(message.segments, same, strict=True):
-                for part_rows, whole_rows in self.rows[place]:
-                    segment[:, part_rows] = wholes[i][:, whole_rows]
-            return message
+        def messages(source: int, target: int) -> Sequence[Message]:
+            rows = batch, self.part_lengths[target]
+            return [Message(tuple((*rows, _width(heads[i][source]), *rest) for i in same), sent[same[0]][source]) for same in alike[source]]
 
-        def room(place: int, same: list[int]) -> _Message:
-            return _segments(wholes[0], [(batch, own, _width(heads[i][place]), *rest) for i in same], sent[same[0]][place])
+        def fill(target: int, index: int, segments: list[Tensor]) -> None:
+            for segment, i in zip(segments, alike[self.place][index], strict=True):
+                for part_rows, whole_rows in self.rows[target]:
+                    copy_(segment[:, part_rows], wholes[i][:, whole_rows])
 
-        buffers = {place: [room(place, same) for same in alike[place]] for place in self._others}
-        self._swap({place: [packed(place, same) for same in alike[self.place]] for place in self._others}, buffers, AFTER)
+        found = self._swap(messages, fill, wholes[0].device, AFTER)
         results = []
         for i, (total, dtype) in enumerate(zip(totals, wanted, strict=True)):
-            came = {place: self._came(i, alike[place], messages) for place, messages in buffers.items()}
+            came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
             if shared := sum(map(_width, heads[i])) != total:
                 # Summed in the order of the places, in the accumulator's precision: the same at every run.
                 result = wholes[0].new_zeros((batch, own, total, *rest), dtype=accumulator_dtype(dtype))
@@ -164,62 +162,53 @@ class Exchange:
                 else:
                     mine = [(into, came[place])]
                 for target, source in mine:
-                    target.add_(source) if shared else target.copy_(source)
+                    target.add_(source) if shared else copy_(target, source)
             results.append(result.to(dtype))
         return results
 
     @staticmethod
-    def _came(i: int, alike: list[list[int]], messages: list[_Message]) -> Tensor:
+    def _came(i: int, alike: list[list[int]], tensors: list[list[Tensor]]) -> Tensor:
         """What came of tensor i in the messages of one place."""
-        return next(message.segments[same.index(i)] for same, message in zip(alike, messages, strict=True) if i in same)
+        return next(of_message[same.index(i)] for same, of_message in zip(alike, tensors, strict=True) if i in same)
 
-    @property
-    def _others(self) -> list[int]:
-        return [place for place in range(len(self.members)) if place != self.place]
-
-    def _swap(self, sends: dict[int, list[_Message]], buffers: dict[int, list[_Message]], step: int) -> None:
-        """`sends[place]` go to that place, and `buffers[place]` are filled with what it sends here; nothing is sent of what is empty."""
-        outgoing, incoming = (
-            [Parcel(message.whole, self.members[place]) for place in self._others for message in way[place] if message.whole.numel()]
-            for way in (sends, buffers)
-        )
-        swap = None if self.observer is None else Swap.of(outgoing, incoming)
-        with watch(self.observer, step, "post", swap):
-            pending = self.transport.exchange(outgoing, incoming)
-        token = None if self.observer is None else self.observer.begin(step, "transfer", swap, pending)
-        with watch(self.observer, step, "wait", swap):
-            pending.wait()
-        if self.observer is not None:
-            self.observer.end(token)
+    def _swap(
+        self,
+        messages: Callable[[int, int], Sequence[Message]],
+        fill: Callable[[int, int, list[Tensor]], None],
+        device: torch.device,
+        step: int,
+    ) -> Found:
+        return self.swapper.swap(Mail(messages, fill), device, self.observer, step)
 
 
-class _Message(NamedTuple):
-    """A tensor of one dimension, and what lies in it, one after the other."""
-
-    whole: Tensor
-    segments: list[Tensor]
-
-
-def _segments(like: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> _Message:
-    """Room for tensors of `shapes`, one message, of the device of `like`, and of its dtype unless another is given."""
-    sizes = [math.prod(shape) for shape in shapes]
-    whole = like.new_empty(sum(sizes), dtype=dtype)
-    return _Message(whole, [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)])
-
-
-def make_exchange(transport: Transport, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:
-    """The exchange of this rank, for `heads` query heads and `kv_heads` key heads."""
-    group = grid.group(transport.rank)
-    members = grid.head_group(group)
+def make_exchange(swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:
+    """The exchange of the rank of `group`, for `heads` query heads and `kv_heads` key heads."""
+    mine = grid.group(group.members[group.place])
     return Exchange(
-        transport,
-        members,
-        grid.place(transport.rank),
+        swapper,
+        group,
         head_shares(heads, kv_heads, grid.degree),
-        tuple(tuple(rows_within(layout.shards[rank], merged.shards[group])) for rank in members),
-        tuple(layout.shard_length(rank) for rank in members),
-        merged.shard_length(group),
+        tuple(tuple(rows_within(layout.shards[rank], merged.shards[mine])) for rank in group.members),
+        tuple(layout.shard_length(rank) for rank in group.members),
+        merged.shard_length(mine),
     )
+
+
+def head_group(grid: Grid, rank: int) -> Group:
+    """Who `rank` exchanges with."""
+    return Group(grid.head_group(grid.group(rank)), grid.place(rank))
+
+
+def inbox_bytes(grid: Grid, layout: Layout, q: Tensor, kv_heads: int) -> int:
+    """Room for all that any rank is sent in any exchange of q `[batch, shard, heads, head_dim]`: the same on every rank."""
+    batch, _, heads, head_dim = q.shape
+    shares = head_shares(heads, kv_heads, grid.degree)
+    element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
+    query, key = max(share.heads for share in shares), max(share.kv_heads for share in shares)
+    rows = batch * max(layout.shard_lengths)
+    # q, k and v there, or their gradients back, those of keys in the accumulator's precision where several places share a head; or lse.
+    most = max(rows * head_dim * (query * element + 2 * key * (wide if any(shared_keys(shares)) else element)), rows * query * wide)
+    return (grid.degree - 1) * (aligned(most) + ALIGNMENT)
 
 
 def _width(heads: slice) -> int:

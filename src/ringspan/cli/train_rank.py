@@ -80,6 +80,8 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
         if parts := validated[-1].validation_by_position:
             said = ", ".join(f"{loss:.3f} from {int(low):,}" for low, _, loss in parts)
             console.print(f"  by position: {said}", highlight=False, soft_wrap=True)
+        if windows := validated[-1].validation_by_context:
+            console.print(f"  by context:  {said_by_context(windows, unit)}", highlight=False, soft_wrap=True)
     for name, path in (
         ("checkpoint", outcome.checkpoint),
         ("metrics", files.metrics),
@@ -93,6 +95,13 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
         console.print(
             f"stopped after step {outcome.step} of {plan.config.steps}; to go on: {go_on(files.out)}", highlight=False, soft_wrap=True
         )
+
+
+def said_by_context(windows: Sequence[Sequence[float]], unit: str) -> str:
+    """`validation_by_context` in words."""
+    (fewest, loss), *others = windows
+    more = ", ".join(f"{int(window):,}: {other:.3f}" for window, other in others)
+    return f"the same {unit}s with fewer than {int(fewest):,} before them {loss:.3f}, {more}"
 
 
 def go_on(out: Path) -> str:

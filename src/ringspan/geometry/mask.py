@@ -253,6 +253,13 @@ def looks_ahead(mask: Mask) -> bool:
     return not (isinstance(mask, Band) and mask.right == 0)
 
 
+def depends_on_position(mask: Mask) -> bool:
+    """Whether moving a query and a key by as much may change what is allowed. False is proven; True where nothing excludes it."""
+    if isinstance(mask, Both):
+        return depends_on_position(mask.first) or depends_on_position(mask.second)
+    return not isinstance(mask, Band | Full)
+
+
 def document_borders(mask: Mask) -> frozenset[int]:
     """Where documents begin and end under `mask`; empty where it knows none."""
     if isinstance(mask, Both):
@@ -364,12 +371,12 @@ def mask_mod(function: MaskMod) -> Mask:
     reads when they first meet it, and not again.
 
     Raises:
-        RingspanError: where `function` cannot be called.
+        RingspanError: where `function` cannot be called, or cannot be hashed.
     """
-    if not callable(function):
-        raise RingspanError(
-            f"mask_mod({function!r})", "it cannot be called", "A mask_mod is a function of (b, h, q_idx, kv_idx)", "mask_mod(f)"
-        )
+    found = "it cannot be called" if not callable(function) else "it cannot be hashed" if type(function).__hash__ is None else None
+    if found is not None:
+        rule = "A mask_mod is a function of (b, h, q_idx, kv_idx), by whose identity plans are kept"
+        raise RingspanError(f"mask_mod({function!r})", found, rule, "mask_mod(f)")
     return Predicate(function)
 
 

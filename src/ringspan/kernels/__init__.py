@@ -6,7 +6,7 @@ from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
-from ringspan.kernels.partial import accumulator_dtype, batch_first, merge_, rows_first
+from ringspan.kernels.partial import accumulator_dtype, add_, batch_first, merge_, rows_first
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
@@ -22,6 +22,7 @@ __all__ = [
     "Scores",
     "Speeds",
     "accumulator_dtype",
+    "add_",
     "autocast_dtype",
     "batch_first",
     "dtype_name",

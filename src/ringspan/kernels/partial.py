@@ -11,8 +11,9 @@ head_dim]` and `lse [rows, batch, heads]`, so that any span of a shard is contig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,29 +24,33 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge_(
-    out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, *, start: int = 0, into: tuple[Tensor, Tensor] | None = None
-) -> None:
-    """Merges another partial into rows from `start` on of `out [rows, batch, heads, head_dim]`, `lse [rows, batch, heads]`, in place.
+def merge_(out: Tensor, lse: Tensor, others: Sequence[tuple[int, Tensor, Tensor]], *, into: tuple[Tensor, Tensor] | None = None) -> None:
+    """Merges other partials into rows of `out [rows, batch, heads, head_dim]`, `lse [rows, batch, heads]`, in place.
 
-    Associative and commutative up to rounding, with the identity `0, −inf`; rows where both are empty stay zero and never become NaN.
-    Computed in float32 or wider and rounded once, to the dtype of what is written.
+    Associative and commutative up to rounding, with the identity `0, −inf`; rows where all are empty stay zero and never become NaN.
+    Computed in float32 or wider and rounded once, to the dtype of what is written, however many they are.
 
     Args:
         out: any dtype; the last merge of a partial may be made in the dtype that the kernel gave it.
         lse: of its rows, float32 or wider.
-        other_out: the other's rows, any dtype.
-        other_lse: likewise.
-        start: the row of `out` that is the other's first.
+        others: for each the row of `out` that is its first, its own rows of out, any dtype, and their lse.
         into: buffers like `out` and `lse` that take all rows, merged or not, in place of these.
     """
-    rows = slice(start, start + other_out.shape[0])
     if into is None:
-        out, lse = out[rows], lse[rows]
-        rows, into = slice(0, out.shape[0]), (out, lse)
+        (out, lse), others = _hull([out, lse], others)
+        into = out, lse
     if out.is_cuda and lse.dtype == torch.float32 and (fused := _fused()) is not None:
-        fused(out, lse, other_out, other_lse, rows.start, into)
+        fused.fused_merge_(out, lse, others, into)
         return
+    if len(others) > 1:
+        # The sum of all but the last is kept wide.
+        wide = out.to(lse.dtype, copy=True), lse.clone()
+        for other in others[:-1]:
+            merge_(*wide, [other])
+        merge_(*wide, others[-1:], into=into)
+        return
+    ((start, other_out, other_lse),) = others
+    rows = slice(start, start + other_out.shape[0])
     into_out, into_lse = into
     if into_out is not out:
         for kept in (slice(0, rows.start), slice(rows.stop, None)):
@@ -61,14 +66,46 @@ def merge_(
     into_lse[rows].copy_(merged)
 
 
+def add_(held: Tensor, others: Sequence[tuple[int, Tensor]], *, into: Tensor | None = None) -> None:
+    """Adds others to rows of `held [rows, batch, heads, head_dim]`, in place, in float32 or wider, rounded once, however many they are.
+
+    Args:
+        held: any dtype.
+        others: for each the row of `held` that is its first, and its rows, any dtype.
+        into: a buffer like `held` that takes all rows, added to or not, in its place.
+    """
+    if into is None:
+        (held,), others = _hull([held], others)
+        into = held
+    wide = accumulator_dtype(held.dtype)
+    if held.is_cuda and wide == torch.float32 and (fused := _fused()) is not None:
+        fused.fused_add_(held, others, into)
+        return
+    # One addition is made in float32 and rounded by torch itself.
+    total = into if into.dtype == wide or (len(others) == 1 and into is held) else torch.empty_like(into, dtype=wide)
+    if total is not held:
+        total.copy_(held)
+    for start, other in others:
+        total[start : start + len(other)].add_(other)
+    if total is not into:
+        into.copy_(total)
+
+
+def _hull(tensors: list[Tensor], others: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+    """The rows of `tensors` from the first to the last that `others` reach, and `others` counted from there."""
+    first = min(start for start, *_ in others)
+    past = max(start + len(rows) for start, rows, *_ in others)
+    return [tensor[first:past] for tensor in tensors], [(start - first, *rest) for start, *rest in others]
+
+
 @cache
-def _fused() -> Callable[..., None] | None:
-    """The same as one kernel, where Triton is installed (torch's CUDA builds bring it)."""
+def _fused() -> Any:
+    """The module of the same as one kernel each, where Triton is installed (torch's CUDA builds bring it)."""
     try:
-        from ringspan.kernels.fused_merge import fused_merge_
+        from ringspan.kernels import fused_merge
     except ImportError:
         return None
-    return fused_merge_
+    return fused_merge
 
 
 def rows_first(tensor: Tensor) -> Tensor:

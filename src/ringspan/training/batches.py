@@ -13,6 +13,10 @@ from torch import Tensor
 from ringspan.attention.loss import IGNORE_INDEX
 from ringspan.geometry import Mask, documents
 
+SHORTEST_WINDOW = 16
+"""Tokens of the shortest window that `context_windows` gives."""
+_MOST_WINDOWS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -82,6 +86,49 @@ def _packed(ids: Int[Tensor, "1 context"], mask: Mask, separator: int) -> Pass:
     lengths = [stop - start for start, stop in pairwise(borders)]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     return Pass(ids=ids, labels=labels, position_ids=positions.unsqueeze(0), mask=mask & documents(borders))
+
+
+def context_windows(context: int, shortest: int = SHORTEST_WINDOW) -> list[int]:
+    """The windows of `cut_into_windows`, rising, the last the whole context: `[512, 1024, …, 65536]`.
+
+    Window i from the end is twice the last half's 2⁻ⁱ, rounded up: 61 tokens have windows of 61, 30 and 16.
+
+    Args:
+        shortest: no window but the context has fewer tokens; eight at most are given.
+    """
+    halved = [2 * -(-(context // 2) // 2**i) for i in range(1, _MOST_WINDOWS)]
+    return [*(window for window in reversed(halved) if window >= shortest), context]
+
+
+def cut_into_windows(whole: Pass, window: int) -> Pass:
+    """The targets of a pass, the last ⌊context / 2⌋ tokens of its rows, each predicted from less of its row than all before it.
+
+    The targets are cut, from the row's end, into blocks of ⌊window / 2⌋ tokens. Each is predicted from the `window` tokens that end with
+    it, with positions from 0, so that a target sees from ⌈window / 2⌉ to `window` − 1 tokens before it. Whatever the window, the same
+    tokens are predicted, each once: losses differ by what the model makes of the context, not by what text lies where.
+
+    Eight tokens, whose last four are targets, and windows of four; `·` has no label:
+
+        whole      · · · · 4 5 6 7
+        window 4       · · 4 5
+                           · · 6 7
+
+    Args:
+        whole: rows that are not packed, under a mask that does not depend on the position.
+        window: one of `context_windows`.
+
+    Returns:
+        A pass of as many rows as there are blocks in all, of `window` tokens each.
+    """
+    context = whole.ids.shape[1]
+    first, block = context - context // 2, window // 2
+    stops = range(context, first, -block)
+    scored = whole.labels.clone()
+    scored[:, :first] = IGNORE_INDEX
+    ids, labels = (torch.cat([tokens[:, stop - window : stop] for stop in stops]) for tokens in (whole.ids, scored))
+    # What is before a block has been, or will be, another's.
+    labels[:, : window - block] = IGNORE_INDEX
+    return replace(whole, ids=ids, labels=labels)
 
 
 def rows_of(starts: Sequence[int], tokens: Int[Tensor, " tokens"], context: int) -> Int[Tensor, "rows context"]:

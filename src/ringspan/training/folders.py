@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 from ringspan.errors import RingspanError
 from ringspan.training.plan import RunFiles
 
-_MARK = ".torchrun"
+_MARK, _LOCK = ".torchrun", ".lock"
 
 GOING_ON = "--resume, which goes on from the last checkpoint; before there is one, another --out"
 """What to try after a run ended on its way."""
@@ -44,6 +47,36 @@ def own_folder(wanted: Path) -> Path | None:
             "--out DIR, or torchrun with a --rdzv-id of its own for each job",
         )
     return _newest(own)
+
+
+@contextlib.contextmanager
+def occupied(out: Path) -> Iterator[None]:
+    """Keeps other runs from `out`, on this host and on those that share its locks, until it is left or the process ends, however it ends.
+
+    Where the file system knows no locks nobody is kept from it.
+
+    Raises:
+        RingspanError: where a run is at work there: two would clear away each other's unfinished checkpoints.
+    """
+    # Without a buffer: what a full disk refuses would be tried again, and raised, on the way out.
+    with (out / _LOCK).open("ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RingspanError(
+                f"--out {out}",
+                f"{file.read().decode(errors='replace').strip() or 'another process'} trains there",
+                "One run writes into a folder at a time",
+                "waiting for its end or stopping it, or another --out",
+            ) from None
+        except OSError:
+            pass
+        # Who it is is said to the next one; on a full disk it is not.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        yield
 
 
 def mark(out: Path) -> None:

@@ -8,12 +8,13 @@ Checkpoints are written while the steps go on; that one failed is learned at the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from ringspan.training.checkpoint import step_folder
+from ringspan.training.folders import occupied
 from ringspan.training.metrics import MetricsFile, StepRecord
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
@@ -73,9 +74,14 @@ def train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
         observer: told of everything on rank 0, and of nothing on the others.
 
     Raises:
-        RingspanError: on every rank, where a checkpoint cannot be written or another rank is gone.
+        RingspanError: on every rank, where another run is at work in the folder, a checkpoint cannot be written, or another rank is gone.
     """
-    observer = observer if ranks.is_first else Silence()
+    with ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(occupied(plan.files.out)))
+        return _train(plan, ranks, observer if ranks.is_first else Silence())
+
+
+def _train(plan: Plan, ranks: Ranks, observer: Observer) -> Outcome:
     trainer = Trainer(plan, ranks)
     observer.started(plan, trainer.num_parameters, [*trainer.spread_notes(), *trainer.notes()])
     # Rank 0 alone keeps the curve; a resumed one drops what was written after its checkpoint.
@@ -112,12 +118,17 @@ def _steps(trainer: Trainer, observer: Observer, report: Callable[[StepRecord], 
     while (stopped_by := ranks.agree_on_stop(failed=trainer.saver.has_failed)) is None and not trainer.is_finished:
         _tell_of_checkpoint(trainer, observer)
         record = trainer.take_step()
+        if trainer.is_finished:
+            # Before anything is measured: what may fail then takes no step with it.
+            trainer.begin_save()
+            saved = trainer.step
         if _due(trainer, config.validation_every):
             record = replace(record, validation_loss=trainer.validate())
         if trainer.is_finished:
-            record = replace(record, validation_by_position=trainer.validate_by_position())
+            by_position, by_context = trainer.validate_by_position(), trainer.validate_by_context()
+            record = replace(record, validation_by_position=by_position, validation_by_context=by_context)
         report(record)
-        if _due(trainer, config.checkpoint_every):
+        if saved != trainer.step and _due(trainer, config.checkpoint_every):
             trainer.begin_save()
             saved = trainer.step
     trainer.finish_save()

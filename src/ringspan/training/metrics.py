@@ -23,7 +23,9 @@ class StepRecord:
 
     Attributes:
         validation_by_position: at the end of a run, (first position, past its last, loss) for ranges of positions in the context, or in
-            their documents: where it goes on falling, what is further back is used.
+            their documents.
+        validation_by_context: beside it, (window, loss) of the same tokens, the last halves of the held-out rows, each predicted from less
+            than a window of tokens before it: where it goes on falling, what is further back is used. None where less cannot be given.
         skipped: why the update was not made: `"nan"` or `"spike"`.
         tokens: read by all steps so far.
         model_tflops_per_second: of all ranks together, as `ringspan.training.flops` counts; None where it cannot (experts).
@@ -53,6 +55,7 @@ class StepRecord:
     feed_forward_share: float | None = None
     communication_share: float | None = None
     validation_by_position: Sequence[Sequence[float]] | None = None
+    validation_by_context: Sequence[Sequence[float]] | None = None
 
 
 class MetricsFile:

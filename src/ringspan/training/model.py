@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "ringspan"
+_ONE_AT_A_TIME = threading.RLock()
+"""While a model is made without first weights transformers switches torch's initialisers off, for every thread of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +131,15 @@ def build_model(
 
     register()
     if model in PRESETS:
-        with torch.random.fork_rng(devices=[]):
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return transformers.LlamaForCausalLM(_llama(PRESETS[model], vocabulary_size, context))
     stretched = {} if rope_scaling is None else {"config": stretched_config(model, context, rope_scaling, rope_factor)}
     try:
-        built = transformers.AutoModelForCausalLM.from_pretrained(
-            model, **stretched, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
-        )
+        with _ONE_AT_A_TIME:
+            built = transformers.AutoModelForCausalLM.from_pretrained(
+                model, **stretched, attn_implementation=ATTENTION, dtype=torch.float32, local_files_only=True
+            )
     except RingspanError:
         raise
     except Exception as error:  # a folder can be broken in more ways than transformers has errors for
@@ -182,19 +186,29 @@ def stretched_config(model: str, context: int, rope_scaling: str, rope_factor: f
 
 
 def rebuild_model(folder: Path) -> PreTrainedModel:
-    """The architecture that `folder/config.json` describes, its weights any numbers until they are loaded. In float32, on the CPU."""
+    """The architecture that `folder/config.json` describes, as `empty_model` makes it."""
+    import transformers
+
+    return empty_model(transformers.AutoConfig.from_pretrained(folder, local_files_only=True), str(folder))
+
+
+def empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The architecture of `config`, its weights any numbers, and no memory before they are written. In float32, on the CPU.
+
+    Args:
+        name: what a refusal calls it.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
     from ringspan.transformer import register
 
     register()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with no_init_weights():
+    with _ONE_AT_A_TIME, no_init_weights():
         built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     # Without first weights transformers leaves out the tying too.
     built.tie_weights()
-    check_exact(built, str(folder))
+    check_exact(built, name)
     return built
 
 

@@ -13,7 +13,7 @@ from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
 from ringspan.training.config import BYTES, STDLIB, TrainingConfig, option
 from ringspan.training.export import check_target
-from ringspan.training.folders import free_folder, mark, newest_folder, own_folder
+from ringspan.training.folders import free_folder, mark, newest_folder, occupied, own_folder
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
@@ -81,6 +81,8 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
     was_there = os.path.exists(files.out)
     try:
         _check_writable(files.out)
+        # A run that has just been started has written nothing yet but what this one would write over.
+        _check_unoccupied(files.out)
         tokens = _writing(lambda: _tokens(files, config), files.out)
         Split.of(tokens, config.context)
         vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
@@ -140,6 +142,7 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
         _check_base(config, state)
     config = _settled(config, model, with_weights=bool(config.lora_rank))
     _check_writable(files.out)
+    _check_unoccupied(files.out)
     tokens = _same_tokens(config, files, state)
     _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
@@ -241,6 +244,14 @@ def _check_writable(out: Path) -> None:
         file = out / ".writable"
         file.write_bytes(b"ringspan")
         file.unlink()
+
+    _writing(probe, out)
+
+
+def _check_unoccupied(out: Path) -> None:
+    def probe() -> None:
+        with occupied(out):
+            pass
 
     _writing(probe, out)
 

@@ -35,6 +35,26 @@ def bits_sum(tensors: Mapping[str, Tensor]) -> float:
     return float(total % (1 << 52))
 
 
+@torch.no_grad()
+def share_tensors(whole: Mapping[str, Tensor], into: Mapping[str, Tensor], device: torch.device) -> None:
+    """Copies whole tensors of rank 0 into those of every rank, one at a time, in place. Collective over all ranks.
+
+    Args:
+        whole: by name; of rank 0 alone.
+        into: the same names on every rank, whole or sharded, on any device.
+        device: of this rank; one whole tensor at a time passes through its memory.
+    """
+    for name, target in into.items():
+        passing = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if dist.get_rank() == 0:
+            passing.copy_(whole[name])
+        dist.broadcast(passing, 0)
+        if isinstance(target, DTensor):
+            (chunk,) = target.__create_chunk_list__()
+            passing = passing[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]
+        local_part(target).copy_(passing)
+
+
 def write_parts(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     """Writes every rank's part of `tensors` into `folder`, which is on a disk that all ranks see. Collective over `group`.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,21 +16,31 @@ from ringspan.training.guard import Guard
 from ringspan.training.lora import add_adapters, weights_digest
 from ringspan.training.measure import Cost, Meter
 from ringspan.training.metrics import StepRecord
-from ringspan.training.model import build_model, cast_parameters, rebuild_model
+from ringspan.training.model import build_model, cast_parameters, empty_model, rebuild_model
 from ringspan.training.optimizer import Optimizer, learning_rate_at
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
 from ringspan.training.sample import sample
 from ringspan.training.saver import Saver
 from ringspan.training.spread import make_mesh, num_replicas, part_of, replica_of, shards_parameters, spread
-from ringspan.training.tensors import bits_sum, load_tensors
+from ringspan.training.tensors import bits_sum, load_tensors, share_tensors
 from ringspan.training.tokenizer import load_tokenizer
-from ringspan.training.tokens import Windows, position_edges, validation_starts
+from ringspan.training.tokens import Windows, validation_starts
+from ringspan.training.validation import HeldOut, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROMPT_TOKENS = 256
+
+
+class _Built(NamedTuple):
+    """`shared`: by name what rank 0 shares with the others, of which they have none; None where nothing is shared."""
+
+    model: PreTrainedModel
+    num_parameters: int
+    is_sharded: bool
+    shared: dict[str, torch.Tensor] | None
 
 
 class Trainer:
@@ -60,10 +68,8 @@ class Trainer:
         )
         self._adapter: Any = None
         self._base_digest: str | None = None
-        self.model = self._build()
-        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.model, self.num_parameters, self.is_sharded, shared = self._build()
         self.flops = count_flops(self.model, self.model.config)
-        self.is_sharded = shards_parameters(config, self.num_parameters)
         unrounded: dict[str, torch.Tensor] = {}
         if not self.is_sharded:
             torch.nn.Module.to(self.model, ranks.device)
@@ -73,6 +79,9 @@ class Trainer:
         mesh = make_mesh(config, ranks.device)
         self.replica, self._part = replica_of(mesh), part_of(mesh, sharded=self.is_sharded)
         self.parallel = spread(self.model, config, mesh, sharded=self.is_sharded)
+        if shared is not None:
+            share_tensors(shared, self.model.state_dict(), ranks.device)
+        del shared
         self.optimizer = Optimizer(
             self.model,
             weight_decay=config.weight_decay,
@@ -96,11 +105,31 @@ class Trainer:
         """Whether every step has been taken."""
         return self.step >= self.config.steps
 
-    def _build(self) -> PreTrainedModel:
-        """The model with its first weights, the same on every rank, on the CPU; where a checkpoint has them, without."""
-        plan, config = self.plan, self.config
+    def _build(self) -> _Built:
+        """The model on the CPU. Its first weights are the same on every rank; where a checkpoint has them, or rank 0, any numbers."""
+        plan, config, ranks = self.plan, self.config, self.ranks
         if plan.checkpoint is not None and not config.lora_rank:
-            return rebuild_model(Path(plan.checkpoint) / MODEL)
+            return self._built(rebuild_model(Path(plan.checkpoint) / MODEL))
+        if config.lora_rank or ranks.num_ranks == 1:
+            model = self._first_model()
+        else:
+            # Rank 0 alone reads what will be sharded: else the host would hold the whole model once a rank.
+            read: list[PreTrainedModel] = []
+            described = ranks.on_first(lambda: (read.append(self._first_model()), read[0].config)[1])
+            built = self._built(read[0] if read else empty_model(described, config.model))
+            if built.is_sharded:
+                return built._replace(shared=read[0].state_dict() if read else {})
+            model = read[0] if read else self._first_model()
+        ranks.require_equal(bits_sum(dict(model.named_parameters())), "first weights")
+        return self._built(model)
+
+    def _built(self, model: PreTrainedModel) -> _Built:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return _Built(model, size, shards_parameters(self.config, size), None)
+
+    def _first_model(self) -> PreTrainedModel:
+        """The model with its first weights, and adapters where they are trained."""
+        config = self.config
         model = build_model(
             config.model,
             vocabulary_size=self.tokenizer.vocabulary_size,
@@ -122,7 +151,6 @@ class Trainer:
             )
             digest = self.ranks.on_first(lambda: weights_digest(Path(config.model)))
             self._base_digest = digest if self.ranks.is_first else None
-        self.ranks.require_equal(bits_sum(dict(model.named_parameters())), "first weights")
         return model
 
     def _restore(self, checkpoint: Path) -> None:
@@ -168,7 +196,7 @@ class Trainer:
         config, self.step = self.config, self.step + 1
         hands = self._deal(self.windows.starts(self.step), config.batch_size)
         loss = torch.zeros((), device=self.ranks.device)
-        for part in self._parts(hands):
+        for part in parts_of(self.parallel, hands[self.replica], self.ranks.device):
             share = self.parallel.loss(part)
             share.backward()
             self.optimizer.collect()
@@ -218,33 +246,26 @@ class Trainer:
             communication_share=cost.shares and cost.shares.communication,
         )
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the held-out windows, the same on every rank and for every number of ranks."""
-        self.model.eval()
-        starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
-        loss = sum(self.parallel.loss(part).item() for part in self._parts(self._deal(starts, batch_size=1)))
-        self.model.train()
-        return loss
+        return self._held_out().loss()
 
     def validate_by_position(self) -> list[tuple[int, int, float]]:
-        """The same loss for ranges of positions, as (first, past the last, nats); ranges without a token are left out."""
-        self.model.eval()
+        """The same loss for ranges of positions, see `HeldOut.by_position`."""
+        return self._held_out().by_position()
+
+    def validate_by_context(self) -> list[tuple[int, float]] | None:
+        """The loss of the same tokens given less or more before them, see `HeldOut.by_context`."""
+        return self._held_out().by_context()
+
+    def _held_out(self) -> HeldOut:
         starts = validation_starts(self.plan.split, self.config.context, self.config.validation_tokens)
-        edges = position_edges(self.config.context)
-        losses = self.parallel.losses_by_position(self._parts(self._deal(starts, batch_size=1)), edges)
-        self.model.train()
-        return [(low, high, loss) for (low, high), loss in zip(pairwise(edges), losses, strict=True) if not math.isnan(loss)]
+        return HeldOut(self.parallel, self._deal(starts, batch_size=1)[self.replica], self.ranks.device)
 
     def _deal(self, starts: list[int], batch_size: int) -> list[list[Pass]]:
         """The passes of every replica over the rows that begin at `starts`."""
         rows, replicas = rows_of(starts, self.tokens, self.config.context), num_replicas(self.config)
         return deal(rows, num_replicas=replicas, batch_size=batch_size, mask=self.mask, separator=self.separator)
-
-    def _parts(self, hands: list[list[Pass]]) -> list[dict[str, Any]]:
-        """This rank's parts of its replica's passes."""
-        mine = hands[self.replica]
-        return self.parallel.shard_batches([each.tensors(self.ranks.device) for each in mine], [each.mask for each in mine])
 
     @property
     def separator(self) -> int | None:

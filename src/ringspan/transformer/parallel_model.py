@@ -169,8 +169,8 @@ class ParallelModel:
     def losses_by_position(self, parts: Sequence[Mapping[str, Any]], edges: Sequence[int]) -> list[float]:
         """The mean loss of the labelled tokens at positions `[edges[i], edges[i + 1])`, over all ranks and parts. Collective.
 
-        A position is what the model is told: in the sequence, or in its document where documents are packed. Where the loss goes on
-        falling with it, what is further back is used and not only held.
+        A position is what the model is told: in the sequence, or in its document where documents are packed. Ranges hold other tokens each:
+        what falls with the position may be the text's doing as much as the context's.
 
         Args:
             parts: from `shard_batches`, as many on every rank.

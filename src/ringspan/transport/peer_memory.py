@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,9 @@ from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
+BRANCHES = 2
+"""How many messages of a lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With both
+lanes there are seven branches; they share eight queues of the hardware, and one that queues before what it waits for waits for ever."""
 
 
 class PeerMemory(Protocol):
@@ -43,6 +46,10 @@ class PeerMemory(Protocol):
         """The inbox of `rank`, uint8. Others write where it has said that they may."""
         ...
 
+    def rank_of(self, member: int) -> int:
+        """The rank of the transport that `member` is here."""
+        ...
+
     def begin(self) -> None:
         """A pass begins on the current stream: after the one before, whose stream may have been another.
 
@@ -55,6 +62,10 @@ class PeerMemory(Protocol):
         """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
+    def leave(self) -> None:
+        """An error ends what is done in several passes between two of them: whoever else is in the next would take another for it."""
+        ...
+
     def signal(self, peer: int, channel: int) -> None:
         """Sets a signal to `peer`, after what the current stream has done until here."""
         ...
@@ -63,12 +74,12 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
-        """Has both done beside what follows; what it returns waits until they are.
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+        """Has all done beside what follows; what it returns waits until they are.
 
         Args:
-            lane: what is written on the same one is written in turn, and what arrives is awaited in turn.
-            write: waits only for room that a peer gives without waiting for `arrive`.
+            lane: what is written by several calls on the same one is written in turn, and what arrives is awaited in turn.
+            writes: they wait only for room that a peer gives without waiting for `arrive`, and not for each other.
             arrive: waits for what peers write.
         """
         ...
@@ -92,6 +103,9 @@ class _Passes:
 
     def end(self) -> None:
         self._under_way = False
+
+    def leave(self) -> None:
+        self._under_way = True
 
 
 class _Aside:
@@ -133,7 +147,7 @@ class SymmetricMemory:
         self._nbytes = 0
         # Inboxes that a captured CUDA graph reads and writes live as long as this: it may be replayed.
         self._captured, self._retired = False, []
-        self._streams: dict[tuple[int, str], torch.cuda.Stream] = {}
+        self._streams: dict[str, torch.cuda.Stream] = {}
         self._before: torch.cuda.Stream | None = None
         self._passes = _Passes()
         self._timeout_ms = transport.timeout_ms
@@ -145,11 +159,22 @@ class SymmetricMemory:
             return
         # Nobody writes to an old inbox any more: a pass ends when all has come, and all ranks are between passes.
         torch.cuda.synchronize(self._device)
-        if self._captured:
-            self._retired.append((self._mine, self._handle, self._inboxes))
-        # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
-        nbytes = max(nbytes, self._nbytes + self._nbytes // 4)
-        self._inboxes, self._mine, self._handle, self._captured = [], None, None, False
+        before, held = self._nbytes, (self._mine, self._handle, self._inboxes) if self._captured else None
+        try:
+            # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
+            self._make_inboxes(max(nbytes, before + before // 4))
+        except RingspanError:
+            # What was planned before relies on what there was: whoever is refused may go on with that.
+            if held is not None:
+                (self._mine, self._handle, self._inboxes), self._nbytes, self._captured = held, before, True
+            elif before:
+                self._make_inboxes(before)
+            raise
+        if held is not None:
+            self._retired.append(held)
+
+    def _make_inboxes(self, nbytes: int) -> None:
+        self._inboxes, self._mine, self._handle, self._captured, self._nbytes = [], None, None, False, 0
         nbytes, problem = -(-nbytes >> 21) << 21, None
         try:
             self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -158,7 +183,7 @@ class SymmetricMemory:
         # Whoever has none must not leave the others in the rendezvous.
         for rank, reason in enumerate(self._transport.gather_objects(problem)):
             if reason is not None:
-                self._nbytes, self._mine = 0, None
+                self._mine = None
                 rule = "Every rank has an inbox of the same size"
                 raise RingspanError(f"{nbytes:,} bytes of peer memory", f"rank {rank}: {reason}", rule, "transport='process_group'")
         self._handle = self._module.rendezvous(self._mine, self._group)
@@ -168,6 +193,10 @@ class SymmetricMemory:
     def inbox(self, rank: int) -> Tensor:
         """See `PeerMemory.inbox`."""
         return self._inboxes[rank]
+
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`: itself."""
+        return member
 
     def begin(self) -> None:
         """See `PeerMemory.begin`. Whoever replays a captured graph orders it among the passes around it."""
@@ -184,6 +213,10 @@ class SymmetricMemory:
         """See `PeerMemory.end`."""
         self._passes.end()
 
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
+
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`."""
         self._handle.put_signal(peer, channel, self._timeout_ms)
@@ -192,21 +225,33 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
-        return _Aside([self._on(lane, "write", write), self._on(lane, "arrive", arrive)], self._index)
+        return _Aside([self._on(f"write {lane}", writes), self._on(f"arrive {lane}", [arrive])], self._index)
 
-    def _on(self, lane: int, what: str, work: Work) -> torch.cuda.Event:
-        if (lane, what) not in self._streams:
-            # Its few words of work must not queue behind the blocks of an attention kernel.
-            self._streams[(lane, what)] = torch.cuda.Stream(self._device, priority=-1)
-        stream, done = self._streams[(lane, what)], torch.cuda.Event()
-        stream.wait_stream(torch.cuda.current_stream(self._index))
-        with torch.cuda.stream(stream):
-            work()
+    def _on(self, name: str, works: Sequence[Work]) -> torch.cuda.Event:
+        stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
+        stream.wait_stream(current)
+        # In a graph, where they cost the host nothing.
+        branches = BRANCHES if torch.cuda.is_current_stream_capturing() else 1
+        streams = [stream, *(self._stream(f"{name}, {branch}") for branch in range(1, min(branches, len(works))))]
+        for other in streams[1:]:
+            other.wait_stream(stream)
+        for branch, other in enumerate(streams):
+            with torch.cuda.stream(other):
+                for work in works[branch :: len(streams)]:
+                    work()
+        for other in streams[1:]:
+            stream.wait_stream(other)
         done.record(stream)
         return done
+
+    def _stream(self, name: str) -> torch.cuda.Stream:
+        if name not in self._streams:
+            # Its few words of work must not queue behind the blocks of an attention kernel.
+            self._streams[name] = torch.cuda.Stream(self._device, priority=-1)
+        return self._streams[name]
 
 
 class _WhenNeeded:
@@ -243,6 +288,10 @@ class SharedMemory:
         """See `PeerMemory.inbox`."""
         return self._inboxes[rank]
 
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`: itself."""
+        return member
+
     def begin(self) -> None:
         """See `PeerMemory.begin`."""
         self._passes.begin()
@@ -250,6 +299,10 @@ class SharedMemory:
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._passes.end()
+
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._passes.leave()
 
     def signal(self, peer: int, channel: int) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
@@ -271,10 +324,59 @@ class SharedMemory:
                 self._changed.wait(0.05)
             self._set.remove(word)
 
-    def aside(self, lane: int, write: Work, arrive: Work) -> Pending:
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
-        write()
+        for write in writes:
+            write()
         return _WhenNeeded(arrive)
+
+
+class SomePeers:
+    """The peer memory of some ranks, counted from 0, within that of all: nobody else takes part in their passes.
+
+    Args:
+        whole: of all ranks.
+        members: ranks of `whole`, this one among them, in the order in which they are counted.
+    """
+
+    def __init__(self, whole: PeerMemory, members: Sequence[int]) -> None:
+        self._whole, self._members, self.channels = whole, tuple(members), whole.channels
+
+    def reserve(self, nbytes: int) -> None:
+        """Not offered: every inbox is as large as all others."""
+        raise NotImplementedError("room is made in the inboxes of all ranks")
+
+    def inbox(self, rank: int) -> Tensor:
+        """See `PeerMemory.inbox`."""
+        return self._whole.inbox(self._members[rank])
+
+    def rank_of(self, member: int) -> int:
+        """See `PeerMemory.rank_of`."""
+        return self._whole.rank_of(self._members[member])
+
+    def begin(self) -> None:
+        """See `PeerMemory.begin`."""
+        self._whole.begin()
+
+    def end(self) -> None:
+        """See `PeerMemory.end`."""
+        self._whole.end()
+
+    def leave(self) -> None:
+        """See `PeerMemory.leave`."""
+        self._whole.leave()
+
+    def signal(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.signal`."""
+        self._whole.signal(self._members[peer], channel)
+
+    def wait(self, peer: int, channel: int) -> None:
+        """See `PeerMemory.wait`."""
+        self._whole.wait(self._members[peer], channel)
+
+    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+        """See `PeerMemory.aside`."""
+        return self._whole.aside(lane, writes, arrive)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:

@@ -1,0 +1,74 @@
+"""The fused sums beside their specification, on whatever device there is: a GPU, or with TRITON_INTERPRET=1 a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringspan.kernels.fused_merge import fused_add_, fused_merge_
+from ringspan.kernels.partial import add_, merge_
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts bfloat16 off where a GPU rounds.
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+SPANS = (((0, 37),), ((0, 37), (0, 37), (0, 37)), ((5, 37), (0, 20)), ((3, 4), (30, 37), (0, 37)))
+"""Which of 37 rows each other part has."""
+SHAPES = ((1, 1, 8), (2, 6, 64), (1, 5, 80))
+"""Batch, heads, head_dim."""
+
+
+def parts(rows: int, shape: tuple[int, int, int], dtype: torch.dtype, batch_outside: bool) -> tuple[Tensor, Tensor]:
+    """out and lse, rows first, as kernels leave them or as they travel; a third of the rows has seen nothing."""
+    batch, heads, head_dim = shape
+    if batch_outside:
+        out, lse = torch.randn(batch, rows, heads, head_dim).movedim(1, 0), torch.randn(batch, heads, rows).permute(2, 0, 1) * 5
+    else:
+        out, lse = torch.randn(rows, batch, heads, head_dim), torch.randn(rows, batch, heads) * 5
+    lse[::3], out[::3] = -torch.inf, 0
+    return out.to(DEVICE, dtype), lse.to(DEVICE)
+
+
+def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room of its shape and strides, in which nothing is to be left."""
+    return torch.full_like(tensor, torch.nan, dtype=dtype)
+
+
+def check(shape: tuple[int, int, int], spans: tuple[tuple[int, int], ...], dtype: torch.dtype, into: torch.dtype | None) -> None:
+    """In place, and into room of another dtype: one rounding, and every row that nobody touches."""
+    torch.manual_seed(0)
+    out, lse = parts(37, shape, dtype, True)
+    others = [(start, *parts(stop - start, shape, dtype, index != 1)) for index, (start, stop) in enumerate(spans)]
+    result = dtype if into is None else into
+    unit = torch.finfo(result).eps / 2
+    wide = [(start, part.double().cpu(), part_lse.double().cpu()) for start, part, part_lse in others]
+    exact = out.double().cpu(), lse.double().cpu()
+    merge_(*exact, wide)
+    found = (out.clone(memory_format=torch.preserve_format), lse.clone()) if into is None else (like(out, into), like(lse, torch.float32))
+    fused_merge_(*(found if into is None else (out, lse)), others, found)
+    assert torch.equal(found[1].isneginf().cpu(), exact[1].isneginf())
+    torch.testing.assert_close(found[0].double().cpu(), exact[0], rtol=1.01 * unit + 1e-6, atol=2e-6)
+    seen = ~exact[1].isneginf()
+    torch.testing.assert_close(found[1].double().cpu()[seen], exact[1][seen], rtol=2e-6, atol=2e-6)
+
+    total = out.double().cpu()
+    add_(total, [(start, part) for start, part, _ in wide])
+    found = out.clone(memory_format=torch.preserve_format) if into is None else like(out, into)
+    fused_add_(found if into is None else out, [(start, part) for start, part, _ in others], found)
+    torch.testing.assert_close(found.double().cpu(), total, rtol=1.01 * unit + 1e-6, atol=2e-6)
+
+
+def main() -> None:
+    """Every shape, span and dtype."""
+    for shape in SHAPES:
+        for spans in SPANS:
+            for dtype, into in ((torch.float32, None), (HALF, None), (HALF, torch.float32), (torch.float32, HALF)):
+                check(shape, spans, dtype, into)
+    # Nothing to add, and no row.
+    empty, lse = torch.empty(0, 1, 2, 8, device=DEVICE), torch.empty(0, 1, 2, device=DEVICE)
+    fused_merge_(empty, lse, [(0, empty, lse)], (empty, lse))
+    fused_add_(empty, [(0, empty)], empty)
+    print("passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Sums of partial results as one kernel each, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_the_sums_in_tritons_interpreter_are_their_specification():
+    pytest.importorskip("triton", reason="Triton is not installed: tests/gpu runs the kernels themselves")
+    script = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
