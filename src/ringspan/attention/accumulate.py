@@ -9,6 +9,7 @@ through anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -25,6 +26,10 @@ next one beside it. Otherwise none is."""
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 
+def _nothing() -> None:
+    pass
+
+
 class Partial:
     """The partial attention of the rows of `piece`: `out [rows, batch, heads, head_dim]`, `lse [rows, batch, heads]`.
 
@@ -34,10 +39,13 @@ class Partial:
         additions: how many additions there will be.
         again: the rows to which all but the first are made.
         rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
+        before: called before anything that was added is read.
     """
 
-    def __init__(self, piece: Piece, like: Tensor, additions: int, again: tuple[int, int], rounds: bool = True) -> None:
-        self.piece, self._like, self._ahead, self._rounds = piece, like, additions, rounds
+    def __init__(
+        self, piece: Piece, like: Tensor, additions: int, again: tuple[int, int], rounds: bool = True, before: Callable[[], None] = _nothing
+    ) -> None:
+        self.piece, self._like, self._ahead, self._rounds, self._before = piece, like, additions, rounds, before
         self._again = slice(again[0] - piece.start, again[1] - piece.start) if rounds else slice(0, len(piece))
         self._held: tuple[Tensor, Tensor] | None = None
         self._wide: tuple[Tensor, Tensor] | None = None
@@ -59,6 +67,7 @@ class Partial:
         """Merges what was put off; with `lent`, where some of it was lent."""
         if not self._late.others or (lent and not self._late.lent):
             return
+        self._before()
         held = self._hold()
         kept = held[0][self._again], held[1][self._again]
         mine, into, wide = self._wide or kept, None, accumulator_dtype(self._like.dtype)
@@ -81,6 +90,7 @@ class Partial:
     def _whole(self) -> tuple[Tensor, Tensor]:
         """What there is of all rows."""
         self.settle()
+        self._before()
         assert self._wide is None or not self._rounds, "what is rounded at the end is asked for at the end"
         return self._wide or self._hold()
 
@@ -109,10 +119,13 @@ class Accumulator:
         additions: how many additions there will be.
         rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
         parts: 1, or 2 for dk and dv.
+        before: called before anything that was added is read.
     """
 
-    def __init__(self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1) -> None:
-        self.piece, self._like, self._ahead, self._rounds, self._parts = piece, like, additions, rounds, parts
+    def __init__(
+        self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1, before: Callable[[], None] = _nothing
+    ) -> None:
+        self.piece, self._like, self._ahead, self._rounds, self._parts, self._before = piece, like, additions, rounds, parts, before
         self._held: list[Tensor] | None = None
         self._late = _Late[tuple[Tensor, ...]](rounds)
 
@@ -130,6 +143,7 @@ class Accumulator:
         """Adds what was put off; with `lent`, where some of it was lent."""
         if not self._late.others or (lent and not self._late.lent):
             return
+        self._before()
         result = accumulator_dtype(self._like.dtype) if self._ahead or not self._rounds else self._like.dtype
         held, others = self._hold(result), self._late.take()
         if held[0].dtype != result:
@@ -146,6 +160,7 @@ class Accumulator:
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """The rows as they stand, views, in the dtype of the last addition: as wide as they need to be."""
         self.settle()
+        self._before()
         held = self._hold(accumulator_dtype(self._like.dtype))
         return [part[start - self.piece.start : stop - self.piece.start] for part in held]
 

@@ -22,6 +22,7 @@ from ringspan.attention.program import RankProgram
 from ringspan.attention.replay import Replays
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
+from ringspan.attention.streams import OneStream, Streams, streams_for
 from ringspan.attention.tape import remembered
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype, without_autocast
@@ -92,6 +93,10 @@ class Plan:
     def observed(self, observer: Observer) -> Plan:
         """The same, an `observer` looking on."""
         return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer), replays=None)
+
+    def streams(self, q: Tensor) -> Streams:
+        """Where the kernels of one pass run: one after the other where somebody looks on, so that each is seen by itself."""
+        return OneStream() if self.observer is not None else streams_for(q)
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
@@ -218,7 +223,7 @@ def _forward_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: 
             run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
         else:
             # A sink still scales the result: it is rounded after that.
-            run = ForwardPass(plan.forward, courier, stage.scores, plan.kernel, *inputs, rounds=sinks is None)
+            run = ForwardPass(plan.forward, courier, stage.scores, plan.streams(q), plan.kernel, *inputs, rounds=sinks is None)
     run.run(plan.observer)
     with watch(plan.observer, AFTER, "cast"):
         out, lse = run.result()
@@ -249,7 +254,9 @@ def _backward(
             else:
                 # With the sink inside out and lse, every tile's share is exact as it stands: the sink is one more key whose value is zero.
                 statistics = mine, lse[:, stage.heads], stage_dout, stage_dlse
-                run = BackwardPass(plan.backward, courier, stage.scores, plan.kernel, *inputs, *statistics, rounds_keys=dtype == k.dtype)
+                run = BackwardPass(
+                    plan.backward, courier, stage.scores, plan.streams(q), plan.kernel, *inputs, *statistics, rounds_keys=dtype == k.dtype
+                )
         run.run(plan.observer)
         with watch(plan.observer, AFTER, "cast"):
             dq, dk, dv = run.result()

@@ -6,8 +6,9 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ringspan.attention.observe import Observer, watch
 from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Shelf, joined
+from ringspan.attention.streams import Result, Streams
 from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
 from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Send
@@ -31,10 +33,11 @@ class Pass:
         program: this rank's resolved program.
         courier: carries the pieces.
         scores: makes the scores of each tile.
+        streams: where its kernels run.
     """
 
-    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores) -> None:
-        self.program, self.courier, self.scores = program, courier, scores
+    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, streams: Streams) -> None:
+        self.program, self.courier, self.scores, self.streams = program, courier, scores, streams
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
 
@@ -63,6 +66,9 @@ class Pass:
                     if observer is not None:
                         observer.end(token)
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
+            if step.releases or step.combines:
+                # Whoever writes there next must not overtake a call that reads it.
+                self.streams.join()
             for piece in step.releases:
                 self.shelf.drop(piece)
             if step.combines and self.courier.lends:
@@ -71,10 +77,15 @@ class Pass:
                         accumulator.settle(lent=True)
             self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
+        self.streams.join()
         self.courier.end()
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
         """Does what an attend put off until its results are on their way."""
+
+    def compute(self, launch: Launch, call: Callable[[], Result]) -> Result:
+        """`call()`, the kernel's of this launch: beside the next one's where the program has it so."""
+        return self.streams.beside(call) if launch in self.program.beside else call()
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -112,8 +123,11 @@ class Pass:
 class _FlashPass(Pass):
     """What forward and backward share: q on the shelf, and keys with their values."""
 
-    def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(program, courier, scores)
+    def __init__(
+        self, program: RankProgram, courier: Courier, scores: TileScores, streams: Streams,
+        kernel: Kernel, q: Tensor, k: Tensor, v: Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(program, courier, scores, streams)
         self.kernel, self.wide = kernel, accumulator_dtype(q.dtype)
         # Kernels take any strides but of the heads' own width.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -152,10 +166,10 @@ class ForwardPass(_FlashPass):
     """q, k, v `[batch, shard, heads, head_dim]` to `out` and `lse`. `rounds`: to the dtype of q, at the last merge. See `Pass`."""
 
     def __init__(
-        self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel,
+        self, program: RankProgram, courier: Courier, scores: TileScores, streams: Streams, kernel: Kernel,
         q: Tensor, k: Tensor, v: Tensor, rounds: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(program, courier, scores, kernel, q, k, v)
+        super().__init__(program, courier, scores, streams, kernel, q, k, v)
         spans = {**program.accumulators, ("o", program.rank): (0, q.shape[1])}
         self._partials = {
             owner: Partial(
@@ -164,6 +178,7 @@ class ForwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 program.again.get((kind, owner), (start, stop)),
                 rounds and owner == program.rank,
+                before=streams.join,
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -173,8 +188,13 @@ class ForwardPass(_FlashPass):
         tile = launch.tile
         (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
         k, v = self.keys(launch)
-        out, lse = self.kernel.forward(batch_first(q), k, v, self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts))
-        self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, rows_first(out), lse.permute(2, 0, 1).to(self.wide))
+        scores = self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts)
+
+        def call() -> tuple[Tensor, Tensor]:
+            out, lse = self.kernel.forward(batch_first(q), k, v, scores)
+            return rows_first(out), lse.permute(2, 0, 1).to(self.wide)
+
+        self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, *self.compute(launch, call))
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Merges a partial that another rank computed."""
@@ -200,11 +220,11 @@ class BackwardPass(_FlashPass):
     """dO and what the forward saved to dq, dk, dv. `dlse` is None where nothing depends on lse; `rounds_keys`: dk and dv are whole."""
 
     def __init__(
-        self, program: RankProgram, courier: Courier, scores: TileScores, kernel: Kernel,
+        self, program: RankProgram, courier: Courier, scores: TileScores, streams: Streams, kernel: Kernel,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
         rounds_keys: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(program, courier, scores, kernel, q, k, v)
+        super().__init__(program, courier, scores, streams, kernel, q, k, v)
         rank, rows = program.rank, q.shape[1]
         stats = [lse.permute(2, 0, 1)] + ([] if dlse is None else [dlse.permute(2, 0, 1)])
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -217,6 +237,7 @@ class BackwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 rounds=owner == rank and (kind == "dq" or rounds_keys),
                 parts=1 if kind == "dq" else 2,
+                before=streams.join,
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -237,10 +258,11 @@ class BackwardPass(_FlashPass):
         k, v = self.keys(launch)
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
-        dq, dk, dv = kernel_backward(
-            self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
+        call = partial(
+            kernel_backward, self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
+        dq, dk, dv = self.compute(launch, call)
         of_queries: _Gradients = [(Piece("dq", q_owner, tile.q_start, tile.q_stop), [rows_first(dq)])]
         rows = [len(keys) for keys in launch.keys]
         each = zip(launch.keys, rows_first(dk).split(rows), rows_first(dv).split(rows), strict=True)

@@ -15,6 +15,7 @@ from ringspan.attention.executor import Pass
 from ringspan.attention.mail import Component, Courier
 from ringspan.attention.program import Launch, RankProgram
 from ringspan.attention.scoring import TileScores
+from ringspan.attention.streams import OneStream
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import accumulator_dtype, batch_first, rows_first
 from ringspan.schedule import Piece
@@ -27,7 +28,7 @@ class _MaterialisedPass(Pass):
     """What both directions share: k and v apart, rows first, and grouped heads."""
 
     def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(program, courier, scores)
+        super().__init__(program, courier, scores, OneStream())
         self.wide = accumulator_dtype(q.dtype)
         self._q, self._k = q, k
         rank = program.rank

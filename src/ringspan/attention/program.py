@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ringspan.geometry import Layout, Mask, Tile
@@ -86,6 +86,7 @@ class RankProgram:
         accumulators: the span of each accumulator that it needs: `accumulators[(kind, owner)] = (start, stop)`.
         additions: how often each is added to: the last addition may round.
         again: the span of each that is added to after the first addition, which may cover all of it.
+        beside: launches that the next one need not wait for: between them nothing is freed or taken in.
     """
 
     rank: int
@@ -93,6 +94,7 @@ class RankProgram:
     accumulators: dict[tuple[str, int], tuple[int, int]]
     additions: Counter[tuple[str, int]]
     again: dict[tuple[str, int], tuple[int, int]]
+    beside: frozenset[Launch]
 
 
 def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[str], rank: int, varlen: bool = False) -> RankProgram:
@@ -136,7 +138,21 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
-    return RankProgram(rank, tuple(steps), spans, additions, again)
+    return RankProgram(rank, tuple(steps), spans, additions, again, frozenset(_beside(steps)))
+
+
+def _beside(steps: list[Step]) -> Iterator[Launch]:
+    """Of launches that follow each other, every first of two."""
+    first: Launch | None = None
+    for step in steps:
+        if step.combines:
+            first = None
+        for launch in step.launches:
+            if first is not None:
+                yield first
+            first = launch if first is None else None
+        if step.releases:
+            first = None
 
 
 def _marked(batch: Batch, schedule: Schedule, rank: int) -> Batch:

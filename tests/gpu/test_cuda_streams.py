@@ -1,0 +1,56 @@
+"""Kernel calls beside each other on a GPU: the bits of calls in turn, whatever is allocated and freed around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringspan
+from ringspan.attention import autograd
+from ringspan.attention.streams import OneStream, TwoStreams, streams_for
+from ringspan.kernels import KERNELS, Problem
+from ringspan.kernels import refusal as refusal_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: streams are a GPU's"),
+]
+SHARD, HEADS, KV_HEADS, HEAD_DIM = 8192, 16, 4, 128
+ROUNDS = 6
+
+
+def results(kernel: str, strategy: str) -> list[list[Tensor]]:
+    """Of two ranks, out and gradients of several rounds, with memory of other sizes allocated, written and freed between them."""
+    torch.manual_seed(0)
+    length = 2 * SHARD
+    q, dout = torch.randn(2, 1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, length, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+
+    def run(group: Any) -> list[Tensor]:
+        sequence = ringspan.ContextParallel(group, strategy=strategy, kernel=kernel, deterministic=True).sequence(length)
+        found = []
+        for index in range(ROUNDS):
+            leaves = [sequence.shard(x).detach().requires_grad_() for x in (q * (1 + index), k, v)]
+            out = sequence.attention(*leaves)
+            found += [out.detach().clone(), *torch.autograd.grad(out, leaves, sequence.shard(dout))]
+            del out, leaves
+            torch.full((SHARD * (1 + index), HEADS * HEAD_DIM), float("nan"), device="cuda", dtype=torch.bfloat16)
+        return found
+
+    return ringspan.run_in_process(2, run, timeout_seconds=120.0)
+
+
+@pytest.mark.parametrize("kernel", ["flash4", "flash2"])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatch: pytest.MonkeyPatch):
+    problem = Problem(device="cuda", dtype=torch.bfloat16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, deterministic=True)
+    if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
+        pytest.skip(f"{kernel}: {reason}")
+    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda")), TwoStreams)
+    found = results(kernel, strategy)
+    monkeypatch.setattr(autograd, "streams_for", lambda q: OneStream())
+    for ours, right in zip(found, results(kernel, strategy), strict=True):
+        assert all(map(torch.equal, ours, right))
