@@ -2,11 +2,11 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|correct|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|alone|host|timeline|run|
-#   half_million|million ...]
+# usage: gpu_check.sh OUT_FOLDER [exact|units|correct|queues|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|
+#   alone|host|timeline|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
-parts=${*:-exact correct speed long masks heads auto ablate soak steps}
+parts=${*:-exact units correct speed long masks heads auto ablate soak steps}
 out=$(mktemp -d)
 mkdir -p "$kept"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -62,13 +62,16 @@ for part in $parts; do
       rm -rf "$out"/run*/checkpoint*
       # What is run by ranks with a GPU each; the rest of tests/gpu needs one GPU.
       timeout 300 python3 -m pytest -q tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark 2>&1 | tail -30 ;;
-    correct)
-      # Beside what needs all GPUs to itself.
-      CUDA_VISIBLE_DEVICES=${visible%%,*} timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & tests=$!
-      (for tool in memcheck racecheck; do
-        CUDA_VISIBLE_DEVICES=${visible##*,} timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
+    units)
+      # On one GPU: the tests, and the kernels written here under the sanitizer.
+      timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & wait $!
+      echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"; keep
+      for tool in memcheck racecheck; do
+        timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
           tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_sums or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
-      done) > "$out/sanitizer.log" 2>&1 & sanitizer=$!
+      done > "$out/sanitizer.log" 2>&1 & wait $!
+      echo "sanitizer: $?"; grep -E '=====.*(SUMMARY|ERROR|Error)|passed|failed' "$out/sanitizer.log" | tail -12 ;;
+    correct)
       for how in "--shard-parameters" "--parameters-on-host --offload" "--shard $gpus --accumulate 2" "--tensor $gpus"; do
         # shellcheck disable=SC2086
         timeout 90 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 20 --context 4096 --sample-tokens 0 \
@@ -78,9 +81,14 @@ for part in $parts; do
       rm -rf "$out"/run*/checkpoint*
       timeout 60 python3 -m ringspan.cli.main doctor 2>&1 | tail -30
       timeout 90 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main trace ring --device cuda --length 65536 --heads 32 --kv-heads 8 --head-dim 128 \
-        --png "$out/trace.png" --chrome "$out/trace.chrome.json" --json "$out/trace.json" 2>&1 | tail -25
-      wait $tests; echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"
-      wait $sanitizer; echo "sanitizer: $?"; grep -E '=====.*(SUMMARY|ERROR|Error)|passed|failed' "$out/sanitizer.log" | tail -12 ;;
+        --png "$out/trace.png" --chrome "$out/trace.chrome.json" --json "$out/trace.json" 2>&1 | tail -25 ;;
+    queues)
+      # A captured pass has as many branches as a GPU has hardware queues by default, and ends with one queue too.
+      for connections in 8 1 32; do
+        export CUDA_DEVICE_MAX_CONNECTIONS=$connections
+        bench "queues_$connections" 60 --kernel "$kernel" --strategy direct:shards_at_once=4,all_gather,ulysses,ring --length 2048 --launch graph --peers none
+      done
+      unset CUDA_DEVICE_MAX_CONNECTIONS ;;
     speed) bench speed 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 2048,8192,32768 \
         --launch graph,eager,replay ;;
     many)
