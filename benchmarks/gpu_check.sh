@@ -106,7 +106,7 @@ for part in $parts; do
       bench window 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --mask window:4095 --launch graph --peers none
       bench documents 90 --kernel "$kernel" --strategy direct,auto --layout contiguous,auto --length 65536 --documents realistic:1 --launch graph --peers none ;;
     heads)
-      bench heads 150 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
+      bench heads 220 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
       bench narrow 60 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     auto)
       bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
