@@ -15,7 +15,7 @@ from ringspan.attention import autograd, executor
 from ringspan.attention.program import resolve
 from ringspan.attention.streams import OneStream, streams_for
 from ringspan.geometry import make_layout
-from ringspan.kernels import KERNELS
+from ringspan.kernels import KERNELS, Kernel
 from ringspan.strategies import make_schedules
 from tests.strategies.combinations import MASKS, VARIANTS
 
@@ -23,7 +23,7 @@ from tests.strategies.combinations import MASKS, VARIANTS
 class Late:
     """Computes at `join` what it was given, from what its inputs then are; until then the results are NaN."""
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, kernel: Kernel) -> None:
         self._calls: list[tuple[Callable[[], Any], tuple[Tensor, ...]]] = []
 
     def beside(self, call: Callable[[], Any]) -> Any:
@@ -37,6 +37,9 @@ class Late:
         for call, found in self._calls:
             for tensor, result in zip(found, call(), strict=True):
                 tensor.copy_(result)
+        self._calls.clear()
+
+    def leave(self) -> None:
         self._calls.clear()
 
 
@@ -129,6 +132,6 @@ def test_between_a_call_and_the_one_beside_it_nothing_is_freed_or_taken_in(varia
 
 
 def test_on_a_cpu_calls_run_in_turn():
-    streams = streams_for(torch.empty(1, 4, 2, 8))
+    streams = streams_for(torch.empty(1, 4, 2, 8), KERNELS["flash4"])
     assert isinstance(streams, OneStream)
     assert streams.beside(partial(int, "3")) == 3

@@ -49,8 +49,35 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatc
     problem = Problem(device="cuda", dtype=torch.bfloat16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, deterministic=True)
     if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
         pytest.skip(f"{kernel}: {reason}")
-    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda")), TwoStreams)
+    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS[kernel]), TwoStreams)
     found = results(kernel, strategy)
-    monkeypatch.setattr(autograd, "streams_for", lambda q: OneStream())
+    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))
+
+
+def test_what_another_stream_still_reads_is_not_given_out_again():
+    """A result in the side's memory is read by a slow stream, dropped, and attention runs on another stream."""
+    kernel = "flash2"
+    sequence = ringspan.ContextParallel(None, kernel=kernel).sequence(
+        2 * SHARD, ringspan.documents([0, SHARD // 2, SHARD, 3 * SHARD // 2, 2 * SHARD])
+    )
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    q, k, v = (torch.randn(1, 2 * SHARD, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    assert isinstance(streams_for(q, KERNELS[kernel]), TwoStreams)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        out = sequence.attention(q, k, v)
+        expected = out.clone()
+        torch.cuda._sleep(200_000_000)
+        read = out.clone()
+        del out
+    with torch.cuda.stream(second):
+        for _ in range(4):
+            sequence.attention(-q, k, v.neg())
+    torch.cuda.synchronize()
+    assert torch.equal(read, expected)
+
+
+def test_a_kernel_that_keeps_tensors_on_the_device_has_one_stream():
+    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS["flex"]), OneStream)

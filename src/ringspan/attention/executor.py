@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ringspan.attention.accumulate import Accumulator, Partial
@@ -20,7 +21,7 @@ from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Shelf, joined
 from ringspan.attention.streams import Result, Streams
-from ringspan.kernels import Kernel, accumulator_dtype, batch_first, rows_first
+from ringspan.kernels import Kernel, Scores, accumulator_dtype, batch_first, rows_first
 from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Send
 from ringspan.transport import Pending
@@ -43,6 +44,13 @@ class Pass:
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
+        try:
+            self._run(observer)
+        except BaseException:
+            self.streams.leave()
+            raise
+
+    def _run(self, observer: Observer | None) -> None:
         self.courier.begin()
         waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
@@ -190,11 +198,8 @@ class ForwardPass(_FlashPass):
         k, v = self.keys(launch)
         scores = self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts)
 
-        def call() -> tuple[Tensor, Tensor]:
-            out, lse = self.kernel.forward(batch_first(q), k, v, scores)
-            return rows_first(out), lse.permute(2, 0, 1).to(self.wide)
-
-        self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, *self.compute(launch, call))
+        out, lse = self.compute(launch, partial(_partial_attention, self.kernel, batch_first(q), k, v, scores, self.wide))
+        self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, out, lse)
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
         """Merges a partial that another rank computed."""
@@ -211,6 +216,11 @@ class ForwardPass(_FlashPass):
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
         return self._partials[self.program.rank].result()
+
+
+def _partial_attention(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scores: Scores, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    out, lse = kernel.forward(q, k, v, scores)
+    return rows_first(out), lse.permute(2, 0, 1).to(wide)
 
 
 _Gradients = list[tuple[Piece, list[Tensor]]]

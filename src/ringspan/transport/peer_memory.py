@@ -22,9 +22,10 @@ from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
-BRANCHES = 2
-"""How many messages of a lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With both
-lanes there are seven branches; they share eight queues of the hardware, and one that queues before what it waits for waits for ever."""
+BRANCHES = (2, 1)
+"""How many messages of each lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With what
+arrives on both, attention's own and the calls beside it there are seven branches; they share eight queues of the hardware, and one that
+queues before what it waits for waits for ever."""
 
 
 class PeerMemory(Protocol):
@@ -228,13 +229,13 @@ class SymmetricMemory:
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
-        return _Aside([self._on(f"write {lane}", writes), self._on(f"arrive {lane}", [arrive])], self._index)
+        return _Aside([self._on(f"write {lane}", writes, BRANCHES[lane]), self._on(f"arrive {lane}", [arrive], 1)], self._index)
 
-    def _on(self, name: str, works: Sequence[Work]) -> torch.cuda.Event:
+    def _on(self, name: str, works: Sequence[Work], most: int) -> torch.cuda.Event:
         stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
         stream.wait_stream(current)
         # In a graph, where they cost the host nothing.
-        branches = BRANCHES if torch.cuda.is_current_stream_capturing() else 1
+        branches = most if torch.cuda.is_current_stream_capturing() else 1
         streams = [stream, *(self._stream(f"{name}, {branch}") for branch in range(1, min(branches, len(works))))]
         for other in streams[1:]:
             other.wait_stream(stream)
