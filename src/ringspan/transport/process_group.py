@@ -49,7 +49,7 @@ class ProcessGroupTransport:
     Each lane but the first has a group of its own, so that gradients on their way home do not queue behind keys and values. Nothing here
     blocks the host on NCCL: `wait` makes the current stream wait.
 
-    It holds its groups weakly: torch has them until `destroy_process_group()`, which ends gloo's threads only where nobody else has. A thread
+    It holds its groups weakly: torch has them until `destroy_process_group()`, which ends gloo's threads only where nobody else has. One
     that is left, and lets go of a tensor as Python ends, aborts the process.
 
     Args:
