@@ -10,6 +10,7 @@ accumulated batches, and the gradients that it averages over the ranks are then 
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 
 import torch
@@ -81,3 +82,8 @@ def main():
 
 if __name__ == "__main__":
     main()
+    # The Trainer goes first: its DDP holds the process group and, were it the last to let go, could wait for ever for gloo's threads, which
+    # wait for Python. A group that nobody destroys is no better: a thread of gloo that meets the end of Python aborts the process.
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -109,9 +109,9 @@ def test_what_was_planned_goes_on_where_there_is_no_room_for_more(monkeypatch: p
         return SimpleNamespace(get_buffer=lambda rank, sizes, dtype: mine)
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    memory = Memory.__new__(Memory)
-    memory._module, memory._transport = SimpleNamespace(empty=empty, rendezvous=rendezvous), SingleRank()
-    memory._group, memory._device, memory._size = None, torch.device("cuda", 0), 1
+    memory, transport = Memory.__new__(Memory), SimpleNamespace(group=None, gather_objects=SingleRank().gather_objects)
+    memory._module, memory._transport = SimpleNamespace(empty=empty, rendezvous=rendezvous), transport
+    memory._device, memory._size = torch.device("cuda", 0), 1
     memory._inboxes, memory._mine, memory._handle, memory._nbytes, memory._captured, memory._retired = [], None, None, 0, False, []
     memory.reserve(5 * mib)
     memory._captured, before = captured, memory.inbox(0).data_ptr()

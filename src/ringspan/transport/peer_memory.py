@@ -138,7 +138,7 @@ class SymmetricMemory:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._module = symmetric_memory
-        self._transport, self._group, self._device, self._size = transport, transport.group, device, transport.size
+        self._transport, self._device, self._size = transport, device, transport.size
         # As a number: torch takes some microseconds to read it off a device, and short sequences are launched in few.
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
@@ -187,7 +187,7 @@ class SymmetricMemory:
                 self._mine = None
                 rule = "Every rank has an inbox of the same size"
                 raise RingspanError(f"{nbytes:,} bytes of peer memory", f"rank {rank}: {reason}", rule, "transport='process_group'")
-        self._handle = self._module.rendezvous(self._mine, self._group)
+        self._handle = self._module.rendezvous(self._mine, self._transport.group)
         self._inboxes = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self._size)]
         self._nbytes = nbytes
 

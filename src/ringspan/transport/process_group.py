@@ -6,13 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.errors import RankFailure
+from ringspan.errors import RankFailure, RingspanError
 from ringspan.transport.protocol import Parcel
 
 NUM_LANES = 2
@@ -49,6 +49,9 @@ class ProcessGroupTransport:
     Each lane but the first has a group of its own, so that gradients on their way home do not queue behind keys and values. Nothing here
     blocks the host on NCCL: `wait` makes the current stream wait.
 
+    It holds its groups weakly: torch has them until `destroy_process_group()`, which ends gloo's threads only where nobody else has. One
+    that is left, and lets go of a tensor as Python ends, aborts the process.
+
     Args:
         group: the group, of which this process is a member.
     """
@@ -62,12 +65,27 @@ class ProcessGroupTransport:
         self._devices = frozenset(device for device, backend in backends.items() if (device, backend) in _POINT_TO_POINT)
         # A new group is made by its members alone, in the order of their calls; two lanes of one group therefore need no other rank.
         lanes = (_another(group, self._members) for _ in range(NUM_LANES - 1))
-        self._groups = [group, *lanes]
+        self._groups = [ref(each) for each in (group, *lanes)]
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group."""
-        return self._groups[0]
+        """The process group.
+
+        Raises:
+            RingspanError: where it has been destroyed.
+        """
+        return self._lane(0)
+
+    def _lane(self, lane: int) -> dist.ProcessGroup:
+        group = self._groups[lane]()
+        if group is None:
+            raise RingspanError(
+                f"communication of rank {self.rank} with the {self.size} ranks of its process group",
+                "the group has been destroyed",
+                "A ContextParallel is of use as long as its process group",
+                "destroy_process_group() at the end, or another ContextParallel after init_process_group()",
+            )
+        return group
 
     @property
     def timeout_ms(self) -> int:
@@ -87,7 +105,7 @@ class ProcessGroupTransport:
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Works:
         """See `Transport.exchange`."""
-        group = self._groups[lane]
+        group = self._lane(lane)
         for tensor, peer in sends:
             self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
         peers = [parcel.peer for parcel in (*receives, *sends)]
@@ -110,23 +128,26 @@ class ProcessGroupTransport:
     def gather_objects(self, mine: object) -> list:
         """See `Transport.gather_objects`."""
         said: list = [None] * self.size
+        group = self.group
         try:
-            dist.all_gather_object(said, mine, group=self._groups[0])
+            dist.all_gather_object(said, mine, group=group)
         except RuntimeError as error:
             raise self.failure(list(range(self.size)), error) from error
         return said
 
     def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """See `Transport.all_reduce`."""
+        group = self.group
         try:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self._groups[0])
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=group)
         except RuntimeError as error:
             raise self.failure(list(range(self.size)), error) from error
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """See `Transport.broadcast`."""
+        group = self.group
         try:
-            dist.broadcast(tensor, group=self._groups[0], group_src=source)
+            dist.broadcast(tensor, group=group, group_src=source)
         except RuntimeError as error:
             raise self.failure([source], error) from error
 
@@ -145,7 +166,7 @@ class ProcessGroupTransport:
     def _silent(self, suspects: list[int]) -> list[int]:
         """Follows, from this rank, who waited for whom, to those who report nothing. Empty where all report, or no one can be asked."""
         try:
-            store = dist.PrefixStore(f"ringspan broken {self._groups[0].group_name}", dist.distributed_c10d._get_default_store())
+            store = dist.PrefixStore(f"ringspan broken {self.group.group_name}", dist.distributed_c10d._get_default_store())
             store.set(str(self.rank), " ".join(map(str, suspects)))
             deadline = time.monotonic() + _REPORT_SECONDS
             while True:
@@ -190,16 +211,5 @@ _TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakK
 def process_group_transport(group: dist.ProcessGroup) -> ProcessGroupTransport:
     """The one transport over `group`: its lanes are communicators, too dear to be made for every user of the group."""
     if group not in _TRANSPORTS:
-        # A transport holds its group, and the table both: what belongs to groups that are no more goes now.
-        for gone in [other for other in _TRANSPORTS if _is_destroyed(other)]:
-            del _TRANSPORTS[gone]
         _TRANSPORTS[group] = ProcessGroupTransport(group)
     return _TRANSPORTS[group]
-
-
-def _is_destroyed(group: dist.ProcessGroup) -> bool:
-    try:
-        dist.get_process_group_ranks(group)
-    except (KeyError, ValueError, RuntimeError):
-        return True
-    return False
