@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
+from ringspan.attention import peer_courier
 from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
 from ringspan.attention.swap import copy_
 from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
+from ringspan.kernels import copy_all_
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
@@ -325,20 +327,43 @@ def test_an_attention_that_is_computed_again_for_its_backward_leaves_nothing_in_
         assert all(torch.equal(first, other) for other in others)
 
 
+def test_what_is_sent_when_nothing_is_computed_any_more_is_copied_at_once(monkeypatch: pytest.MonkeyPatch):
+    at_once: list[list[tuple[int, ...]]] = []
+    right = peer_courier.copy_all_
+    monkeypatch.setattr(peer_courier, "copy_all_", lambda copies: (at_once.append([target.shape for target, _ in copies]), right(copies)))
+    tensors = make_tensors(64, heads=4, kv_heads=2, head_dim=4, seed=0)
+    split = Split(
+        num_ranks=4, mask=MASKS["causal"].make(64), strategy="direct", layout="zigzag",
+        options={"transport": "peer_memory", "shards_at_once": 4},
+    )  # fmt: skip
+    found, _ = split_attention(split, tensors)
+    assert_close(found, dense(tensors, MASKS["causal"].allowed(64)), BUDGETS[torch.float64], "")
+    # What is left of the gradients of keys when the last call is done goes home, from every rank, dk beside dv.
+    assert len(at_once) == 4 and all(len(copies) % 2 == 0 for copies in at_once)
+
+
+def test_copies_at_once_are_copies():
+    sources = [torch.randn(3, 5), torch.randn(4, 2, dtype=torch.float64), torch.randn(0), torch.arange(6).view(2, 3).T]
+    targets = [torch.full_like(source, 9) for source in sources]
+    copy_all_(list(zip(targets, sources, strict=True)))
+    assert all(map(torch.equal, targets, sources))
+    copy_all_([])
+
+
 def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
     # Rank 3 waits from the start, and 8,000 signals of others wake it.
     def waiting(group):
         memory = peer_memory(group, torch.device("cpu"))
         assert not isinstance(memory, str)
         if group.rank == 3:
-            memory.wait(2, 0)
+            memory.wait([(2, 0)])
         elif group.rank == 2:
             time.sleep(1.0)
-            memory.signal(3, 0)
+            memory.signal([(3, 0)])
         else:
             for turn in range(4000):
-                memory.signal(1 - group.rank, turn)
-                memory.wait(1 - group.rank, turn)
+                memory.signal([(1 - group.rank, turn)])
+                memory.wait([(1 - group.rank, turn)])
         return "done"
 
     assert ringspan.run_in_process(4, waiting, timeout_seconds=20.0) == ["done"] * 4

@@ -1,4 +1,7 @@
-"""The fused sums beside their specification, on whatever device there is: a GPU, or with TRITON_INTERPRET=1 a CPU."""
+"""The fused sums beside their specification, and several signals and copies at once, on whatever device there is.
+
+A GPU, or with TRITON_INTERPRET=1 a CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels.fused_merge import fused_add_, fused_merge_
+from ringspan.kernels.fused_signals import BLOCK, fused_await, fused_copies, fused_set
 from ringspan.kernels.partial import add_, merge_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +61,26 @@ def check(shape: tuple[int, int, int], spans: tuple[tuple[int, int], ...], dtype
     torch.testing.assert_close(found.double().cpu(), total, rtol=1.01 * unit + 1e-6, atol=2e-6)
 
 
+def check_signals() -> None:
+    """Words that may be set at once, and are; and copies of several sizes, beyond whose ends nothing is written."""
+    words = torch.zeros(70, dtype=torch.int32, device=DEVICE)
+    some = [0, 3, 4, 33, 69]
+    addresses = torch.tensor([words[index].data_ptr() for index in some], dtype=torch.int64, device=DEVICE)
+    # The interpreter knows no inline assembly.
+    timed = DEVICE == "cuda"
+    fused_set(addresses, 60_000, timed)
+    assert words.nonzero().flatten().tolist() == some and words.max() == 1
+    words[1] = 1
+    fused_await(addresses, 60_000, timed)
+    assert words.nonzero().flatten().tolist() == [1]
+    sizes = (5, 0, 2 * BLOCK + 16, BLOCK)
+    sources = [torch.randint(1, 1 << 60, (size,), device=DEVICE) for size in sizes]
+    targets = [torch.zeros(size + 9, dtype=torch.int64, device=DEVICE) for size in sizes]
+    fused_copies([(target[:size], source) for target, source, size in zip(targets, sources, sizes, strict=True)])
+    for target, source, size in zip(targets, sources, sizes, strict=True):
+        assert torch.equal(target[:size], source) and not target[size:].any()
+
+
 def main() -> None:
     """Every shape, span and dtype."""
     for shape in SHAPES:
@@ -67,6 +91,7 @@ def main() -> None:
     empty, lse = torch.empty(0, 1, 2, 8, device=DEVICE), torch.empty(0, 1, 2, device=DEVICE)
     fused_merge_(empty, lse, [(0, empty, lse)], (empty, lse))
     fused_add_(empty, [(0, empty)], empty)
+    check_signals()
     print("passed")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import torch
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank
 from ringspan.transport.peer_memory import SymmetricMemory
+
+MODULE = sys.modules[SymmetricMemory.__module__]
+"""The room shows a function of its name."""
 
 
 class Stream:
@@ -79,14 +83,16 @@ def test_a_message_does_not_wait_for_the_one_before_it_in_a_graph(device: Device
     memory = Memory(device)
     memory.begin()
     device.work("packed")
-    first = memory.aside(0, [lambda name=name: device.work(name) for name in ("a", "b", "c")], lambda: device.work("came"))
+    writes = [lambda name=name: device.work(name) for name in ("a", "b", "c")]
+    first = memory.aside(0, lambda: device.work("room"), writes, lambda: device.work("came"))
     device.work("computed")
     assert all("packed" in device.seen[name] for name in ("a", "b", "c", "came"))
-    assert device.seen["b"] == ({"packed"} if device.capturing else {"packed", "a"})
-    assert device.seen["c"] == ({"packed", "a"} if device.capturing else {"packed", "a", "b"})
+    room = {"packed", "room"}
+    assert device.seen["b"] == (room if device.capturing else {*room, "a"})
+    assert device.seen["c"] == ({*room, "a"} if device.capturing else {*room, "a", "b"})
     assert len(memory._streams) == (3 if device.capturing else 2), "few branches, which share few queues of the hardware"
     assert "a" not in device.seen["computed"], "computing waits for nothing"
-    second = memory.aside(0, [lambda: device.work("d")], lambda: device.work("came too"))
+    second = memory.aside(0, lambda: None, [lambda: device.work("d")], lambda: device.work("came too"))
     assert {"a", "b", "c"} <= device.seen["d"], "what one lane sends goes in turn"
     assert "came" not in device.seen["d"], "and does not wait for what it is still to receive"
     for pending in (first, second):
@@ -94,6 +100,43 @@ def test_a_message_does_not_wait_for_the_one_before_it_in_a_graph(device: Device
     device.work("next")
     assert {"a", "b", "c", "d", "came", "came too"} <= device.seen["next"]
     memory.end()
+
+
+def test_several_signals_are_one_kernel_on_the_words_of_torchs_own(device: Device, monkeypatch: pytest.MonkeyPatch):
+    # put_signal(peer, channel) sets word size * channel + own rank of the peer's pad; wait_signal waits for the peer's in its own.
+    memory, done = Memory(device), []
+    memory._size, memory._addresses, memory._timeout_ms = 4, {}, 7
+    memory._transport = cast(Any, SimpleNamespace(rank=2))
+    memory._handle = SimpleNamespace(
+        signal_pad_ptrs=[1000, 2000, 3000, 4000],
+        put_signal=lambda *word: done.append(("put", *word)),
+        wait_signal=lambda *word: done.append(("wait", *word)),
+    )
+    memory._device = torch.device("cpu")
+    fused = SimpleNamespace(
+        fused_set=lambda addresses, ms: done.append(("set", addresses.tolist(), ms)),
+        fused_await=lambda addresses, ms: done.append(("await", addresses.tolist(), ms)),
+    )
+    monkeypatch.setattr(MODULE, "signal_kernels", lambda: fused)
+    two, one = [(0, 3), (3, 1)], [(1, 5)]
+    for words in (two, one, []):
+        memory.signal(words)
+        memory.wait(words)
+    single = [("put", 1, 5, 7), ("wait", 1, 5, 7)]
+    if device.capturing:
+        each = [("put", 0, 3, 7), ("put", 3, 1, 7), ("wait", 0, 3, 7), ("wait", 3, 1, 7)]
+        assert done == each + single, "a table of addresses is not made within a graph"
+        device.capturing, done[:] = False, []
+        memory.signal(two)
+        device.capturing = True
+        memory.signal(two)
+        assert [what for what, *_ in done] == ["set", "set"], "one that is there is used"
+        return
+    put, awaited = [1000 + 4 * (4 * 3 + 2), 4000 + 4 * (4 * 1 + 2)], [3000 + 4 * (4 * 3 + 0), 3000 + 4 * (4 * 1 + 3)]
+    assert done == [("set", put, 7), ("await", awaited, 7), *single]
+    monkeypatch.setattr(MODULE, "signal_kernels", lambda: None)
+    memory.signal(two)
+    assert done[-2:] == [("put", 0, 3, 7), ("put", 3, 1, 7)], "without Triton"
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -13,9 +13,12 @@ from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch
 from ringspan.attention.shelf import adjacent
-from ringspan.kernels import accumulator_dtype
+from ringspan.kernels import accumulator_dtype, copy_all_
 from ringspan.schedule import Piece, Send
 from ringspan.transport import PeerMemory, Pending, Transport
+
+Written = tuple[Message, tuple[tuple[int, tuple[Place, ...]], ...]]
+"""See `Posting.written`."""
 
 
 class PeerCourier:
@@ -53,20 +56,26 @@ class PeerCourier:
         posting, memory = self._inbox.postings[batch.index], self._memory
         packed = [self._pack(batch, send, tensors) for send, tensors in zip(batch.sends, outgoing, strict=True)]
 
-        def write(message: Message, parts: Sequence[tuple[int, tuple[Place, ...]]]) -> None:
-            memory.wait(message.peer, _free(message))
+        def copies(message: Message, parts: Sequence[tuple[int, tuple[Place, ...]]]) -> list[tuple[Tensor, Tensor]]:
             theirs = memory.inbox(message.peer)
-            for position, places in parts:
-                for tensor, place in _as_one(packed[position], places):
-                    _tensor(theirs, place, tensor.shape, tensor.dtype).copy_(tensor)
-            memory.signal(message.peer, _ready(message))
+            pairs = (pair for position, places in parts for pair in _as_one(packed[position], places))
+            return [(_tensor(theirs, place, tensor.shape, tensor.dtype), tensor) for tensor, place in pairs]
 
-        def arrive() -> None:
-            for message in posting.awaited:
-                memory.wait(message.peer, _ready(message))
+        def write(*messages: Written) -> None:
+            found = [pair for message in messages for pair in copies(*message)]
+            if batch.idle:
+                copy_all_(found)
+            else:
+                for target, source in found:
+                    target.copy_(source)
+            memory.signal([_ready(message) for message, _ in messages])
 
+        room = partial(memory.wait, [_free(message) for message, _ in posting.written])
+        arrive = partial(memory.wait, [_ready(message) for message in posting.awaited])
+        # Beside the computing each tells its receiver as soon as it is there; when nothing is computed any more, all are there at once.
+        together = [posting.written] if batch.idle and posting.written else [(written,) for written in posting.written]
         # What is read beside the computing must not be freed before.
-        return UnderWay(memory.aside(batch.lane, [partial(write, *written) for written in posting.written], arrive), packed)
+        return UnderWay(memory.aside(batch.lane, room, [partial(write, *messages) for messages in together], arrive), packed)
 
     def begin(self) -> None:
         """See `Courier.begin`.
@@ -83,8 +92,7 @@ class PeerCourier:
 
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`."""
-        for message in self._inbox.freed.get(step, ()):
-            self._memory.signal(message.peer, _free(message))
+        self._memory.signal([_free(message) for message in self._inbox.freed.get(step, ())])
 
     def _pack(self, batch: Batch, send: Send, tensors: Sequence[Tensor]) -> list[Tensor]:
         packed = self._packed.get(send.piece)
@@ -117,12 +125,12 @@ def row_bytes(q: Tensor, k: Tensor, rounded: bool = False, lse_gradient: bool = 
     }
 
 
-def _ready(message: Message) -> int:
-    return 2 * message.index
+def _ready(message: Message) -> tuple[int, int]:
+    return message.peer, 2 * message.index
 
 
-def _free(message: Message) -> int:
-    return 2 * message.index + 1
+def _free(message: Message) -> tuple[int, int]:
+    return message.peer, 2 * message.index + 1
 
 
 def _as_one(tensors: Sequence[Tensor], places: Sequence[Place]) -> list[tuple[Tensor, Place]]:

@@ -55,6 +55,7 @@ class Batch:
 
     `singles` are the pieces among them, each with the peer, that are results of one attend: they travel as the kernel gave them.
     `neighbours` are the receives, by index: keys that are needed equally long together, all else by itself.
+    `idle`: no kernel is launched any more when it is posted.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Batch:
     receives: tuple[Receive, ...]
     singles: frozenset[Send | Receive] = frozenset()
     neighbours: tuple[tuple[int, ...], ...] = ()
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def resolve(schedule: Schedule, layout: Layout, mask: Mask, shapes: frozenset[st
         for combine in combines:
             grow(combine.piece.kind, combine.piece.owner, combine.piece.start, combine.piece.stop)
         steps.append(Step(combines, batches.get(step, ()), tuple(launches), tuple(releases[step])))
+    last = max((index for index, step in enumerate(steps) if step.launches), default=-1)
+    steps[last + 1 :] = [replace(step, batches=tuple(replace(batch, idle=True) for batch in step.batches)) for step in steps[last + 1 :]]
     return RankProgram(rank, tuple(steps), spans, additions, again, frozenset(_beside(steps)))
 
 

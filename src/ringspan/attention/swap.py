@@ -136,19 +136,17 @@ class PeerSwapper:
         token = None if observer is None else observer.begin(step, "transfer", swap, _Nothing())
         with watch(observer, step, "post", swap):
             arriving = [other for other in group.others if any(message.nbytes for message in mail.messages(other, group.place))]
-            for other in arriving:
-                memory.signal(group.members[other], _FREE)
+            memory.signal([(group.members[other], _FREE) for other in arriving])
             for other in group.others:
                 messages, rank = mail.messages(group.place, other), group.members[other]
                 if any(message.nbytes for message in messages):
-                    memory.wait(rank, _FREE)
+                    memory.wait([(rank, _FREE)])
                     for index, tensors in enumerate(self._views(mail, group.place, other)):
                         mail.fill(other, index, tensors)
-                    memory.signal(rank, _READY)
+                    memory.signal([(rank, _READY)])
                     self._sent[rank] += sum(message.nbytes for message in messages)
         with watch(observer, step, "wait", swap):
-            for other in arriving:
-                memory.wait(group.members[other], _READY)
+            memory.wait([(group.members[other], _READY) for other in arriving])
         memory.end()
         if observer is not None:
             observer.end(token)

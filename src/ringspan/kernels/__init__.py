@@ -9,6 +9,7 @@ from ringspan.kernels.lse_gradient import lse_gradient_refusal
 from ringspan.kernels.partial import accumulator_dtype, add_, batch_first, merge_, rows_first
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
+from ringspan.kernels.signals import copy_all_, signal_kernels
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
@@ -25,6 +26,7 @@ __all__ = [
     "add_",
     "autocast_dtype",
     "batch_first",
+    "copy_all_",
     "dtype_name",
     "lowered",
     "lse_gradient_refusal",
@@ -32,6 +34,7 @@ __all__ = [
     "packed",
     "rows_first",
     "select_kernel",
+    "signal_kernels",
     "time_kernel",
     "without_autocast",
 ]

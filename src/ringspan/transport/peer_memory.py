@@ -17,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.errors import RankFailure, RingspanError
+from ringspan.kernels import signal_kernels
 from ringspan.transport.in_process import InProcessTransport
 from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.protocol import Pending, Transport
 
 Work = Callable[[], None]
+Words = Sequence[tuple[int, int]]
+"""Signals, each as (peer, channel)."""
 BRANCHES = (2, 1)
 """How many messages of each lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With what
 arrives on both, attention's own and the calls beside it there are seven branches; they share eight queues of the hardware, and one that
@@ -67,20 +70,21 @@ class PeerMemory(Protocol):
         """An error ends what is done in several passes between two of them: whoever else is in the next would take another for it."""
         ...
 
-    def signal(self, peer: int, channel: int) -> None:
-        """Sets a signal to `peer`, after what the current stream has done until here."""
+    def signal(self, words: Words) -> None:
+        """Sets a signal to each peer, after what the current stream has done until here."""
         ...
 
-    def wait(self, peer: int, channel: int) -> None:
-        """Holds up the current stream until the signal from `peer` is set, and clears it."""
+    def wait(self, words: Words) -> None:
+        """Holds up the current stream until the signals from these peers are set, and clears them."""
         ...
 
-    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+    def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """Has all done beside what follows; what it returns waits until they are.
 
         Args:
             lane: what is written by several calls on the same one is written in turn, and what arrives is awaited in turn.
-            writes: they wait only for room that a peer gives without waiting for `arrive`, and not for each other.
+            room: before all writes: waits for room that peers give without waiting for `arrive`.
+            writes: none waits for another.
             arrive: waits for what peers write.
         """
         ...
@@ -143,6 +147,7 @@ class SymmetricMemory:
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
         self._inboxes: list[Tensor] = []
+        self._addresses: dict[tuple[str, tuple[tuple[int, int], ...]], Tensor] = {}
         self._mine: Any = None
         self._handle: Any = None
         self._nbytes = 0
@@ -176,6 +181,7 @@ class SymmetricMemory:
 
     def _make_inboxes(self, nbytes: int) -> None:
         self._inboxes, self._mine, self._handle, self._captured, self._nbytes = [], None, None, False, 0
+        self._addresses = {}
         nbytes, problem = -(-nbytes >> 21) << 21, None
         try:
             self._mine = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -218,22 +224,48 @@ class SymmetricMemory:
         """See `PeerMemory.leave`."""
         self._passes.leave()
 
-    def signal(self, peer: int, channel: int) -> None:
+    def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`."""
-        self._handle.put_signal(peer, channel, self._timeout_ms)
+        if (addresses := self._all_at_once("put", words)) is not None:
+            signal_kernels().fused_set(addresses, self._timeout_ms)
+            return
+        for peer, channel in words:
+            self._handle.put_signal(peer, channel, self._timeout_ms)
 
-    def wait(self, peer: int, channel: int) -> None:
+    def wait(self, words: Words) -> None:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
-        self._handle.wait_signal(peer, channel, self._timeout_ms)
+        if (addresses := self._all_at_once("wait", words)) is not None:
+            signal_kernels().fused_await(addresses, self._timeout_ms)
+            return
+        for peer, channel in words:
+            self._handle.wait_signal(peer, channel, self._timeout_ms)
 
-    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+    def _all_at_once(self, what: str, words: Words) -> Tensor | None:
+        """The addresses of several words for one kernel, on this GPU; None where torch's own signals do, one after the other."""
+        if len(words) < 2 or signal_kernels() is None:
+            return None
+        key = what, tuple(words)
+        if key not in self._addresses:
+            if torch.cuda.is_current_stream_capturing():
+                # They would be copied by the graph, from memory that is no more.
+                return None
+            # Where torch's signals are: the pad of who waits has, for each channel, a word for each rank that sets it.
+            pads, mine = self._handle.signal_pad_ptrs, self._transport.rank
+            ends = [(peer, mine) if what == "put" else (mine, peer) for peer, _ in words]
+            found = [pads[at] + 4 * (self._size * channel + by) for (at, by), (_, channel) in zip(ends, words, strict=True)]
+            self._addresses[key] = torch.tensor(found, dtype=torch.int64, device=self._device)
+        return self._addresses[key]
+
+    def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
-        return _Aside([self._on(f"write {lane}", writes, BRANCHES[lane]), self._on(f"arrive {lane}", [arrive], 1)], self._index)
+        return _Aside([self._on(f"write {lane}", room, writes, BRANCHES[lane]), self._on(f"arrive {lane}", arrive, [], 1)], self._index)
 
-    def _on(self, name: str, works: Sequence[Work], most: int) -> torch.cuda.Event:
+    def _on(self, name: str, first: Work, works: Sequence[Work], most: int) -> torch.cuda.Event:
         stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
         stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            first()
         # In a graph, where they cost the host nothing.
         branches = most if torch.cuda.is_current_stream_capturing() else 1
         streams = [stream, *(self._stream(f"{name}, {branch}") for branch in range(1, min(branches, len(works))))]
@@ -305,16 +337,21 @@ class SharedMemory:
         """See `PeerMemory.leave`."""
         self._passes.leave()
 
-    def signal(self, peer: int, channel: int) -> None:
+    def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
-        word = (self._transport.rank, peer, channel)
         with self._changed:
-            assert word not in self._set, f"signal {word} was not cleared"
-            self._set.add(word)
+            for peer, channel in words:
+                word = (self._transport.rank, peer, channel)
+                assert word not in self._set, f"signal {word} was not cleared"
+                self._set.add(word)
             self._changed.notify_all()
 
-    def wait(self, peer: int, channel: int) -> None:
+    def wait(self, words: Words) -> None:
         """See `PeerMemory.wait`."""
+        for peer, channel in words:
+            self._wait(peer, channel)
+
+    def _wait(self, peer: int, channel: int) -> None:
         world, word = self._transport.world, (peer, self._transport.rank, channel)
         with self._changed:
             deadline = time.monotonic() + world.timeout_seconds
@@ -325,8 +362,9 @@ class SharedMemory:
                 self._changed.wait(0.05)
             self._set.remove(word)
 
-    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+    def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
+        room()
         for write in writes:
             write()
         return _WhenNeeded(arrive)
@@ -367,17 +405,17 @@ class SomePeers:
         """See `PeerMemory.leave`."""
         self._whole.leave()
 
-    def signal(self, peer: int, channel: int) -> None:
+    def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`."""
-        self._whole.signal(self._members[peer], channel)
+        self._whole.signal([(self._members[peer], channel) for peer, channel in words])
 
-    def wait(self, peer: int, channel: int) -> None:
+    def wait(self, words: Words) -> None:
         """See `PeerMemory.wait`."""
-        self._whole.wait(self._members[peer], channel)
+        self._whole.wait([(self._members[peer], channel) for peer, channel in words])
 
-    def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
+    def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
-        return self._whole.aside(lane, writes, arrive)
+        return self._whole.aside(lane, room, writes, arrive)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:
