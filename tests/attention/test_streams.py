@@ -13,27 +13,40 @@ from torch import Tensor
 import ringspan
 from ringspan.attention import autograd, executor
 from ringspan.attention.program import resolve
-from ringspan.attention.streams import OneStream, streams_for
+from ringspan.attention.streams import OneStream, TwoStreams, streams_for
 from ringspan.geometry import make_layout
 from ringspan.kernels import KERNELS, Kernel
 from ringspan.strategies import make_schedules
 from tests.strategies.combinations import MASKS, VARIANTS
+from tests.support.device import Device, Event, Stream, device
+
+__all__ = ["device"]
 
 
 class Late:
     """Computes at `join` what it was given, from what its inputs then are; until then the results are NaN."""
 
     def __init__(self, q: Tensor, kernel: Kernel) -> None:
+        self._forked = False
         self._calls: list[tuple[Callable[[], Any], tuple[Tensor, ...]]] = []
+
+    def fork(self) -> None:
+        self._forked = True
+
+    def arrived(self, pending: Any) -> None:
+        pending.wait()
 
     def beside(self, call: Callable[[], Any]) -> Any:
         found = call()
+        if not self._forked:
+            return found
         for tensor in found:
             tensor.fill_(float("nan"))
         self._calls.append((call, found))
         return found
 
     def join(self) -> None:
+        self._forked = False
         for call, found in self._calls:
             for tensor, result in zip(found, call(), strict=True):
                 tensor.copy_(result)
@@ -135,3 +148,55 @@ def test_on_a_cpu_calls_run_in_turn():
     streams = streams_for(torch.empty(1, 4, 2, 8), KERNELS["flash4"])
     assert isinstance(streams, OneStream)
     assert streams.beside(partial(int, "3")) == 3
+
+
+class Arrival:
+    """Of what is done on streams, for which any other may wait."""
+
+    def __init__(self, device: Device, name: str) -> None:
+        self._device, self._event = device, Event()
+        self._event.before = {name}
+
+    @property
+    def works(self) -> list[Any]:
+        return [self]
+
+    def wait(self) -> None:
+        self._device.current.wait_event(self._event)
+
+
+class HandedOver:
+    """What a thread puts there when it is waited for, on its own stream."""
+
+    def __init__(self, device: Device, name: str) -> None:
+        self._device, self._name = device, name
+
+    def wait(self) -> None:
+        self._device.work(self._name)
+
+
+@pytest.mark.parametrize("arrival", [Arrival, HandedOver])
+def test_a_visitor_waits_for_its_arrival_and_not_for_the_own_block(device: Device, arrival: Any):
+    side: Any = Stream()
+    side.device = None
+    streams = TwoStreams(side)
+    device.work("packed")
+    streams.fork()
+    device.work("own")
+    streams.arrived(arrival(device, "came"))
+    streams.beside(lambda: device.work("visitor"))
+    assert {"packed", "came"} <= device.seen["visitor"]
+    assert ("own" in device.seen["visitor"]) == (arrival is HandedOver), "what a thread hands over is on the stream of the own block"
+    device.work("sent")
+    assert "visitor" not in device.seen["sent"]
+    streams.join()
+    device.work("sum")
+    assert {"own", "visitor"} <= device.seen["sum"]
+    streams.beside(lambda: device.work("in turn"))
+    assert "sum" in device.seen["in turn"], "without a fork a call is one of the current stream's"
+    streams.fork()
+    streams.beside(lambda: device.work("again"))
+    streams.leave()
+    assert {"sum", "in turn"} <= device.seen["again"], "what was freed until a fork is read by nobody any more"
+    device.work("later")
+    assert "again" in device.seen["later"], "an error leaves nothing apart"

@@ -70,7 +70,7 @@ class Pass:
             for batch, pending, token in waiting:
                 if batch.due <= index + 1:
                     with watch(observer, index, "wait", batch):
-                        pending.wait()
+                        self.streams.arrived(pending)
                     if observer is not None:
                         observer.end(token)
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
@@ -92,8 +92,11 @@ class Pass:
         """Does what an attend put off until its results are on their way."""
 
     def compute(self, launch: Launch, call: Callable[[], Result]) -> Result:
-        """`call()`, the kernel's of this launch: beside the next one's where the program has it so."""
-        return self.streams.beside(call) if launch in self.program.beside else call()
+        """`call()`, the kernel's of this launch: beside that of the one before where the program has it so."""
+        if launch in self.program.beside:
+            self.streams.fork()
+            return call()
+        return self.streams.beside(call)
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -144,10 +147,10 @@ class _FlashPass(Pass):
         self.shelf.put(Piece("q", rank, 0, q.shape[1]), [rows_first(q)])
         self.shelf.put(Piece("kv", rank, 0, k.shape[1]), [rows_first(k), rows_first(v)])
 
-    def keys(self, launch: Launch) -> tuple[Tensor, Tensor]:
-        """k and v `[batch, keys, kv_heads, head_dim]` of a launch."""
-        k, v = (joined(parts) for parts in zip(*map(self.shelf.view, launch.keys), strict=True))
-        return batch_first(k), batch_first(v)
+    def keys(self, launch: Launch) -> list[list[Tensor]]:
+        """What a launch reads of k and v, `[rows, batch, kv_heads, head_dim]` each: to be joined where they are read."""
+        k, v = zip(*map(self.shelf.view, launch.keys), strict=True)
+        return [list(k), list(v)]
 
     def components(self, piece: Piece, single: bool) -> list[Component]:
         """Of what visits."""
@@ -195,10 +198,9 @@ class ForwardPass(_FlashPass):
         """Merges the tile's partial attention into the partial of its queries' owner."""
         tile = launch.tile
         (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
-        k, v = self.keys(launch)
         scores = self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts)
 
-        out, lse = self.compute(launch, partial(_partial_attention, self.kernel, batch_first(q), k, v, scores, self.wide))
+        out, lse = self.compute(launch, partial(_partial_attention, self.kernel, batch_first(q), self.keys(launch), scores, self.wide))
         self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, out, lse)
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
@@ -218,9 +220,19 @@ class ForwardPass(_FlashPass):
         return self._partials[self.program.rank].result()
 
 
-def _partial_attention(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scores: Scores, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _partial_attention(
+    kernel: Kernel, q: Tensor, keys: list[list[Tensor]], scores: Scores, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k, v = (batch_first(joined(parts)) for parts in keys)
     out, lse = kernel.forward(q, k, v, scores)
     return rows_first(out), lse.permute(2, 0, 1).to(wide)
+
+
+def _gradients(
+    kernel: Kernel, dout: Tensor, q: Tensor, keys: list[list[Tensor]], out: Tensor, lse: Tensor, dlse: Tensor | None, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = (batch_first(joined(parts)) for parts in keys)
+    return kernel_backward(kernel, dout, q, k, v, out, lse, dlse, scores)
 
 
 _Gradients = list[tuple[Piece, list[Tensor]]]
@@ -265,11 +277,10 @@ class BackwardPass(_FlashPass):
         self.settle()
         q_owner, kv_owner, tile = launch.q_owner, launch.kv_owner, launch.tile
         (q,) = self.shelf.view(Piece("q", q_owner, tile.q_start, tile.q_stop))
-        k, v = self.keys(launch)
         dout, out, lse, *dlse = self.shelf.view(Piece("do", q_owner, tile.q_start, tile.q_stop))
         dlse = dlse[0].permute(1, 2, 0) if dlse else None
         call = partial(
-            kernel_backward, self.kernel, batch_first(dout), batch_first(q), k, v, batch_first(out), lse.permute(1, 2, 0), dlse,
+            _gradients, self.kernel, batch_first(dout), batch_first(q), self.keys(launch), batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
         dq, dk, dv = self.compute(launch, call)

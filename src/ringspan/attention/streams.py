@@ -1,6 +1,7 @@
-"""Kernel calls side by side: while the last blocks of one are computed, the first of the next take the multiprocessors that are free.
+"""Kernel calls side by side: a call ends in a round of blocks that does not fill a GPU, and another's fill it up.
 
-A call ends in a round of blocks that does not fill a GPU. Over a short shard, with few rounds a call, that is some percent of a pass.
+A rank's own block is there from the start, a visitor comes later and is computed longest. Its blocks go first as soon as it is there, and
+what is left of the own block runs at its end. Over a short shard, with few rounds of blocks a call, that is some percent of a pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels import Kernel
+from ringspan.transport import Pending, works
 
 MOST_ROWS = 1 << 19
 """Rows times heads of q beyond which one round of many does not matter, and the memory that a second call works in does."""
@@ -27,8 +29,16 @@ Result = TypeVar("Result")
 class Streams(Protocol):
     """Where the kernel calls of one pass run."""
 
+    def fork(self) -> None:
+        """The next call but one need not wait for the next: only for what has been done until here, and for what arrives."""
+        ...
+
+    def arrived(self, pending: Pending) -> None:
+        """`pending.wait()`: all calls from here on come after it."""
+        ...
+
     def beside(self, call: Callable[[], Result]) -> Result:
-        """`call()`, after what the current stream has done until here and beside what it does next, until `join`."""
+        """`call()`, beside all since a `fork`, until `join`; in its turn without one. What it reads is at hand, or it makes it itself."""
         ...
 
     def join(self) -> None:
@@ -42,6 +52,13 @@ class Streams(Protocol):
 
 class OneStream:
     """Every call in its turn."""
+
+    def fork(self) -> None:
+        """See `Streams.fork`."""
+
+    def arrived(self, pending: Pending) -> None:
+        """See `Streams.arrived`."""
+        pending.wait()
 
     def beside(self, call: Callable[[], Result]) -> Result:
         """See `Streams.beside`."""
@@ -62,21 +79,41 @@ class TwoStreams:
     """
 
     def __init__(self, side: torch.cuda.Stream) -> None:
-        self._side = side
+        self._side, self._forked = side, False
         # With what they read: freed before it is read, it would be given to what the current stream does next.
         self._calls: list[Callable[[], object]] = []
 
+    def fork(self) -> None:
+        """See `Streams.fork`."""
+        self._side.wait_stream(self._current())
+        self._forked = True
+
+    def arrived(self, pending: Pending) -> None:
+        """See `Streams.arrived`."""
+        found = works(pending)
+        pending.wait()
+        if not self._forked:
+            return
+        if not found:
+            # What came was put there by the current stream.
+            self._side.wait_stream(self._current())
+        with torch.cuda.stream(self._side):
+            for work in found:
+                work.wait()
+
     def beside(self, call: Callable[[], Result]) -> Result:
         """See `Streams.beside`."""
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        if not self._forked:
+            return call()
         self._calls.append(call)
         with torch.cuda.stream(self._side):
             return call()
 
     def join(self) -> None:
         """See `Streams.join`."""
-        if self._calls:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        if self._forked:
+            self._current().wait_stream(self._side)
+            self._forked = False
             self._calls.clear()
 
     def leave(self) -> None:
@@ -85,6 +122,9 @@ class TwoStreams:
         with suppress(RuntimeError):
             self.join()
         self._calls.clear()
+
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._side.device)
 
 
 _SIDES = threading.local()
@@ -104,5 +144,6 @@ def streams_for(q: Tensor, kernel: Kernel) -> Streams:
     # Of each thread its own as well: ranks that are threads of one process do not wait for each other.
     sides, current = vars(_SIDES).setdefault("of", {}), torch.cuda.current_stream(q.device)
     if current not in sides:
-        sides[current] = torch.cuda.Stream(q.device)
+        # Above the current stream, below what the ranks tell each other.
+        sides[current] = torch.cuda.Stream(q.device, priority=-1)
     return TwoStreams(sides[current])

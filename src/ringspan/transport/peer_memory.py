@@ -282,8 +282,9 @@ class SymmetricMemory:
 
     def _stream(self, name: str) -> torch.cuda.Stream:
         if name not in self._streams:
-            # Its few words of work must not queue behind the blocks of an attention kernel.
-            self._streams[name] = torch.cuda.Stream(self._device, priority=-1)
+            # Its few words of work must not queue behind the blocks of an attention kernel, whatever its priority.
+            _, highest = torch.cuda.Stream.priority_range()  # pyright: ignore[reportCallIssue]
+            self._streams[name] = torch.cuda.Stream(self._device, priority=highest)
         return self._streams[name]
 
 
