@@ -6,7 +6,8 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,9 @@ from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Send
 from ringspan.transport import Pending
 
+Sum = tuple[str, int]
+"""What is added up: the kind of its pieces, and their owner."""
+
 
 class Pass:
     """One run of one direction. Subclasses say what a launch computes and what a combine does.
@@ -41,6 +45,9 @@ class Pass:
         self.program, self.courier, self.scores, self.streams = program, courier, scores, streams
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
+        # What is added to in its turn while calls run beside: it waits for `join`.
+        self._in_turn: set[Sum] = set()
+        self._is_aside = False
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
@@ -55,13 +62,14 @@ class Pass:
         waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
+                self._in_turn.add((combine.piece.kind, combine.piece.owner))
                 with watch(observer, index, "merge", combine):
                     self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
-                    outgoing = [self._outgoing(send) for send in batch.sends]
                     incoming = self._incoming(batch)
-                    pending = self.courier.post(batch, outgoing, incoming)
+                    with self._aside(batch):
+                        pending = self.courier.post(batch, [self._outgoing(send) for send in batch.sends], incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
             for launch in step.launches:
@@ -74,9 +82,9 @@ class Pass:
                     if observer is not None:
                         observer.end(token)
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
-            if step.releases or step.combines:
+            if (step.releases or step.combines) and self.courier.frees(index):
                 # Whoever writes there next must not overtake a call that reads it.
-                self.streams.join()
+                self.join()
             for piece in step.releases:
                 self.shelf.drop(piece)
             if step.combines and self.courier.lends:
@@ -85,18 +93,46 @@ class Pass:
                         accumulator.settle(lent=True)
             self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
-        self.streams.join()
+        self.join()
         self.courier.end()
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
         """Does what an attend put off until its results are on their way."""
 
-    def compute(self, launch: Launch, call: Callable[[], Result]) -> Result:
-        """`call()`, the kernel's of this launch: beside that of the one before where the program has it so."""
-        if launch in self.program.beside:
-            self.streams.fork()
-            return call()
-        return self.streams.beside(call)
+    def compute(self, launch: Launch, sums: Iterable[Sum], call: Callable[[], Result]) -> Result:
+        """`call()`, the kernel's of this launch, of which something is added to `sums`: beside the one before, or the next beside it."""
+        if launch not in self.program.beside:
+            return self.streams.beside(call)
+        self._in_turn.update(sums)
+        return self.streams.fork(call)
+
+    def join(self) -> None:
+        """What is done next comes after all calls."""
+        self.streams.join()
+        self._in_turn.clear()
+
+    def before(self, found: Sum) -> None:
+        """What is done next comes after all calls that have added to a sum."""
+        assert not self._is_aside or found not in self._in_turn, f"{found} is not computed aside"
+        if not self._is_aside:
+            self.join()
+
+    @contextmanager
+    def _aside(self, batch: Batch) -> Iterator[None]:
+        """Results that are all from calls beside the current stream leave when these are done, whatever that stream still computes.
+
+        Not over a process group: what has arrived is freed when it has been added, to be given out again on the current stream.
+        """
+        self._is_aside = batch.lane == 1 and self.courier.lends and all(self.is_computed_aside(send.piece) for send in batch.sends)
+        try:
+            with self.streams.aside() if self._is_aside else nullcontext():
+                yield
+        finally:
+            self._is_aside = False
+
+    def is_computed_aside(self, piece: Piece) -> bool:
+        """Whether the current stream has added nothing to what `piece` is of since calls run beside it, and has nothing to add."""
+        return (piece.kind, piece.owner) not in self._in_turn
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -189,7 +225,7 @@ class ForwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 program.again.get((kind, owner), (start, stop)),
                 rounds and owner == program.rank,
-                before=streams.join,
+                before=partial(self.before, (kind, owner)),
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -200,7 +236,8 @@ class ForwardPass(_FlashPass):
         (q,) = self.shelf.view(Piece("q", launch.q_owner, tile.q_start, tile.q_stop))
         scores = self.scores(launch.q_owner, launch.kv_owner, tile, launch.parts)
 
-        out, lse = self.compute(launch, partial(_partial_attention, self.kernel, batch_first(q), self.keys(launch), scores, self.wide))
+        call = partial(_partial_attention, self.kernel, batch_first(q), self.keys(launch), scores, self.wide)
+        out, lse = self.compute(launch, [("o", launch.q_owner)], call)
         self._partials[launch.q_owner].add(tile.q_start, tile.q_stop, out, lse)
 
     def combine(self, piece: Piece, arrived: list[Tensor]) -> None:
@@ -259,7 +296,7 @@ class BackwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 rounds=owner == rank and (kind == "dq" or rounds_keys),
                 parts=1 if kind == "dq" else 2,
-                before=streams.join,
+                before=partial(self.before, (kind, owner)),
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -283,7 +320,7 @@ class BackwardPass(_FlashPass):
             _gradients, self.kernel, batch_first(dout), batch_first(q), self.keys(launch), batch_first(out), lse.permute(1, 2, 0), dlse,
             self.scores(q_owner, kv_owner, tile, launch.parts),
         )  # fmt: skip
-        dq, dk, dv = self.compute(launch, call)
+        dq, dk, dv = self.compute(launch, [("dq", q_owner), *(("dkv", keys.owner) for keys in launch.keys)], call)
         of_queries: _Gradients = [(Piece("dq", q_owner, tile.q_start, tile.q_stop), [rows_first(dq)])]
         rows = [len(keys) for keys in launch.keys]
         each = zip(launch.keys, rows_first(dk).split(rows), rows_first(dv).split(rows), strict=True)
@@ -309,9 +346,16 @@ class BackwardPass(_FlashPass):
         self._settle_before(piece)
         return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
+    def is_computed_aside(self, piece: Piece) -> bool:
+        """See `Pass.is_computed_aside`."""
+        return super().is_computed_aside(piece) and not self._is_late(piece)
+
     def _settle_before(self, piece: Piece) -> None:
-        if any((late.kind, late.owner) == (piece.kind, piece.owner) for late, _ in self._late):
+        if self._is_late(piece):
             self.settle()
+
+    def _is_late(self, piece: Piece) -> bool:
+        return any((late.kind, late.owner) == (piece.kind, piece.owner) for late, _ in self._late)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""

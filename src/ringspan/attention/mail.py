@@ -54,6 +54,10 @@ class Courier(Protocol):
         """The pass begins."""
         ...
 
+    def frees(self, step: int) -> bool:
+        """Whether anything that was read until `step` may be written again after it."""
+        ...
+
     def give_back(self, step: int) -> None:
         """This rank has done `step`: buffers that were needed until then may be written again."""
         ...
@@ -138,6 +142,10 @@ class TransportCourier:
 
     def begin(self) -> None:
         """Nothing is left of a pass before."""
+
+    def frees(self, step: int) -> bool:
+        """See `Courier.frees`: by whoever asks for memory next."""
+        return True
 
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`: every buffer is its own."""

@@ -90,6 +90,10 @@ class PeerCourier:
         """See `Courier.end`."""
         self._memory.end()
 
+    def frees(self, step: int) -> bool:
+        """See `Courier.frees`."""
+        return step in self._inbox.freed
+
     def give_back(self, step: int) -> None:
         """See `Courier.give_back`."""
         self._memory.signal([_free(message) for message in self._inbox.freed.get(step, ())])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -29,8 +29,8 @@ Result = TypeVar("Result")
 class Streams(Protocol):
     """Where the kernel calls of one pass run."""
 
-    def fork(self) -> None:
-        """The next call but one need not wait for the next: only for what has been done until here, and for what arrives."""
+    def fork(self, call: Callable[[], Result]) -> Result:
+        """`call()` in its turn, and calls beside it from here on: they come after what has been done before it, and after what arrives."""
         ...
 
     def arrived(self, pending: Pending) -> None:
@@ -39,6 +39,10 @@ class Streams(Protocol):
 
     def beside(self, call: Callable[[], Result]) -> Result:
         """`call()`, beside all since a `fork`, until `join`; in its turn without one. What it reads is at hand, or it makes it itself."""
+        ...
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What is done within comes after the calls beside, and not after those that were in their turn since the fork."""
         ...
 
     def join(self) -> None:
@@ -53,8 +57,9 @@ class Streams(Protocol):
 class OneStream:
     """Every call in its turn."""
 
-    def fork(self) -> None:
+    def fork(self, call: Callable[[], Result]) -> Result:
         """See `Streams.fork`."""
+        return call()
 
     def arrived(self, pending: Pending) -> None:
         """See `Streams.arrived`."""
@@ -63,6 +68,10 @@ class OneStream:
     def beside(self, call: Callable[[], Result]) -> Result:
         """See `Streams.beside`."""
         return call()
+
+    def aside(self) -> AbstractContextManager[None]:
+        """See `Streams.aside`."""
+        return nullcontext()
 
     def join(self) -> None:
         """See `Streams.join`."""
@@ -83,10 +92,12 @@ class TwoStreams:
         # With what they read: freed before it is read, it would be given to what the current stream does next.
         self._calls: list[Callable[[], object]] = []
 
-    def fork(self) -> None:
+    def fork(self, call: Callable[[], Result]) -> Result:
         """See `Streams.fork`."""
-        self._side.wait_stream(self._current())
-        self._forked = True
+        if not self._forked:
+            self._side.wait_stream(self._current())
+            self._forked = True
+        return call()
 
     def arrived(self, pending: Pending) -> None:
         """See `Streams.arrived`."""
@@ -108,6 +119,10 @@ class TwoStreams:
         self._calls.append(call)
         with torch.cuda.stream(self._side):
             return call()
+
+    def aside(self) -> AbstractContextManager[None]:
+        """See `Streams.aside`."""
+        return torch.cuda.stream(self._side) if self._forked else nullcontext()
 
     def join(self) -> None:
         """See `Streams.join`."""
