@@ -30,13 +30,13 @@ class Late:
     There the results of the calls that were in their turn since the fork are NaN.
     """
 
-    def __init__(self, q: Tensor, kernel: Kernel) -> None:
-        self._forked = False
+    def __init__(self, q: Tensor, kernel: Kernel, lends: bool) -> None:
+        self.forked = False
         self._in_turn: list[tuple[Tensor, ...]] = []
         self._calls: list[tuple[Callable[[], Any], tuple[Tensor, ...]]] = []
 
     def fork(self, call: Callable[[], Any]) -> Any:
-        self._forked = True
+        self.forked = True
         self._in_turn.append(found := call())
         return found
 
@@ -45,7 +45,7 @@ class Late:
 
     def beside(self, call: Callable[[], Any]) -> Any:
         found = call()
-        if self._forked:
+        if self.forked:
             fill(found)
             self._calls.append((call, found))
         return found
@@ -69,7 +69,7 @@ class Late:
         self.leave()
 
     def leave(self) -> None:
-        self._forked = False
+        self.forked = False
         self._calls.clear()
         self._in_turn.clear()
 
@@ -161,7 +161,7 @@ def test_results_that_a_call_in_its_turn_has_added_to_do_not_leave_aside(monkeyp
 def test_gradients_of_a_visitor_go_home_while_the_own_block_is_computed(strategy: str, ranks: int, monkeypatch: pytest.MonkeyPatch):
     left: list[bool] = []
     right = Late.aside
-    monkeypatch.setattr(Late, "aside", lambda self: left.append(bool(self._forked and self._calls)) or right(self))
+    monkeypatch.setattr(Late, "aside", lambda self: left.append(bool(self.forked and self._calls)) or right(self))
     monkeypatch.setattr(autograd, "streams_for", Late)
     results(ranks, strategy, "causal", "zigzag", torch.bfloat16, "peer_memory")
     # The reference gives wide results, which are added at once: a third call then waits for the others.
@@ -202,7 +202,7 @@ def test_between_a_call_and_the_one_beside_it_nothing_is_freed_or_taken_in(varia
 
 
 def test_on_a_cpu_calls_run_in_turn():
-    streams = streams_for(torch.empty(1, 4, 2, 8), KERNELS["flash4"])
+    streams = streams_for(torch.empty(1, 4, 2, 8), KERNELS["flash4"], True)
     assert isinstance(streams, OneStream)
     assert streams.beside(partial(int, "3")) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ def results(kernel: str, strategy: str) -> list[list[Tensor]]:
     k, v = torch.randn(2, 1, length, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
     def run(group: Any) -> list[Tensor]:
-        sequence = ringspan.ContextParallel(group, strategy=strategy, kernel=kernel, deterministic=True).sequence(length)
+        sequence = ringspan.ContextParallel(group, strategy=strategy, kernel=kernel, deterministic=True, transport="peer_memory").sequence(
+            length
+        )
         found = []
         for index in range(ROUNDS):
             leaves = [sequence.shard(x).detach().requires_grad_() for x in (q * (1 + index), k, v)]
@@ -49,35 +52,38 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatc
     problem = Problem(device="cuda", dtype=torch.bfloat16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, deterministic=True)
     if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
         pytest.skip(f"{kernel}: {reason}")
-    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS[kernel]), TwoStreams)
+    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS[kernel], True), TwoStreams)
     found = results(kernel, strategy)
-    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel: OneStream())
+    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel, lends: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))
 
 
 def test_what_another_stream_still_reads_is_not_given_out_again():
-    """A result in the side's memory is read by a slow stream, dropped, and attention runs on another stream."""
-    kernel = "flash2"
-    sequence = ringspan.ContextParallel(None, kernel=kernel).sequence(
-        2 * SHARD, ringspan.documents([0, SHARD // 2, SHARD, 3 * SHARD // 2, 2 * SHARD])
-    )
+    """A result in the side's memory is read by a slow stream and dropped, and calls run beside another stream."""
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    q, k, v = (torch.randn(1, 2 * SHARD, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    assert isinstance(streams_for(q, KERNELS[kernel]), TwoStreams)
+    q = torch.randn(1, SHARD, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
+
+    def beside(call: Callable[[], Tensor]) -> Tensor:
+        streams = streams_for(q, KERNELS["flash2"], True)
+        assert isinstance(streams, TwoStreams)
+        streams.fork(lambda: None)
+        found = streams.beside(call)
+        streams.join()
+        return found
+
     with torch.cuda.stream(first):
-        out = sequence.attention(q, k, v)
-        expected = out.clone()
+        result = beside(q.clone)
         torch.cuda._sleep(200_000_000)
-        read = out.clone()
-        del out
+        read = result.clone()
+        del result
     with torch.cuda.stream(second):
         for _ in range(4):
-            sequence.attention(-q, k, v.neg())
+            beside(lambda: torch.zeros_like(q))
     torch.cuda.synchronize()
-    assert torch.equal(read, expected)
+    assert torch.equal(read, q)
 
 
 def test_a_kernel_that_keeps_tensors_on_the_device_has_one_stream():
-    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS["flex"]), OneStream)
+    assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS["flex"], True), OneStream)

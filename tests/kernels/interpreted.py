@@ -67,11 +67,11 @@ def check_signals() -> None:
     some = [0, 3, 4, 33, 69]
     addresses = torch.tensor([words[index].data_ptr() for index in some], dtype=torch.int64, device=DEVICE)
     # The interpreter knows no inline assembly.
-    timed = DEVICE == "cuda"
-    fused_set(addresses, 60_000, timed)
+    milliseconds = 60_000 if DEVICE == "cuda" else 0
+    fused_set(addresses, milliseconds)
     assert words.nonzero().flatten().tolist() == some and words.max() == 1
     words[1] = 1
-    fused_await(addresses, 60_000, timed)
+    fused_await(addresses, milliseconds)
     assert words.nonzero().flatten().tolist() == [1]
     sizes = (5, 0, 2 * BLOCK + 16, BLOCK)
     sources = [torch.randint(1, 1 << 60, (size,), device=DEVICE) for size in sizes]

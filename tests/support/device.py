@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     device = Device(request.param)
     for name, value in {
         "Stream": Stream, "Event": Event, "stream": device.stream, "current_stream": lambda index=None: device.current,
-        "is_current_stream_capturing": lambda: device.capturing,
+        "is_current_stream_capturing": lambda: device.capturing, "device": lambda index: nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return device

@@ -110,9 +110,14 @@ def test_what_was_planned_goes_on_where_there_is_no_room_for_more(monkeypatch: p
     memory._inboxes, memory._mine, memory._handle, memory._nbytes, memory._captured, memory._retired = [], None, None, 0, False, []
     memory.reserve(5 * mib)
     memory._captured, before = captured, memory.inbox(0).data_ptr()
+    table = cast(Any, object())
+    memory._addresses = {cast(Any, "words"): table}
     with pytest.raises(RingspanError, match=r"rank 0: no room.*transport='process_group'"):
         memory.reserve(9 * mib)
     assert memory.inbox(0).numel() == 6 * mib
     assert not captured or memory.inbox(0).data_ptr() == before, "what a graph writes to is still there"
     memory.reserve(int(7.5 * mib))
     assert memory.inbox(0).numel() == 8 * mib and len(memory._retired) == captured
+    assert (table in memory._addresses.values()) is False and [table for *_, tables in memory._retired for table in tables] == (
+        ["words"] if captured else []
+    ), "what a graph reads lives as long as what it writes to"

@@ -96,7 +96,7 @@ class Plan:
 
     def streams(self, q: Tensor) -> Streams:
         """Where the kernels of one pass run: one after the other where somebody looks on, so that each is seen by itself."""
-        return OneStream() if self.observer is not None else streams_for(q, self.kernel)
+        return OneStream() if self.observer is not None else streams_for(q, self.kernel, self.peers is not None)
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""

@@ -68,8 +68,8 @@ class Pass:
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
                     incoming = self._incoming(batch)
-                    with self._aside(batch):
-                        pending = self.courier.post(batch, [self._outgoing(send) for send in batch.sends], incoming)
+                    with self._aside(batch) as posted:
+                        pending = self.courier.post(posted, [self._outgoing(send) for send in batch.sends], incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
             for launch in step.launches:
@@ -118,15 +118,12 @@ class Pass:
             self.join()
 
     @contextmanager
-    def _aside(self, batch: Batch) -> Iterator[None]:
-        """Results that are all from calls beside the current stream leave when these are done, whatever that stream still computes.
-
-        Not over a process group: what has arrived is freed when it has been added, to be given out again on the current stream.
-        """
-        self._is_aside = batch.lane == 1 and self.courier.lends and all(self.is_computed_aside(send.piece) for send in batch.sends)
+    def _aside(self, batch: Batch) -> Iterator[Batch]:
+        """What is sent leaves when the calls beside are done, whatever the current stream still computes: inputs, and results of those."""
+        self._is_aside = self.streams.forked and (batch.lane == 0 or all(self.is_computed_aside(send.piece) for send in batch.sends))
         try:
             with self.streams.aside() if self._is_aside else nullcontext():
-                yield
+                yield replace(batch, idle=False) if self._is_aside else batch
         finally:
             self._is_aside = False
 

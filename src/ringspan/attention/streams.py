@@ -27,7 +27,13 @@ Result = TypeVar("Result")
 
 
 class Streams(Protocol):
-    """Where the kernel calls of one pass run."""
+    """Where the kernel calls of one pass run.
+
+    Attributes:
+        forked: whether calls run beside each other now.
+    """
+
+    forked: bool
 
     def fork(self, call: Callable[[], Result]) -> Result:
         """`call()` in its turn, and calls beside it from here on: they come after what has been done before it, and after what arrives."""
@@ -56,6 +62,8 @@ class Streams(Protocol):
 
 class OneStream:
     """Every call in its turn."""
+
+    forked = False
 
     def fork(self, call: Callable[[], Result]) -> Result:
         """See `Streams.fork`."""
@@ -88,22 +96,22 @@ class TwoStreams:
     """
 
     def __init__(self, side: torch.cuda.Stream) -> None:
-        self._side, self._forked = side, False
+        self._side, self.forked = side, False
         # With what they read: freed before it is read, it would be given to what the current stream does next.
         self._calls: list[Callable[[], object]] = []
 
     def fork(self, call: Callable[[], Result]) -> Result:
         """See `Streams.fork`."""
-        if not self._forked:
+        if not self.forked:
             self._side.wait_stream(self._current())
-            self._forked = True
+            self.forked = True
         return call()
 
     def arrived(self, pending: Pending) -> None:
         """See `Streams.arrived`."""
         found = works(pending)
         pending.wait()
-        if not self._forked:
+        if not self.forked:
             return
         if not found:
             # What came was put there by the current stream.
@@ -114,7 +122,7 @@ class TwoStreams:
 
     def beside(self, call: Callable[[], Result]) -> Result:
         """See `Streams.beside`."""
-        if not self._forked:
+        if not self.forked:
             return call()
         self._calls.append(call)
         with torch.cuda.stream(self._side):
@@ -122,13 +130,13 @@ class TwoStreams:
 
     def aside(self) -> AbstractContextManager[None]:
         """See `Streams.aside`."""
-        return torch.cuda.stream(self._side) if self._forked else nullcontext()
+        return torch.cuda.stream(self._side) if self.forked else nullcontext()
 
     def join(self) -> None:
         """See `Streams.join`."""
-        if self._forked:
+        if self.forked:
             self._current().wait_stream(self._side)
-            self._forked = False
+            self.forked = False
             self._calls.clear()
 
     def leave(self) -> None:
@@ -145,13 +153,14 @@ class TwoStreams:
 _SIDES = threading.local()
 
 
-def streams_for(q: Tensor, kernel: Kernel) -> Streams:
+def streams_for(q: Tensor, kernel: Kernel, lends: bool) -> Streams:
     """For a pass over queries `q [batch, shard, heads, head_dim]`: two streams on a GPU, where a round of blocks counts.
 
-    Not where the kernel keeps on the device what another call may read at once (those that cannot be captured in a graph do), nor where
-    memory is given out without regard to streams.
+    Not where the kernel keeps on the device what another call may read at once (those that cannot be captured in a graph do); nor where
+    the courier does not lend (what arrives is then freed, to be given out again on the current stream, and NCCL's blocks would queue behind
+    a visitor's); nor where memory is given out without regard to streams.
     """
-    if q.device.type != "cuda" or not kernel.can.graph_capture or torch.cuda.get_allocator_backend() != "native":
+    if q.device.type != "cuda" or not (lends and kernel.can.graph_capture) or torch.cuda.get_allocator_backend() != "native":
         return OneStream()
     rows = q.shape[0] * q.shape[1] * q.shape[2]
     if rows > MOST_ROWS or (rows < LEAST_ROWS and not torch.cuda.is_current_stream_capturing()):

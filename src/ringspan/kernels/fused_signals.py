@@ -41,22 +41,22 @@ def _copies_kernel(copies, COUNT: tl.constexpr, BLOCK: tl.constexpr):
             tl.store(target + item, tl.load(source + item, item < eights), item < eights)
 
 
-def fused_set(addresses: Tensor, milliseconds: int, timed: bool = True) -> None:
+def fused_set(addresses: Tensor, milliseconds: int) -> None:
     """Sets words that are 0 to 1, each as soon as it is 0; what was written before is seen by whoever finds it set.
 
     Args:
         addresses: of int32 words, of this device or of another that it reaches, int64 on this device.
-        milliseconds: after which the device's context ends with an error; only where `timed`.
+        milliseconds: after which the device's context ends with an error; 0 for never, as with torch's own.
     """
     _words_kernel[(addresses.numel(),)](  # pyright: ignore[reportIndexIssue]
-        addresses, milliseconds * 1_000_000, 0, 1, "release", timed, num_warps=1
+        addresses, milliseconds * 1_000_000, 0, 1, "release", milliseconds > 0, num_warps=1
     )
 
 
-def fused_await(addresses: Tensor, milliseconds: int, timed: bool = True) -> None:
+def fused_await(addresses: Tensor, milliseconds: int) -> None:
     """Waits for words to be 1 and sets them to 0; what was written before they were set is seen by what comes after. See `fused_set`."""
     _words_kernel[(addresses.numel(),)](  # pyright: ignore[reportIndexIssue]
-        addresses, milliseconds * 1_000_000, 1, 0, "acquire", timed, num_warps=1
+        addresses, milliseconds * 1_000_000, 1, 0, "acquire", milliseconds > 0, num_warps=1
     )
 
 

@@ -165,14 +165,14 @@ class SymmetricMemory:
             return
         # Nobody writes to an old inbox any more: a pass ends when all has come, and all ranks are between passes.
         torch.cuda.synchronize(self._device)
-        before, held = self._nbytes, (self._mine, self._handle, self._inboxes) if self._captured else None
+        before, held = self._nbytes, (self._mine, self._handle, self._inboxes, self._addresses) if self._captured else None
         try:
             # By a quarter at least, so that lengths that rise slowly do not bring a new one each; the old one goes first.
             self._make_inboxes(max(nbytes, before + before // 4))
         except RingspanError:
             # What was planned before relies on what there was: whoever is refused may go on with that.
             if held is not None:
-                (self._mine, self._handle, self._inboxes), self._nbytes, self._captured = held, before, True
+                (self._mine, self._handle, self._inboxes, self._addresses), self._nbytes, self._captured = held, before, True
             elif before:
                 self._make_inboxes(before)
             raise
@@ -227,7 +227,8 @@ class SymmetricMemory:
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`."""
         if (addresses := self._all_at_once("put", words)) is not None:
-            signal_kernels().fused_set(addresses, self._timeout_ms)
+            with torch.cuda.device(self._index):
+                signal_kernels().fused_set(addresses, self._timeout_ms)
             return
         for peer, channel in words:
             self._handle.put_signal(peer, channel, self._timeout_ms)
@@ -235,7 +236,8 @@ class SymmetricMemory:
     def wait(self, words: Words) -> None:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         if (addresses := self._all_at_once("wait", words)) is not None:
-            signal_kernels().fused_await(addresses, self._timeout_ms)
+            with torch.cuda.device(self._index):
+                signal_kernels().fused_await(addresses, self._timeout_ms)
             return
         for peer, channel in words:
             self._handle.wait_signal(peer, channel, self._timeout_ms)
@@ -310,8 +312,8 @@ class SharedMemory:
         self._transport, self._device = transport, device
         self._inboxes: list[Tensor] = []
         self._passes = _Passes()
-        # The ranks share the first one's lock and signals.
-        self._changed, self._set = transport.gather_objects((threading.Condition(), set()))[0]
+        # The ranks share the first one's lock, and signals that are set, each with what it comes after on a GPU.
+        self._changed, self._set = transport.gather_objects((threading.Condition(), {}))[0]
 
     def reserve(self, nbytes: int) -> None:
         """See `PeerMemory.reserve`."""
@@ -341,10 +343,11 @@ class SharedMemory:
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
         with self._changed:
+            done = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
             for peer, channel in words:
                 word = (self._transport.rank, peer, channel)
                 assert word not in self._set, f"signal {word} was not cleared"
-                self._set.add(word)
+                self._set[word] = done
             self._changed.notify_all()
 
     def wait(self, words: Words) -> None:
@@ -361,7 +364,9 @@ class SharedMemory:
                     found = f"rank {world.failed[0]} failed: {world.failed[1]}" if world.failed else f"rank {peer} did not signal"
                     raise RankFailure(f"rank {word[1]} waited for a signal of rank {peer}", found)
                 self._changed.wait(0.05)
-            self._set.remove(word)
+            done = self._set.pop(word)
+        if done is not None:
+            torch.cuda.current_stream(self._device).wait_event(done)
 
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
