@@ -16,6 +16,7 @@ import pytest
 from ringspan.cli import main as cli
 from ringspan.cli.trace import _ranks
 from ringspan.errors import RingspanError
+from ringspan.strategies import MACHINES
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--ranks", "3", "--length", "61", "--heads", "4", "--head-dim", "8", "--device", "cpu")
@@ -57,7 +58,7 @@ def test_rates_of_another_machine_can_be_named(ringspan: Run, tmp_path: Path):
     status, out, _ = ringspan("trace", *SMALL, "--machine", "cuda", "--json", str(found))
     assert status == 0
     assert "the prediction is for NVLink GPUs" in " ".join(out.split())
-    assert json.loads(found.read_text())["machine"]["flops_per_second"] == 5.5e14
+    assert json.loads(found.read_text())["machine"]["flops_per_second"] == MACHINES["cuda"].flops_per_second
 
 
 def test_auto_options_and_weights_reach_the_run(ringspan: Run, tmp_path: Path):

@@ -8,14 +8,14 @@ import ringspan
 from ringspan.errors import RingspanError
 from ringspan.geometry import make_layout
 from ringspan.schedule import PieceBytes, Send
-from ringspan.strategies import QUEUED, complete_ring, forecast, make_schedules
+from ringspan.strategies import MACHINES, complete_ring, forecast, make_schedules
 
 
 def completed(tokens: int, heads: int, kv_heads: int, ranks: int = 2, **options):
     mask = ringspan.causal()
     layout = make_layout("zigzag", tokens * ranks, ranks, None, mask)
     sizes = PieceBytes(batch=1, heads=heads, kv_heads=kv_heads, head_dim=128, element_bytes=2, accumulator_bytes=4, single_bytes=2)
-    return complete_ring(tuple(options.items()), layout, mask, sizes, QUEUED["cuda"], make_schedules), layout, mask, sizes
+    return complete_ring(tuple(options.items()), layout, mask, sizes, MACHINES["cuda"], make_schedules), layout, mask, sizes
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -30,9 +30,10 @@ def test_what_is_longer_under_way_than_there_is_to_compute_comes_in_parts():
     options, layout, mask, sizes = completed(8192, 32, 32)
     assert options["parts"] == 1, "a quarter of the bytes for each pair"
     whole, halves = (
-        forecast(make_schedules("ring", layout, mask, parts=parts).forward, layout, mask, sizes, QUEUED["cuda"]).seconds for parts in (1, 2)
+        forecast(make_schedules("ring", layout, mask, parts=parts).forward, layout, mask, sizes, MACHINES["cuda"]).seconds
+        for parts in (1, 2)
     )
-    assert whole < halves, "a launch more for nothing"
+    assert whole <= halves, "all of it is hidden, and that takes a launch more"
 
 
 def test_what_was_asked_for_stays():

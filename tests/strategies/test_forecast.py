@@ -50,6 +50,31 @@ def test_what_leaves_by_one_port_goes_one_after_the_other_and_so_does_what_enter
     assert found.starts[1] == tuple(max(part.arrives for part in found.transfers if part.target == rank) for rank in range(3))
 
 
+def test_no_port_stands_idle_while_every_rank_has_something_for_every_other():
+    layout = make_layout("contiguous", 16, 4)
+    found = forecast(make_schedules("all_gather", layout, full()).forward, layout, full(), SIZES, PLAIN)
+    assert found.starts[1] == (24.5,) * 4, "three times eight bytes, and the latency"
+
+
+def test_each_signal_is_given_before_a_rank_computes_and_read_after():
+    layout = make_layout("contiguous", 6, 3)
+    machine = replace(PLAIN, signal_seconds=0.25)
+    found = forecast(make_schedules("all_gather", layout, full()).forward, layout, full(), SIZES, machine)
+    assert found.ends[0] == (2 * 0.25 + 4,) * 3
+    assert found.starts[1] == (2 * 0.25 + 8.5 + 2 * 0.25,) * 3, "nothing comes before it may, and two are read one after the other"
+
+
+def test_launched_from_python_a_pass_takes_no_less_than_python():
+    layout = make_layout("contiguous", 4, 2)
+    schedules = make_schedules("ring", layout, full())
+    machine = replace(PLAIN, host_seconds=10)
+    predicted = forecast_layer(schedules, layout, full(), SIZES, machine)
+    assert predicted.forward.host_seconds == 2 * 10 + 2 * 5, "two calls, something sent, something received"
+    assert predicted.seconds == forecast_layer(schedules, layout, full(), SIZES, PLAIN).seconds
+    assert predicted.launched_seconds == 30 + max(predicted.backward.host_seconds, predicted.backward.seconds)
+    assert cost(schedules, layout, full(), SIZES, machine).launched_seconds == predicted.launched_seconds
+
+
 def test_a_rank_is_done_when_the_last_thing_that_is_due_to_it_has_come():
     builder = ScheduleBuilder("by hand", "forward", (2, 2))
     builder.transfer(Piece("kv", 0, 0, 2), 0, 1, posted=0, due=1)

@@ -20,7 +20,7 @@ from ringspan.errors import UnsupportedError
 from ringspan.geometry import HeadShare, head_shares
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, QUEUED, Choice, Schedules, choose, complete_ring, make_schedules
+from ringspan.strategies import MACHINES, SENDING, Choice, Schedules, choose, complete_ring, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def make_plan(
         kernel = KERNELS["reference"]
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
-    schedules, choice = _choose(sequence, q, k, kernel)
+    found = _memory(sequence, q, materialised)
+    schedules, choice = _choose(sequence, q, k, kernel, not (found is None or isinstance(found, str)))
     place, members, first_head = 0, tuple(range(transport.size)), 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
     varlen = kernel.can.varlen and q.shape[0] == 1 and sequence.mask.mod is None
@@ -83,7 +84,7 @@ def make_plan(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
-    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, materialised, return_lse and lse_refusal is None)
+    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, found, return_lse and lse_refusal is None)
     exchange = None
     if grid is not None:
         group = head_group(grid, context.transport.rank)
@@ -113,7 +114,7 @@ def make_plan(
     return Planned(plan, schedules, choice, peer_bytes)
 
 
-def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[Schedules, Choice | None]:
+def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_peers: bool) -> tuple[Schedules, Choice | None]:
     """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
     context, layout, mask = sequence.context, sequence.layout, sequence.mask
     sizes = PieceBytes(
@@ -126,26 +127,40 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel) -> tuple[S
         single_bytes=q.element_size() if kernel.rounds else None,
     )
     strategy, options, choice = context.strategy, context.options, None
+    machine = (MACHINES if through_peers else SENDING).get(q.device.type, MACHINES["cpu"])
     if strategy == "auto":
-        choice = choose(layout, mask, sizes, MACHINES.get(q.device.type, MACHINES["cpu"]), make_schedules)
+        choice = choose(layout, mask, sizes, machine, make_schedules, replayed=context.replays is not None)
         strategy, options = choice.strategy, dict(choice.options)
     if strategy == "ring" and layout.num_ranks > 1:
-        machine = QUEUED.get(q.device.type, QUEUED["cpu"])
         options = complete_ring(tuple(sorted(options.items())), layout, mask, sizes, machine, make_schedules)
     return make_schedules(strategy, layout, mask, **options), choice
 
 
-def _peers(
-    sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, rank: int, kernel: Kernel, materialised: bool, lse_gradient: bool
-) -> tuple[Peers | None, int]:
-    """Peer memory and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank."""
+def _memory(sequence: Sequence, q: Tensor, materialised: bool) -> PeerMemory | str | None:
+    """Peer memory, or why there is none where it might be wanted; None where it is not. The same on every rank. Collective."""
     context = sequence.context
-    wanted = context.carrier
     threads = isinstance(context.transport, InProcessTransport)
-    if wanted == "process_group" or context.num_ranks == 1 or (wanted == "auto" and (threads or q.device.type != "cuda")):
-        return None, 0
+    unwanted = context.carrier == "process_group" or context.num_ranks == 1
+    if unwanted or (context.carrier == "auto" and (threads or q.device.type != "cuda")):
+        return None
     reason = checks.peer_memory_reason(materialised, context.kv_heads_per_stage)
-    memory = peer_memory(context.transport, q.device) if reason is None else reason
+    return peer_memory(context.transport, q.device) if reason is None else reason
+
+
+def _peers(
+    sequence: Sequence,
+    q: Tensor,
+    k: Tensor,
+    schedules: Schedules,
+    rank: int,
+    kernel: Kernel,
+    memory: PeerMemory | str | None,
+    lse_gradient: bool,
+) -> tuple[Peers | None, int]:
+    """`memory` and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank."""
+    context = sequence.context
+    if memory is None:
+        return None, 0
     if not isinstance(memory, str):
         grid, nbytes = schedules.grid, 0
         shares = [HeadShare(0, q.shape[2], 0, k.shape[2])] if grid is None else head_shares(q.shape[2], k.shape[2], grid.degree)
@@ -163,7 +178,7 @@ def _peers(
             memory.reserve(nbytes)
             return (memory, inboxes), nbytes
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
-    if wanted == "peer_memory":
+    if context.carrier == "peer_memory":
         raise UnsupportedError(
             "transport 'peer_memory'", memory, "A transport that was asked for is never replaced", "transport='process_group'"
         )

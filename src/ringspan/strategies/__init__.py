@@ -9,10 +9,10 @@ from ringspan.strategies.all_gather import all_gather
 from ringspan.strategies.auto import Choice, choose, complete_ring
 from ringspan.strategies.balanced import balanced
 from ringspan.strategies.common import Schedules
-from ringspan.strategies.cost import MACHINES, QUEUED, Cost, LayerForecast, cost, forecast_layer
+from ringspan.strategies.cost import MACHINES, SENDING, Cost, LayerForecast, cost, forecast_layer
 from ringspan.strategies.direct import direct
 from ringspan.strategies.double_ring import double_ring
-from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast
+from ringspan.strategies.forecast import Carried, Forecast, Machine, Prices, forecast, prices_of
 from ringspan.strategies.links import link_bytes
 from ringspan.strategies.once import once
 from ringspan.strategies.pass_query import pass_query
@@ -24,7 +24,7 @@ from ringspan.strategies.ulysses import ulysses
 
 __all__ = [
     "MACHINES",
-    "QUEUED",
+    "SENDING",
     "STRATEGIES",
     "Carried",
     "Choice",
@@ -41,6 +41,7 @@ __all__ = [
     "forecast_layer",
     "link_bytes",
     "make_schedules",
+    "prices_of",
     "strategy_options",
 ]
 

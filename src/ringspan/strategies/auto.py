@@ -1,8 +1,10 @@
 """`auto`: the strategy that is predicted to end first, and why.
 
 The rule: every strategy that the layout, the mask and the heads allow is priced from its own schedules (`ringspan.strategies.cost`). Those
-that hold more visitors at once than `memory_bytes` are out. The quickest wins; of those within half a percent of it the first in the order
-of `candidates`, which begins with the strategies that hold least.
+that hold more visitors at once than `memory_bytes` are out, and so are those that Python would take twice as long to launch as another: a
+caller may capture what he calls in a graph or may not. Of the others the quickest on the device wins, where a forward and backward count,
+and a forward once more, since it is called alone as well; of those within half a percent of it the first in the order of `candidates`,
+which begins with the strategies that hold least. Where queries travel a forecast is less sure: a few percent are no reason.
 """
 
 from __future__ import annotations
@@ -22,6 +24,14 @@ from ringspan.strategies.once import once
 CLOSE = 1.005
 """Predictions nearer than this are not told apart."""
 
+SURE = 1.03
+"""By as much strategies whose queries travel must be better: partial outputs go home under little computing, and none was timed on GPUs."""
+
+LAUNCHING = 2.0
+"""As many times as long as the least may launching from Python take."""
+
+_QUERIES_TRAVEL = ("balanced", "pass_query")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -29,7 +39,7 @@ class Choice:
 
     Attributes:
         strategy: its name.
-        options: its options.
+        options: its options, a ring's as `complete_ring` leaves them.
         reason: a sentence with the numbers.
         costs: every candidate's, by name and options.
     """
@@ -85,7 +95,15 @@ def complete_ring(
 
 
 @once(maxsize=256)
-def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make: Make, memory_bytes: int | None = None) -> Choice:
+def choose(
+    layout: Layout,
+    mask: Mask,
+    sizes: PieceBytes,
+    machine: Machine,
+    make: Make,
+    memory_bytes: int | None = None,
+    replayed: bool = False,
+) -> Choice:
     """The strategy for `layout` and `mask` with tensors of `sizes` on `machine`.
 
     Args:
@@ -95,6 +113,7 @@ def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make
         machine: speeds of the ranks and links.
         make: `make_schedules`.
         memory_bytes: the most that visitors may take at once on a rank; None for no limit.
+        replayed: whether graphs are known to be replayed, so that nothing is launched from Python.
 
     Raises:
         RingspanError: where no strategy holds as little as `memory_bytes`.
@@ -104,6 +123,8 @@ def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make
     for strategy, options in candidates(layout.num_ranks):
         name = strategy + "".join(f" {key}={value}" for key, value in options.items())
         try:
+            if strategy == "ring" and layout.num_ranks > 1:
+                options = complete_ring((), layout, mask, sizes, machine, make)
             schedules = make(strategy, layout, mask, **options)
         except RingspanError:
             # What a strategy refuses is no candidate: striped positions in neighbouring head groups, say.
@@ -118,14 +139,23 @@ def choose(layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine, make
             "A rank holds what visits it",
             f"memory_bytes={costs[least].live_bytes}",
         )
-    quickest = min(costs[name].seconds for name in fitting)
-    picked = next(name for name in fitting if costs[name].seconds <= CLOSE * quickest)
+    least = min(costs[name].launched_seconds for name in fitting)
+    near = [name for name in fitting if replayed or costs[name].launched_seconds <= LAUNCHING * least]
+    weighed = {name: _weighed(named[name][0], costs[name]) for name in near}
+    picked = next(name for name in near if weighed[name] <= CLOSE * min(weighed.values()))
     mine, slowest = costs[picked], max(fitting, key=lambda name: costs[name].seconds)
+    slower = not replayed and mine.launched_seconds > CLOSE * mine.seconds
+    launched = f", {mine.launched_seconds * 1e3:.3g} launched from Python" if slower else ""
     # Under a mask that allows nothing, there is nothing to compare with.
     beside = f"; {slowest} would take {costs[slowest].seconds / mine.seconds:.2f} times as long" if mine.seconds else ""
     reason = (
-        f"{picked}: {mine.seconds * 1e3:.3g} ms a layer predicted on {machine.name}, computing {mine.computing:.0%} of it, "
+        f"{picked}: {mine.seconds * 1e3:.3g} ms a layer predicted on {machine.name}{launched}, computing {mine.computing:.0%} of it, "
         f"{mine.sent_bytes / 1e6:.3g} MB sent by the busiest rank{beside}"
     )
     strategy, options = named[picked]
     return Choice(strategy, tuple(options.items()), reason, costs)
+
+
+def _weighed(strategy: str, priced: Cost) -> float:
+    """What is compared: seconds, those of the forward once more."""
+    return (priced.seconds + priced.forward_seconds) * (SURE if strategy in _QUERIES_TRAVEL else 1.0)

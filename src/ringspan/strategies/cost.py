@@ -20,12 +20,19 @@ _DIRECTIONS = ("forward", "backward")
 MACHINES = {
     "cuda": Machine(
         name="NVLink GPUs",
-        flops_per_second=5.5e14,
+        flops_per_second=8.9e14,
+        softmax_width=40,
         link_bytes_per_second=2.9e11,
-        latency_seconds=1e-4,
-        launch_seconds=1e-4,
+        latency_seconds=1e-5,
+        launch_seconds=5e-6,
+        backward_launches=2.6,
+        sum_seconds=5e-6,
+        signal_seconds=4e-6,
+        backward_factor=2.6,
         memory_bytes_per_second=3.3e12,
-        exchange_bytes_per_second=1e11,
+        exchange_bytes_per_second=2.2e11,
+        exchange_seconds=3.3e-5,
+        host_seconds=3e-4,
     ),
     "cpu": Machine(
         name="CPU processes",
@@ -36,10 +43,14 @@ MACHINES = {
         memory_bytes_per_second=1e10,
     ),
 }
-"""By device: what was measured on two H100 over NVLink (2026-11), and what gloo does on one host."""
+"""By device: what was measured on H100 over NVLink (2026-11), and what gloo does on one host.
 
-QUEUED = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, launch_seconds=5e-6)}
-"""The same where Python runs ahead of the device, or a graph is replayed: what a launch and a signal take on the device (2026-11)."""
+The GPUs' launches and signals are the device's, where a graph is replayed or Python is ahead; Python's are `host_seconds`. Positions are
+exchanged for heads through peer memory.
+"""
+
+SENDING = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, exchange_bytes_per_second=1e11)}
+"""The same where a process group sends and receives: exchanges are packed and unpacked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +59,16 @@ class Cost:
 
     Attributes:
         seconds: until the last rank is done.
+        forward_seconds: of them those of the forward.
+        launched_seconds: the same where Python launches it: no less than that takes.
         sent_bytes: of the rank that sends most.
         live_bytes: of visitors, on the rank that holds most at once.
         computing: the share of the time in which the ranks compute, on average.
     """
 
     seconds: float
+    forward_seconds: float
+    launched_seconds: float
     sent_bytes: int
     live_bytes: int
     computing: float
@@ -68,17 +83,25 @@ class LayerForecast:
         backward: the backward schedule, likewise.
         sizes: of the tensors that a rank of the schedules computes: with its share of the heads where positions are exchanged for heads.
         exchanges: seconds of each exchange of positions for heads: before and after the forward, before and after the backward.
+        exchange_host_seconds: what Python takes to launch one of them.
     """
 
     forward: Forecast
     backward: Forecast
     sizes: PieceBytes
     exchanges: tuple[float, float, float, float]
+    exchange_host_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Of all of it, one part after the other."""
         return sum(self.exchanges) + self.forward.seconds + self.backward.seconds
+
+    @property
+    def launched_seconds(self) -> float:
+        """The same where Python launches each pass, which then takes no less than Python does."""
+        parts = ((self.forward, self.exchanges[:2]), (self.backward, self.exchanges[2:]))
+        return sum(max(half.seconds + sum(around), half.host_seconds + 2 * self.exchange_host_seconds) for half, around in parts)
 
 
 def share_sizes(schedules: Schedules, sizes: PieceBytes) -> PieceBytes:
@@ -91,16 +114,22 @@ def share_sizes(schedules: Schedules, sizes: PieceBytes) -> PieceBytes:
 
 def forecast_layer(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> LayerForecast:
     """Forward and backward of `schedules` for `layout` (of all ranks) and `mask`, with tensors of `sizes`, on `machine`."""
-    inner, exchanges = share_sizes(schedules, sizes), (0.0, 0.0, 0.0, 0.0)
+    inner, exchanges, launching = share_sizes(schedules, sizes), (0.0, 0.0, 0.0, 0.0), 0.0
     if (grid := schedules.grid) is not None and grid.degree > 1:
         # q, k and v there, out back; dO there, dq, dk and dv back.
         volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
-        overhead = machine.latency_seconds + machine.launch_seconds
         rate = machine.exchange_bytes_per_second or machine.link_bytes_per_second
+        overhead = (
+            machine.latency_seconds + machine.launch_seconds
+            if machine.exchange_seconds is None
+            else (grid.degree - 1) * machine.exchange_seconds
+        )
         there, back, there_again, back_again = (overhead + volume / rate for volume in volumes)
         exchanges = (there, back, there_again, back_again)
+        # Both ends of a message to every other rank.
+        launching = (grid.degree - 1) * machine.host_seconds
     forward, backward = (forecast(schedule, schedules.layout, mask, inner, machine) for schedule in (schedules.forward, schedules.backward))
-    return LayerForecast(forward=forward, backward=backward, sizes=inner, exchanges=exchanges)
+    return LayerForecast(forward=forward, backward=backward, sizes=inner, exchanges=exchanges, exchange_host_seconds=launching)
 
 
 def cost(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> Cost:
@@ -113,7 +142,12 @@ def cost(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, ma
         live = max(live, max(held, default=0))
     busy = sum(sum(half.busy) / max(1, len(half.busy)) for half in (predicted.forward, predicted.backward))
     return Cost(
-        seconds=predicted.seconds, sent_bytes=sent, live_bytes=live, computing=busy / predicted.seconds if predicted.seconds else 1.0
+        seconds=predicted.seconds,
+        forward_seconds=predicted.forward.seconds + sum(predicted.exchanges[:2]),
+        launched_seconds=predicted.launched_seconds,
+        sent_bytes=sent,
+        live_bytes=live,
+        computing=busy / predicted.seconds if predicted.seconds else 1.0,
     )
 
 

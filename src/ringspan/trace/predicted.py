@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from itertools import count
 
 from ringspan.geometry import Layout, Mask
-from ringspan.schedule import Action, Attend, Piece, PieceBytes, Receive, Schedule, Send
+from ringspan.schedule import Action, Attend, Combine, Piece, PieceBytes, Receive, Schedule, Send
 from ringspan.schedule.draw import is_result, pairs_between, visitor
-from ringspan.strategies import Forecast, Machine, Prices, Schedules, forecast_layer
+from ringspan.strategies import Forecast, Machine, Prices, Schedules, forecast_layer, prices_of
 from ringspan.trace.timeline import Event, Flight, Timeline
 
 
@@ -28,8 +28,7 @@ def predicted_timeline(schedules: Schedules, layout: Layout, mask: Mask, sizes: 
     flights: list[Flight] = []
     halves = ((schedules.forward, layer.forward, layer.exchanges[:2]), (schedules.backward, layer.backward, layer.exchanges[2:]))
     for schedule, half, (there, back) in halves:
-        factor = 1.0 if schedule.direction == "forward" else machine.backward_factor
-        prices = Prices(schedules.layout, mask, layer.sizes, machine, factor)
+        prices = prices_of(schedule, schedules.layout, mask, layer.sizes, machine)
         for members in _context_groups(schedules, layout.num_ranks):
             _add(events, flights, schedule, half, prices, members, there)
         if schedules.grid is not None and there:
@@ -82,6 +81,9 @@ def _add(
                 seconds = prices.seconds(action)
                 if isinstance(action, Attend):
                     events += _attends(schedule.direction, members, rank, action, now, seconds, prices)
+                elif seconds and isinstance(action, Combine):
+                    label = f"+{_renamed(action.piece, members)}←{members[action.peer]}"
+                    events.append(Event(schedule.direction, members[rank], action.step, "merge", label, None, now, now + seconds))
                 elif seconds:
                     events.append(_posting(schedule.direction, members, rank, action, now, now + seconds))
                 now += seconds
