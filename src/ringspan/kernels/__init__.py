@@ -3,6 +3,7 @@
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
+from ringspan.kernels.copies import Copy, copy_all
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
@@ -17,6 +18,7 @@ __all__ = [
     "SPEEDS",
     "Capabilities",
     "Comparison",
+    "Copy",
     "Kernel",
     "Problem",
     "Scores",
@@ -25,6 +27,7 @@ __all__ = [
     "add_",
     "autocast_dtype",
     "batch_first",
+    "copy_all",
     "dtype_name",
     "lowered",
     "lse_gradient_refusal",

@@ -75,6 +75,10 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signal from `peer` is set, and clears it."""
         ...
 
+    def meet(self) -> None:
+        """All ranks come here, and none goes on before what all others' current streams have done until here."""
+        ...
+
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """Has all done beside what follows; what it returns waits until they are.
 
@@ -141,7 +145,8 @@ class SymmetricMemory:
         self._transport, self._device, self._size = transport, device, transport.size
         # As a number: torch takes some microseconds to read it off a device, and short sequences are launched in few.
         self._index = torch.cuda.current_device() if device.index is None else device.index
-        self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
+        # One is for meetings alone: where NVLink multicast is on, torch may count in its words who has come.
+        self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size) - 1
         self._inboxes: list[Tensor] = []
         self._mine: Any = None
         self._handle: Any = None
@@ -226,6 +231,10 @@ class SymmetricMemory:
         """See `PeerMemory.wait`. A peer that does not answer within the group's time-out ends this rank's CUDA context with an error."""
         self._handle.wait_signal(peer, channel, self._timeout_ms)
 
+    def meet(self) -> None:
+        """See `PeerMemory.meet`. One launch, which signals to all and waits for all at once."""
+        self._handle.barrier(self.channels, self._timeout_ms)
+
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
@@ -276,6 +285,7 @@ class SharedMemory:
     def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
         self._transport, self._device = transport, device
         self._inboxes: list[Tensor] = []
+        self._meetings = 0
         self._passes = _Passes()
         # The ranks share the first one's lock and signals.
         self._changed, self._set = transport.gather_objects((threading.Condition(), set()))[0]
@@ -324,6 +334,16 @@ class SharedMemory:
                     raise RankFailure(f"rank {word[1]} waited for a signal of rank {peer}", found)
                 self._changed.wait(0.05)
             self._set.remove(word)
+
+    def meet(self) -> None:
+        """See `PeerMemory.meet`."""
+        # Whoever is at the next may be there before all others have seen that it was at this one: of two signals each has its turn.
+        self._meetings += 1
+        channel, others = self.channels + self._meetings % 2, [r for r in range(self._transport.size) if r != self._transport.rank]
+        for other in others:
+            self.signal(other, channel)
+        for other in others:
+            self.wait(other, channel)
 
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
@@ -374,6 +394,10 @@ class SomePeers:
     def wait(self, peer: int, channel: int) -> None:
         """See `PeerMemory.wait`."""
         self._whole.wait(self._members[peer], channel)
+
+    def meet(self) -> None:
+        """Not offered: it is for all ranks."""
+        raise NotImplementedError("the ranks of all passes meet")
 
     def aside(self, lane: int, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""

@@ -1,0 +1,61 @@
+"""Many copies as one Triton kernel, of any strides. `copy_all` of `ringspan.kernels.copies` is its specification and its fallback."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from ringspan.kernels.copies import Copy
+
+ELEMENTS = 4096
+"""What one program copies: of eight bytes each, eight loads of sixteen bytes of each thread are under way at once."""
+MOST = 48
+"""Copies in one launch: what says where they lie is the kernel's arguments, of at most 4 KiB."""
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def _copy_kernel(places, sizes, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+    # Which copy it is, is chosen first: one piece of code for all is fetched once.
+    target, source, target_batch, target_row, target_head, source_batch, source_row, source_head = places[0]
+    rows, heads = sizes[0]
+    for i in tl.static_range(1, COUNT):
+        mine = tl.program_id(1) == i
+        target, source = tl.where(mine, places[i][0], target), tl.where(mine, places[i][1], source)
+        target_batch, source_batch = tl.where(mine, places[i][2], target_batch), tl.where(mine, places[i][5], source_batch)
+        target_row, source_row = tl.where(mine, places[i][3], target_row), tl.where(mine, places[i][6], source_row)
+        target_head, source_head = tl.where(mine, places[i][4], target_head), tl.where(mine, places[i][7], source_head)
+        rows, heads = tl.where(mine, sizes[i][0], rows), tl.where(mine, sizes[i][1], heads)
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (item < batches * rows * heads)[:, None] & (column < COLUMNS)
+    there = (batch * source_batch + row * source_row + head * source_head)[:, None] + column
+    here = (batch * target_batch + row * target_row + head * target_head)[:, None] + column
+    tl.store(target + here, tl.load(source + there, inside), inside)
+
+
+def fused_copies(copies: Sequence[Copy]) -> None:
+    """See `copy_all`. What is of one dtype and width is one launch, and nothing is empty."""
+    alike: defaultdict[tuple[torch.dtype, int, int], list[Copy]] = defaultdict(list)
+    for target, source in copies:
+        if target.ndim == 3:
+            target, source = target.unsqueeze(-1), source.unsqueeze(-1)
+        if target.shape[-1] > 1 and (target.stride(-1), source.stride(-1)) != (1, 1):
+            target.copy_(source)
+            continue
+        alike[(target.dtype, target.shape[-1], len(target))].append((target, source))
+    for (_, columns, batch), same in alike.items():
+        width = triton.next_power_of_2(columns)
+        items = max(1, ELEMENTS // width)
+        for some in (same[first : first + MOST] for first in range(0, len(same), MOST)):
+            most = max(target[..., 0].numel() for target, _ in some)
+            assert most < 1 << 31
+            _copy_kernel[(triton.cdiv(most, items), len(some))](  # pyright: ignore[reportIndexIssue]
+                tuple((target, source, *target.stride()[:3], *source.stride()[:3]) for target, source in some),
+                tuple(tuple(target.shape[1:3]) for target, _ in some),
+                batch, COUNT=len(some), COLUMNS=columns, WIDTH=width, ITEMS=items, num_warps=8,
+            )  # fmt: skip
