@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
+from ringspan.attention import reshard, swap
 from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
 from ringspan.errors import RankFailure, RingspanError, UnsupportedError
@@ -22,6 +24,7 @@ from ringspan.kernels import copy_all
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
+from ringspan.transport.peer_memory import SharedMemory
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.dense import dense, make_tensors
 from tests.support.errors import BUDGETS, assert_close
@@ -177,6 +180,57 @@ def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy:
     for (expected, sent), (found, sent_too) in parts:
         assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
         assert sent == sent_too
+
+
+def exchanged(group, transport: str, strategy: str = "ulysses") -> list[torch.Tensor]:
+    """out and gradients of a rank of four, whose heads are exchanged four times."""
+    same = torch.Generator().manual_seed(0)
+    sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", strategy=strategy).sequence(45)
+    leaves = [sequence.shard(torch.randn(1, 45, heads, 8, generator=same).bfloat16()).requires_grad_() for heads in (8, 4, 4)]
+    out = sequence.attention(*leaves)
+    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("late", [swap, reshard], ids=["writes", "reads"])
+def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeypatch: pytest.MonkeyPatch, late: Any):
+    expected = ringspan.run_in_process(4, lambda group: exchanged(group, "process_group"))
+    right, slow = late.copy_all, threading.local()
+
+    def copy_all(copies):
+        time.sleep(0.1 if vars(slow) else 0.0)
+        right(copies)
+
+    def run(group):
+        vars(slow).update(here=True) if group.rank == 0 else None
+        return exchanged(group, "peer_memory")
+
+    monkeypatch.setattr(late, "copy_all", copy_all)
+    for found, wanted in zip(ringspan.run_in_process(4, run), expected, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "two_dimensional"])
+def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pytest.MonkeyPatch, strategy: str):
+    done = threading.local()
+
+    def count(owner: Any, name: str) -> None:
+        right = getattr(owner, name)
+
+        def counted(*arguments):
+            vars(done).setdefault("names", []).append(name)
+            right(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((swap, "copy_all"), (reshard, "copy_all"), (SharedMemory, "meet")):
+        count(owner, name)
+
+    def run(group):
+        exchanged(group, "peer_memory", strategy)
+        return done.names
+
+    for names in ringspan.run_in_process(4, run):
+        assert names == ["meet", "copy_all", "meet", "copy_all"] * 4, "q, k and v; out; and their gradients, the other way"
 
 
 @pytest.mark.parametrize(
@@ -340,6 +394,22 @@ def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
         return "done"
 
     assert ringspan.run_in_process(4, waiting, timeout_seconds=20.0) == ["done"] * 4
+
+
+def test_nobody_leaves_a_meeting_before_all_have_come():
+    came = [0] * 3
+
+    def run(group):
+        memory = peer_memory(group, torch.device("cpu"))
+        assert not isinstance(memory, str)
+        for turn in range(1, 300):
+            if turn % 50 == group.rank:
+                time.sleep(0.01)
+            came[group.rank] = turn
+            memory.meet()
+            assert min(came) >= turn
+
+    ringspan.run_in_process(3, run, timeout_seconds=20.0)
 
 
 def test_memory_goes_with_its_ranks():

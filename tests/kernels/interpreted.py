@@ -1,10 +1,12 @@
-"""The fused sums beside their specification, on whatever device there is: a GPU, or with TRITON_INTERPRET=1 a CPU."""
+"""The fused sums and copies beside their specification, on whatever device there is: a GPU, or with TRITON_INTERPRET=1 a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ringspan.kernels import copy_all
+from ringspan.kernels.fused_copies import MOST, fused_copies
 from ringspan.kernels.fused_merge import fused_add_, fused_merge_
 from ringspan.kernels.partial import add_, merge_
 
@@ -57,8 +59,43 @@ def check(shape: tuple[int, int, int], spans: tuple[tuple[int, int], ...], dtype
     torch.testing.assert_close(found.double().cpu(), total, rtol=1.01 * unit + 1e-6, atol=2e-6)
 
 
+def copies(dtype: torch.dtype, head_dim: int, room: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What an exchange copies: rows of some heads, in a run and in steps, and lse, into every other row and half of the heads of `room`."""
+    q = torch.randn(2, 37, 7, 3 * head_dim).to(DEVICE, dtype)[..., head_dim : 2 * head_dim]
+    columns_apart = torch.randn(2, 5, head_dim, 11).to(DEVICE, dtype).transpose(2, 3)
+    lse = torch.randn(2, 7, 37, device=DEVICE).transpose(1, 2)
+    found, start = [], 0
+    for source in (q[:, :, 2:5], q[:, 3:30, 6:], q[:, 5:36:3, :1], q[:, :1], columns_apart, lse[:, 4:, 1:3]):
+        batch, rows, heads = source.shape[:3]
+        nbytes = 4 * source.numel() * source.element_size()
+        whole = room[start : start + nbytes].view(source.dtype).view(batch, 2 * rows, 2 * heads, *source.shape[3:])
+        found += [(whole[:, 1::2, heads // 2 : heads // 2 + heads], source), (whole[:, ::2, heads:], source)]
+        start += -(-nbytes // 16) * 16
+    return found
+
+
+def check_copies(dtype: torch.dtype, head_dim: int, more: int) -> None:
+    """The very bits of one copy after the other, and nothing beside them; `more` are tiny."""
+    torch.manual_seed(0)
+    room = torch.full((1 << 20,), 123, dtype=torch.uint8, device=DEVICE)
+    right, all_of_it = room.cpu(), copies(dtype, head_dim, room)
+    tail = room[len(room) - 24 * more :].view(torch.float64).view(more, 1, 1, 3)
+    numbers = torch.arange(2.0 * more, dtype=torch.float64, device=DEVICE).view(more, 1, 1, 2)
+    all_of_it += [(tail[i : i + 1, :, :, :2], numbers[i : i + 1]) for i in range(more)]
+    for target, source in all_of_it:
+        there = right[target.data_ptr() - room.data_ptr() :].view(target.dtype)
+        there.as_strided(target.shape, target.stride()).copy_(source.cpu())
+    fused_copies(all_of_it)
+    assert torch.equal(room.cpu(), right)
+    room.fill_(123)
+    copy_all([*all_of_it, (room[:0].view(1, 0, 1), room[:0].view(1, 0, 1))])
+    assert torch.equal(room.cpu(), right)
+
+
 def main() -> None:
     """Every shape, span and dtype."""
+    for dtype, head_dim, more in ((torch.bfloat16, 80, MOST + 1), (torch.bfloat16, 20, 1), (torch.float16, 3, 0), (torch.float32, 1, 0)):
+        check_copies(dtype, head_dim, more)
     for shape in SHAPES:
         for spans in SPANS:
             for dtype, into in ((torch.float32, None), (HALF, None), (HALF, torch.float32), (torch.float32, HALF)):

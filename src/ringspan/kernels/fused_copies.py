@@ -9,26 +9,25 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from ringspan.kernels.copies import Copy
+from ringspan.kernels.copies import Copy, in_eights
 
-ELEMENTS = 4096
-"""What one program copies: of eight bytes each, eight loads of sixteen bytes of each thread are under way at once."""
+BYTES, MOST_ITEMS = 1 << 15, 1024
+"""What one program copies at most, with 256 threads: heads of so many rows, each thread with eight loads of sixteen bytes under way."""
 MOST = 48
 """Copies in one launch: what says where they lie is the kernel's arguments, of at most 4 KiB."""
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def _copy_kernel(places, sizes, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+@triton.jit
+def _copy_kernel(copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
     # Which copy it is, is chosen first: one piece of code for all is fetched once.
-    target, source, target_batch, target_row, target_head, source_batch, source_row, source_head = places[0]
-    rows, heads = sizes[0]
+    target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads = copies[0]
     for i in tl.static_range(1, COUNT):
         mine = tl.program_id(1) == i
-        target, source = tl.where(mine, places[i][0], target), tl.where(mine, places[i][1], source)
-        target_batch, source_batch = tl.where(mine, places[i][2], target_batch), tl.where(mine, places[i][5], source_batch)
-        target_row, source_row = tl.where(mine, places[i][3], target_row), tl.where(mine, places[i][6], source_row)
-        target_head, source_head = tl.where(mine, places[i][4], target_head), tl.where(mine, places[i][7], source_head)
-        rows, heads = tl.where(mine, sizes[i][0], rows), tl.where(mine, sizes[i][1], heads)
+        target, source = tl.where(mine, copies[i][0], target), tl.where(mine, copies[i][4], source)
+        target_batch, source_batch = tl.where(mine, copies[i][1], target_batch), tl.where(mine, copies[i][5], source_batch)
+        target_row, source_row = tl.where(mine, copies[i][2], target_row), tl.where(mine, copies[i][6], source_row)
+        target_head, source_head = tl.where(mine, copies[i][3], target_head), tl.where(mine, copies[i][7], source_head)
+        rows, heads = tl.where(mine, copies[i][8], rows), tl.where(mine, copies[i][9], heads)
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
     column = tl.arange(0, WIDTH)[None, :]
@@ -47,15 +46,17 @@ def fused_copies(copies: Sequence[Copy]) -> None:
         if target.shape[-1] > 1 and (target.stride(-1), source.stride(-1)) != (1, 1):
             target.copy_(source)
             continue
+        if target.shape[-1] % 16:
+            # Triton reads sixteen bytes at once where all strides are multiples of 16.
+            target, source = in_eights(target, source)
         alike[(target.dtype, target.shape[-1], len(target))].append((target, source))
-    for (_, columns, batch), same in alike.items():
+    for (dtype, columns, batch), same in alike.items():
         width = triton.next_power_of_2(columns)
-        items = max(1, ELEMENTS // width)
+        items = max(1, min(MOST_ITEMS, BYTES // (width * dtype.itemsize)))
         for some in (same[first : first + MOST] for first in range(0, len(same), MOST)):
             most = max(target[..., 0].numel() for target, _ in some)
             assert most < 1 << 31
             _copy_kernel[(triton.cdiv(most, items), len(some))](  # pyright: ignore[reportIndexIssue]
-                tuple((target, source, *target.stride()[:3], *source.stride()[:3]) for target, source in some),
-                tuple(tuple(target.shape[1:3]) for target, _ in some),
+                tuple((target, *target.stride()[:3], source, *source.stride()[:3], *target.shape[1:3]) for target, source in some),
                 batch, COUNT=len(some), COLUMNS=columns, WIDTH=width, ITEMS=items, num_warps=8,
             )  # fmt: skip
