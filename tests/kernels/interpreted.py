@@ -65,7 +65,7 @@ def copies(dtype: torch.dtype, head_dim: int, room: Tensor) -> list[tuple[Tensor
     columns_apart = torch.randn(2, 5, head_dim, 11).to(DEVICE, dtype).transpose(2, 3)
     lse = torch.randn(2, 7, 37, device=DEVICE).transpose(1, 2)
     found, start = [], 0
-    for source in (q[:, :, 2:5], q[:, 3:30, 6:], q[:, 5:36:3, :1], q[:, :1], columns_apart, lse[:, 4:, 1:3]):
+    for source in (q[:, :1], q[:, :, 2:5], q[:, 3:30, 6:], q[:, 5:36:3, :1], columns_apart, lse[:, 4:, 1:3]):
         batch, rows, heads = source.shape[:3]
         nbytes = 4 * source.numel() * source.element_size()
         whole = room[start : start + nbytes].view(source.dtype).view(batch, 2 * rows, 2 * heads, *source.shape[3:])
@@ -78,7 +78,7 @@ def check_copies(dtype: torch.dtype, head_dim: int, more: int) -> None:
     """The very bits of one copy after the other, and nothing beside them; `more` are tiny."""
     torch.manual_seed(0)
     room = torch.full((1 << 20,), 123, dtype=torch.uint8, device=DEVICE)
-    right, all_of_it = room.cpu(), copies(dtype, head_dim, room)
+    right, all_of_it = room.cpu().clone(), copies(dtype, head_dim, room)
     tail = room[len(room) - 24 * more :].view(torch.float64).view(more, 1, 1, 3)
     numbers = torch.arange(2.0 * more, dtype=torch.float64, device=DEVICE).view(more, 1, 1, 2)
     all_of_it += [(tail[i : i + 1, :, :, :2], numbers[i : i + 1]) for i in range(more)]

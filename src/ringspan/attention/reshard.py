@@ -13,7 +13,7 @@ from ringspan.attention.inbox import ALIGNMENT
 from ringspan.attention.observe import AFTER, BEFORE, Observer
 from ringspan.attention.swap import Found, Group, Mail, Message, Swapper, aligned
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
-from ringspan.kernels import Copy, accumulator_dtype, copy_all
+from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
 
 
 @dataclass(frozen=True)
@@ -155,36 +155,33 @@ class Exchange:
                 for part_rows, whole_rows in self.rows[target]
             ]
 
-        shared = [sum(map(_width, of_tensor)) != total for of_tensor, total in zip(heads, totals, strict=True)]
         results: list[Tensor] = []
 
-        def of_own(i: int) -> list[Copy]:
-            into = results[i][:, :, heads[i][self.place]]
-            return [(into[:, part_rows], wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[self.place]]
+        def of_own(i: int) -> list[tuple[slice, Tensor]]:
+            return [(part_rows, wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[self.place]]
 
         def own() -> list[Copy]:
-            for total, dtype, is_sum in zip(totals, wanted, shared, strict=True):
-                shape = batch, own_rows, total, *rest
-                # Summed in the order of the places, in the accumulator's precision: the same at every run.
-                wide = accumulator_dtype(dtype)
-                results.append(wholes[0].new_zeros(shape, dtype=wide) if is_sum else wholes[0].new_empty(shape, dtype=dtype))
-            return [copy for i, is_sum in enumerate(shared) if not is_sum for copy in of_own(i)]
+            results.extend(wholes[0].new_empty((batch, own_rows, of, *rest), dtype=dtype) for of, dtype in zip(totals, wanted, strict=True))
+            alone = [i for i, of_tensor in enumerate(heads) if _sharers(of_tensor, self.place) == [self.place]]
+            return [(results[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
 
         found = self._swap(messages, copies, own, wholes[0].device, AFTER)
         late: list[Copy] = []
-        for place in range(len(self.shares)):
-            for i, is_sum in enumerate(shared):
-                if place != self.place:
-                    arrived = [(results[i][:, :, heads[i][place]], self._came(i, alike[place], found[place]))]
-                else:
-                    arrived = of_own(i) if is_sum else []
-                if not is_sum:
-                    late += arrived
-                else:
-                    for target, source in arrived:
-                        target.add_(source)
+        for i, of_tensor in enumerate(heads):
+            came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
+            for place, of_place in enumerate(of_tensor):
+                sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
+                if sharers == [place]:
+                    late += [(into, came[place])] if place != self.place else []
+                elif place == sharers[0] and _width(of_place):
+                    # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
+                    first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
+                    parts: list[tuple[int, Tensor]] = []
+                    for other in others:
+                        parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
+                    add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
         copy_all(late)
-        return [result.to(dtype) for result, dtype in zip(results, wanted, strict=True)]
+        return results
 
     @staticmethod
     def _came(i: int, alike: list[list[int]], tensors: list[list[Tensor]]) -> Tensor:
@@ -234,6 +231,11 @@ def inbox_bytes(grid: Grid, layout: Layout, q: Tensor, kv_heads: int) -> int:
 
 def _width(heads: slice) -> int:
     return heads.stop - heads.start
+
+
+def _sharers(heads: list[slice], place: int) -> list[int]:
+    """All places that have the heads that `place` has."""
+    return [other for other, theirs in enumerate(heads) if theirs == heads[place]]
 
 
 def _alike(dtypes: list[torch.dtype]) -> list[list[int]]:
