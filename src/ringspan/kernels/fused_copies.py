@@ -43,18 +43,19 @@ def fused_copies(copies: Sequence[Copy]) -> None:
     for target, source in copies:
         if target.ndim == 3:
             target, source = target.unsqueeze(-1), source.unsqueeze(-1)
-        if target.shape[-1] > 1 and (target.stride(-1), source.stride(-1)) != (1, 1):
+        batch, _, _, columns = target.shape
+        if columns > 1 and (target.stride(-1), source.stride(-1)) != (1, 1):
             target.copy_(source)
             continue
-        if target.shape[-1] % 16:
+        if columns % 16:
             # Triton reads sixteen bytes at once where all strides are multiples of 16.
             target, source = in_eights(target, source)
-        alike[(target.dtype, target.shape[-1], len(target))].append((target, source))
-    for (dtype, columns, batch), same in alike.items():
+        alike[(target.dtype, batch, target.shape[-1])].append((target, source))
+    for (dtype, batch, columns), same in alike.items():
         width = triton.next_power_of_2(columns)
         items = max(1, min(MOST_ITEMS, BYTES // (width * dtype.itemsize)))
         for some in (same[first : first + MOST] for first in range(0, len(same), MOST)):
-            most = max(target[..., 0].numel() for target, _ in some)
+            most = max(target.numel() for target, _ in some) // columns
             assert most < 1 << 31
             _copy_kernel[(triton.cdiv(most, items), len(some))](  # pyright: ignore[reportIndexIssue]
                 tuple((target, *target.stride()[:3], source, *source.stride()[:3], *target.shape[1:3]) for target, source in some),

@@ -1,7 +1,7 @@
 """Memory that every rank of one host can write: PyTorch's symmetric memory over NVLink, and the memory that threads share anyway.
 
-Copies into a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from attention. Signals are one
-word each. No multicast.
+Beside attention copies into a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from it; between
+passes, where heads are exchanged, by a kernel. Signals are one word each. No multicast is needed.
 """
 
 from __future__ import annotations
