@@ -28,6 +28,7 @@ def _copy_kernel(copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WI
         target_row, source_row = tl.where(mine, copies[i][2], target_row), tl.where(mine, copies[i][6], source_row)
         target_head, source_head = tl.where(mine, copies[i][3], target_head), tl.where(mine, copies[i][7], source_head)
         rows, heads = tl.where(mine, copies[i][8], rows), tl.where(mine, copies[i][9], heads)
+    rows = rows // 2
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
     column = tl.arange(0, WIDTH)[None, :]
@@ -56,8 +57,12 @@ def fused_copies(copies: Sequence[Copy]) -> None:
         items = max(1, min(MOST_ITEMS, BYTES // (width * dtype.itemsize)))
         for some in (same[first : first + MOST] for first in range(0, len(same), MOST)):
             most = max(target.numel() for target, _ in some) // columns
-            assert most < 1 << 31
+            assert most < 1 << 30
+            # An odd number stands for the rows: for 1, and for multiples of 16, Triton would compile a kernel of its own.
             _copy_kernel[(triton.cdiv(most, items), len(some))](  # pyright: ignore[reportIndexIssue]
-                tuple((target, *target.stride()[:3], source, *source.stride()[:3], *target.shape[1:3]) for target, source in some),
+                tuple(
+                    (target, *target.stride()[:3], source, *source.stride()[:3], 2 * target.shape[1] + 1, target.shape[2])
+                    for target, source in some
+                ),
                 batch, COUNT=len(some), COLUMNS=columns, WIDTH=width, ITEMS=items, num_warps=8,
             )  # fmt: skip
