@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -14,16 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
-from ringspan.attention import peer_courier
+from ringspan.attention import peer_courier, reshard, swap
 from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
-from ringspan.attention.swap import copy_
 from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
-from ringspan.kernels import copy_all_
+from ringspan.kernels import copy_all
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
+from ringspan.transport.peer_memory import SharedMemory
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.dense import dense, make_tensors
 from tests.support.errors import BUDGETS, assert_close
@@ -181,6 +182,57 @@ def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy:
         assert sent == sent_too
 
 
+def exchanged(group, transport: str, strategy: str = "ulysses") -> list[torch.Tensor]:
+    """out and gradients of a rank of four, whose heads are exchanged four times."""
+    same = torch.Generator().manual_seed(0)
+    sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", strategy=strategy).sequence(45)
+    leaves = [sequence.shard(torch.randn(1, 45, heads, 8, generator=same).bfloat16()).requires_grad_() for heads in (8, 4, 4)]
+    out = sequence.attention(*leaves)
+    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("late", [swap, reshard], ids=["writes", "reads"])
+def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeypatch: pytest.MonkeyPatch, late: Any):
+    expected = ringspan.run_in_process(4, lambda group: exchanged(group, "process_group"))
+    right, slow = late.copy_all, threading.local()
+
+    def copy_all(copies):
+        time.sleep(0.1 if vars(slow) else 0.0)
+        right(copies)
+
+    def run(group):
+        vars(slow).update(here=True) if group.rank == 0 else None
+        return exchanged(group, "peer_memory")
+
+    monkeypatch.setattr(late, "copy_all", copy_all)
+    for found, wanted in zip(ringspan.run_in_process(4, run), expected, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "two_dimensional"])
+def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pytest.MonkeyPatch, strategy: str):
+    done = threading.local()
+
+    def count(owner: Any, name: str) -> None:
+        right = getattr(owner, name)
+
+        def counted(*arguments):
+            vars(done).setdefault("names", []).append(name)
+            right(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((swap, "copy_all"), (reshard, "copy_all"), (SharedMemory, "meet")):
+        count(owner, name)
+
+    def run(group):
+        exchanged(group, "peer_memory", strategy)
+        return done.names
+
+    for names in ringspan.run_in_process(4, run):
+        assert names == ["meet", "copy_all", "meet", "copy_all"] * 4, "q, k and v; out; and their gradients, the other way"
+
+
 @pytest.mark.parametrize(
     ("strategy", "heads"), [({"strategy": "ring"}, 4), ({"strategy": "ulysses"}, 4), ({"strategy": "two_dimensional"}, 1)]
 )
@@ -206,10 +258,8 @@ def test_what_is_copied_in_eights_is_what_is_copied():
         source = whole[:, 1:5, heads, columns]
         for target in (torch.zeros(source.shape, dtype=torch.bfloat16), torch.zeros(2, 4, 9, 24, dtype=torch.bfloat16)):
             target = target[:, :, : source.shape[2], : source.shape[3]]
-            copy_(target, source)
+            copy_all([(target, source)])
             assert torch.equal(target.view(torch.int16), source.contiguous().view(torch.int16))
-    copy_(wide := torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.float16))
-    assert wide.sum() == 12
 
 
 def test_a_gradient_of_lse_travels_too():
@@ -329,8 +379,8 @@ def test_an_attention_that_is_computed_again_for_its_backward_leaves_nothing_in_
 
 def test_what_is_sent_when_nothing_is_computed_any_more_is_copied_at_once(monkeypatch: pytest.MonkeyPatch):
     at_once: list[list[tuple[int, ...]]] = []
-    right = peer_courier.copy_all_
-    monkeypatch.setattr(peer_courier, "copy_all_", lambda copies: (at_once.append([target.shape for target, _ in copies]), right(copies)))
+    right = peer_courier.copy_all
+    monkeypatch.setattr(peer_courier, "copy_all", lambda copies: (at_once.append([target.shape for target, _ in copies]), right(copies)))
     tensors = make_tensors(64, heads=4, kv_heads=2, head_dim=4, seed=0)
     split = Split(
         num_ranks=4, mask=MASKS["causal"].make(64), strategy="direct", layout="zigzag",
@@ -340,14 +390,6 @@ def test_what_is_sent_when_nothing_is_computed_any_more_is_copied_at_once(monkey
     assert_close(found, dense(tensors, MASKS["causal"].allowed(64)), BUDGETS[torch.float64], "")
     # What is left of the gradients of keys when the last call is done goes home, from every rank, dk beside dv.
     assert len(at_once) == 4 and all(len(copies) % 2 == 0 for copies in at_once)
-
-
-def test_copies_at_once_are_copies():
-    sources = [torch.randn(3, 5), torch.randn(4, 2, dtype=torch.float64), torch.randn(0), torch.arange(6).view(2, 3).T]
-    targets = [torch.full_like(source, 9) for source in sources]
-    copy_all_(list(zip(targets, sources, strict=True)))
-    assert all(map(torch.equal, targets, sources))
-    copy_all_([])
 
 
 def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
@@ -367,6 +409,22 @@ def test_waiting_is_counted_in_seconds_and_not_in_what_others_signal():
         return "done"
 
     assert ringspan.run_in_process(4, waiting, timeout_seconds=20.0) == ["done"] * 4
+
+
+def test_nobody_leaves_a_meeting_before_all_have_come():
+    came = [0] * 3
+
+    def run(group):
+        memory = peer_memory(group, torch.device("cpu"))
+        assert not isinstance(memory, str)
+        for turn in range(1, 300):
+            if turn % 50 == group.rank:
+                time.sleep(0.01)
+            came[group.rank] = turn
+            memory.meet()
+            assert min(came) >= turn
+
+    ringspan.run_in_process(3, run, timeout_seconds=20.0)
 
 
 def test_memory_goes_with_its_ranks():

@@ -27,9 +27,9 @@ WAYS: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {"ring over NCCL": {"transport": "process_group"}, "two heads at a time": {"kv_heads_per_stage": 2}}
 
 
-def tensors(length: int, device: torch.device) -> list[torch.Tensor]:
+def tensors(length: int, device: torch.device, kv_heads: int = 4) -> list[torch.Tensor]:
     """q, k, v and dO of a shard, new at every call."""
-    return [torch.randn(1, length, heads, 64, device=device, dtype=torch.bfloat16) for heads in (8, 4, 4, 8)]
+    return [torch.randn(1, length, heads, 64, device=device, dtype=torch.bfloat16) for heads in (8, kv_heads, kv_heads, 8)]
 
 
 def both(sequence: ringspan.Sequence, given: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -40,8 +40,28 @@ def both(sequence: ringspan.Sequence, given: list[torch.Tensor]) -> list[torch.T
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
+def exchange(device: torch.device) -> None:
+    """Heads are exchanged through peer memory to the bits that NCCL brings, also in a graph: some of q each, and one of k for all."""
+    ways = [
+        ringspan.ContextParallel(kernel="flash2", deterministic=True, strategy="ulysses", transport=way).sequence(LENGTHS[1])
+        for way in ("process_group", "peer_memory")
+    ]
+    for _ in range(EAGER_CALLS):
+        given = tensors(ways[0].shard_length, device, kv_heads=1)
+        expected, found = (both(way, given) for way in ways)
+        for which, mine, right in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            assert torch.equal(mine, right), f"ulysses: {which} differs from what NCCL brings"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = ways[1].attention(*given[:3])
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected[0]), "ulysses: out of a graph differs from what NCCL brings"
+
+
 def main() -> None:
-    """Raises where a replay differs in a bit from launches."""
+    """Raises where a replay differs in a bit from launches, or an exchange of heads from NCCL's."""
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -68,6 +88,7 @@ def main() -> None:
         assert replayed.replays is not None and replayed.replays.number >= 4, name
         if dist.get_rank() == 0:
             print(f"{name}: {replayed.replays.number} graphs", flush=True)
+    exchange(device)
     for options in REFUSED.values():
         sequence = ringspan.ContextParallel(kernel="flash2", cuda_graphs=True, **options).sequence(LENGTHS[0])
         with pytest.raises(RingspanError, match="destroy_process_group"):

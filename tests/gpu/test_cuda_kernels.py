@@ -115,7 +115,7 @@ def test_the_fused_merge_is_the_merge(dtype: torch.dtype, shape: tuple[int, int,
     torch.testing.assert_close(out.cpu(), exact_out, rtol=2e-5, atol=2e-6)
 
 
-def test_fused_sums_of_several_parts_are_their_specification():
+def test_fused_sums_of_several_parts_and_fused_copies_are_their_specification():
     from tests.kernels import interpreted
 
     interpreted.main()

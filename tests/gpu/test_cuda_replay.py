@@ -1,4 +1,7 @@
-"""Attention that is replayed as CUDA graphs, over peer memory: the bits that launches give; over NCCL it is refused."""
+"""Attention that is replayed as CUDA graphs, over peer memory: the bits that launches give; over NCCL it is refused.
+
+Before that heads are exchanged through peer memory, to the bits that NCCL brings.
+"""
 
 from __future__ import annotations
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringspan.kernels import copy_all
+from ringspan.kernels.fused_copies import MOST, fused_copies
 from ringspan.kernels.fused_merge import fused_add_, fused_merge_
-from ringspan.kernels.fused_signals import BLOCK, fused_await, fused_copies, fused_set
+from ringspan.kernels.fused_signals import fused_await, fused_set
 from ringspan.kernels.partial import add_, merge_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +64,7 @@ def check(shape: tuple[int, int, int], spans: tuple[tuple[int, int], ...], dtype
 
 
 def check_signals() -> None:
-    """Words that may be set at once, and are; and copies of several sizes, beyond whose ends nothing is written."""
+    """Words that may be set at once, and are, and no others."""
     words = torch.zeros(70, dtype=torch.int32, device=DEVICE)
     some = [0, 3, 4, 33, 69]
     addresses = torch.tensor([words[index].data_ptr() for index in some], dtype=torch.int64, device=DEVICE)
@@ -73,16 +75,45 @@ def check_signals() -> None:
     words[1] = 1
     fused_await(addresses, milliseconds)
     assert words.nonzero().flatten().tolist() == [1]
-    sizes = (5, 0, 2 * BLOCK + 16, BLOCK)
-    sources = [torch.randint(1, 1 << 60, (size,), device=DEVICE) for size in sizes]
-    targets = [torch.zeros(size + 9, dtype=torch.int64, device=DEVICE) for size in sizes]
-    fused_copies([(target[:size], source) for target, source, size in zip(targets, sources, sizes, strict=True)])
-    for target, source, size in zip(targets, sources, sizes, strict=True):
-        assert torch.equal(target[:size], source) and not target[size:].any()
+
+
+def copies(dtype: torch.dtype, head_dim: int, room: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What an exchange copies: rows of some heads, in a run and in steps, and lse, into every other row and half of the heads of `room`."""
+    q = torch.randn(2, 37, 7, 3 * head_dim).to(DEVICE, dtype)[..., head_dim : 2 * head_dim]
+    columns_apart = torch.randn(2, 5, head_dim, 11).to(DEVICE, dtype).transpose(2, 3)
+    lse = torch.randn(2, 7, 37, device=DEVICE).transpose(1, 2)
+    found, start = [], 0
+    for source in (q[:, :1], q[:, :, 2:5], q[:, 3:30, 6:], q[:, 5:36:3, :1], columns_apart, lse[:, 4:, 1:3]):
+        batch, rows, heads = source.shape[:3]
+        nbytes = 4 * source.numel() * source.element_size()
+        whole = room[start : start + nbytes].view(source.dtype).view(batch, 2 * rows, 2 * heads, *source.shape[3:])
+        found += [(whole[:, 1::2, heads // 2 : heads // 2 + heads], source), (whole[:, ::2, heads:], source)]
+        start += -(-nbytes // 16) * 16
+    return found
+
+
+def check_copies(dtype: torch.dtype, head_dim: int, more: int) -> None:
+    """The very bits of one copy after the other, and nothing beside them; `more` are tiny."""
+    torch.manual_seed(0)
+    room = torch.full((1 << 20,), 123, dtype=torch.uint8, device=DEVICE)
+    right, all_of_it = room.cpu().clone(), copies(dtype, head_dim, room)
+    tail = room[len(room) - 24 * more :].view(torch.float64).view(more, 1, 1, 3)
+    numbers = torch.arange(2.0 * more, dtype=torch.float64, device=DEVICE).view(more, 1, 1, 2)
+    all_of_it += [(tail[i : i + 1, :, :, :2], numbers[i : i + 1]) for i in range(more)]
+    for target, source in all_of_it:
+        there = right[target.data_ptr() - room.data_ptr() :].view(target.dtype)
+        there.as_strided(target.shape, target.stride()).copy_(source.cpu())
+    fused_copies(all_of_it)
+    assert torch.equal(room.cpu(), right)
+    room.fill_(123)
+    copy_all([*all_of_it, (room[:0].view(1, 0, 1), room[:0].view(1, 0, 1))])
+    assert torch.equal(room.cpu(), right)
 
 
 def main() -> None:
     """Every shape, span and dtype."""
+    for dtype, head_dim, more in ((torch.bfloat16, 80, MOST + 1), (torch.bfloat16, 20, 1), (torch.float16, 3, 0), (torch.float32, 1, 0)):
+        check_copies(dtype, head_dim, more)
     for shape in SHAPES:
         for spans in SPANS:
             for dtype, into in ((torch.float32, None), (HALF, None), (HALF, torch.float32), (torch.float32, HALF)):

@@ -121,3 +121,25 @@ def test_what_was_planned_goes_on_where_there_is_no_room_for_more(monkeypatch: p
     assert (table in memory._addresses.values()) is False and [table for *_, tables in memory._retired for table in tables] == (
         ["words"] if captured else []
     ), "what a graph reads lives as long as what it writes to"
+
+
+def test_ranks_meet_by_signals_that_no_message_has(monkeypatch: pytest.MonkeyPatch):
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    met: list[tuple[int, int]] = []
+    handle = SimpleNamespace(
+        get_buffer=lambda rank, sizes, dtype: torch.empty(sizes, dtype=dtype),
+        barrier=lambda channel, timeout: met.append((channel, timeout)),
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for name, value in {
+        "get_signal_pad_size": lambda: 2048, "empty": lambda nbytes, **_: torch.empty(nbytes, dtype=torch.uint8),
+        "rendezvous": lambda mine, group: handle,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(symmetric_memory, name, value)
+    transport: Any = SimpleNamespace(size=8, group=None, timeout_ms=1234, gather_objects=SingleRank().gather_objects)
+    memory = SymmetricMemory(transport, torch.device("cuda", 0))
+    memory.meet()
+    ((channel, timeout),) = met
+    assert (channel, timeout) == (63, 1234), "the last word of each rank for each other in 2048 bytes of words"
+    assert memory.channels == 63, "signals are counted from 0"

@@ -13,12 +13,15 @@ from ringspan.attention.mail import Component, Pieces, UnderWay, Wire
 from ringspan.attention.observe import BEFORE
 from ringspan.attention.program import Batch
 from ringspan.attention.shelf import adjacent
-from ringspan.kernels import accumulator_dtype, copy_all_
+from ringspan.kernels import accumulator_dtype, copy_all
 from ringspan.schedule import Piece, Send
 from ringspan.transport import PeerMemory, Pending, Transport
 
 Written = tuple[Message, tuple[tuple[int, tuple[Place, ...]], ...]]
 """See `Posting.written`."""
+
+MOST_BYTES = 1 << 24
+"""That one kernel copies: copy engines carry more as fast. Nor does it beside other kernels: it would wait for a multiprocessor."""
 
 
 class PeerCourier:
@@ -63,8 +66,8 @@ class PeerCourier:
 
         def write(*messages: Written) -> None:
             found = [pair for message in messages for pair in copies(*message)]
-            if batch.idle:
-                copy_all_(found)
+            if batch.idle and sum(target.nbytes for target, _ in found) <= MOST_BYTES:
+                copy_all(found)
             else:
                 for target, source in found:
                     target.copy_(source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
 from ringspan.attention.observe import AFTER, BEFORE, Observer
-from ringspan.attention.swap import Found, Group, Mail, Message, Swapper, aligned, copy_
+from ringspan.attention.swap import Found, Group, Mail, Message, Swapper, aligned
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
-from ringspan.kernels import accumulator_dtype
+from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,24 @@ class Exchange:
             shapes = tuple((batch, self.part_lengths[source], _width(of_tensor[target]), *rest) for of_tensor in heads)
             return (Message(shapes, parts[0].dtype),)
 
-        def fill(target: int, index: int, segments: list[Tensor]) -> None:
-            for segment, part, of_tensor in zip(segments, parts, heads, strict=True):
-                copy_(segment, part[:, :, of_tensor[target]])
+        def copies(target: int, index: int, segments: list[Tensor]) -> list[Copy]:
+            return [(segment, part[:, :, of_tensor[target]]) for segment, part, of_tensor in zip(segments, parts, heads, strict=True)]
 
-        found = self._swap(messages, fill, parts[0].device, BEFORE)
-        wholes = [parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads]
-        for place, rows in enumerate(self.rows):
-            for i, (whole, of_tensor) in enumerate(zip(wholes, heads, strict=True)):
-                came = parts[i][:, :, of_tensor[place]] if place == self.place else found[place][0][i]
-                for part_rows, whole_rows in rows:
-                    copy_(whole[:, whole_rows], came[:, part_rows])
+        wholes: list[Tensor] = []
+
+        def assembled(place: int, came: list[Tensor]) -> list[Copy]:
+            return [
+                (whole[:, whole_rows], part[:, part_rows])
+                for whole, part in zip(wholes, came, strict=True)
+                for part_rows, whole_rows in self.rows[place]
+            ]
+
+        def own() -> list[Copy]:
+            wholes.extend(parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads)
+            return assembled(self.place, [part[:, :, of_tensor[self.place]] for part, of_tensor in zip(parts, heads, strict=True)])
+
+        found = self._swap(messages, copies, own, parts[0].device, BEFORE)
+        copy_all([copy for place, (came,) in found.items() for copy in assembled(place, came)])
         return wholes
 
     def _to_positions(
@@ -133,7 +140,7 @@ class Exchange:
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
             wanted: the dtype of result i.
         """
-        batch, own, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
+        batch, own_rows, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
         alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.shares))]
 
@@ -141,29 +148,39 @@ class Exchange:
             rows = batch, self.part_lengths[target]
             return [Message(tuple((*rows, _width(heads[i][source]), *rest) for i in same), sent[same[0]][source]) for same in alike[source]]
 
-        def fill(target: int, index: int, segments: list[Tensor]) -> None:
-            for segment, i in zip(segments, alike[self.place][index], strict=True):
-                for part_rows, whole_rows in self.rows[target]:
-                    copy_(segment[:, part_rows], wholes[i][:, whole_rows])
+        def copies(target: int, index: int, segments: list[Tensor]) -> list[Copy]:
+            return [
+                (segment[:, part_rows], wholes[i][:, whole_rows])
+                for segment, i in zip(segments, alike[self.place][index], strict=True)
+                for part_rows, whole_rows in self.rows[target]
+            ]
 
-        found = self._swap(messages, fill, wholes[0].device, AFTER)
-        results = []
-        for i, (total, dtype) in enumerate(zip(totals, wanted, strict=True)):
+        results: list[Tensor] = []
+
+        def of_own(i: int) -> list[tuple[slice, Tensor]]:
+            return [(part_rows, wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[self.place]]
+
+        def own() -> list[Copy]:
+            results.extend(wholes[0].new_empty((batch, own_rows, of, *rest), dtype=dtype) for of, dtype in zip(totals, wanted, strict=True))
+            alone = [i for i, of_tensor in enumerate(heads) if _sharers(of_tensor, self.place) == [self.place]]
+            return [(results[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
+
+        found = self._swap(messages, copies, own, wholes[0].device, AFTER)
+        late: list[Copy] = []
+        for i, of_tensor in enumerate(heads):
             came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
-            if shared := sum(map(_width, heads[i])) != total:
-                # Summed in the order of the places, in the accumulator's precision: the same at every run.
-                result = wholes[0].new_zeros((batch, own, total, *rest), dtype=accumulator_dtype(dtype))
-            else:
-                result = wholes[0].new_empty((batch, own, total, *rest), dtype=dtype)
-            for place, of_place in enumerate(heads[i]):
-                into = result[:, :, of_place]
-                if place == self.place:
-                    mine = ((into[:, part_rows], wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[place])
-                else:
-                    mine = [(into, came[place])]
-                for target, source in mine:
-                    target.add_(source) if shared else copy_(target, source)
-            results.append(result.to(dtype))
+            for place, of_place in enumerate(of_tensor):
+                sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
+                if sharers == [place]:
+                    late += [(into, came[place])] if place != self.place else []
+                elif place == sharers[0] and _width(of_place):
+                    # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
+                    first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
+                    parts: list[tuple[int, Tensor]] = []
+                    for other in others:
+                        parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
+                    add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
+        copy_all(late)
         return results
 
     @staticmethod
@@ -174,11 +191,12 @@ class Exchange:
     def _swap(
         self,
         messages: Callable[[int, int], Sequence[Message]],
-        fill: Callable[[int, int, list[Tensor]], None],
+        copies: Callable[[int, int, list[Tensor]], Iterable[Copy]],
+        own: Callable[[], Iterable[Copy]],
         device: torch.device,
         step: int,
     ) -> Found:
-        return self.swapper.swap(Mail(messages, fill), device, self.observer, step)
+        return self.swapper.swap(Mail(messages, copies, own), device, self.observer, step)
 
 
 def make_exchange(swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:
@@ -213,6 +231,11 @@ def inbox_bytes(grid: Grid, layout: Layout, q: Tensor, kv_heads: int) -> int:
 
 def _width(heads: slice) -> int:
     return heads.stop - heads.start
+
+
+def _sharers(heads: list[slice], place: int) -> list[int]:
+    """All places that have the heads that `place` has."""
+    return [other for other, theirs in enumerate(heads) if theirs == heads[place]]
 
 
 def _alike(dtypes: list[torch.dtype]) -> list[list[int]]:

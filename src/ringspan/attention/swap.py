@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
 from ringspan.attention.observe import Observer, Swap, watch
+from ringspan.kernels import Copy, copy_all
 from ringspan.transport import Parcel, PeerMemory, Transport
-
-_READY, _FREE = 0, 1
-"""The two signals of a message: it is there, and it may come."""
 
 
 class Message(NamedTuple):
@@ -42,11 +40,13 @@ class Mail(NamedTuple):
 
     Attributes:
         messages: (source, target) to what goes from one to the other, by their places in the group: known to all of them.
-        fill: (target, index, tensors): writes what this rank sends there, its index-th message.
+        copies: (target, index, tensors) to what fills these with what this rank sends there, its index-th message.
+        own: to what this rank gives itself: copied along with what others get.
     """
 
     messages: Callable[[int, int], Sequence[Message]]
-    fill: Callable[[int, int, list[Tensor]], None]
+    copies: Callable[[int, int, list[Tensor]], Iterable[Copy]]
+    own: Callable[[], Iterable[Copy]]
 
 
 Found = dict[int, list[list[Tensor]]]
@@ -95,16 +95,23 @@ class TransportSwapper:
 
     def swap(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
         """See `Swapper`. Nothing is sent of what is empty."""
+        found = self._exchanged(mail, device, observer, step)
+        # There is room for it where what was sent has been.
+        copy_all([*mail.own()])
+        return found
+
+    def _exchanged(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
         group = self._group
-        found, sends, receives = {}, [], []
+        found, copies, sends, receives = {}, [], [], []
         for other in group.others:
             arriving = [(message, _room(message, device)) for message in mail.messages(other, group.place)]
             found[other] = [message.views(room) for message, room in arriving]
             receives += [Parcel(room, group.members[other]) for _, room in arriving if room.numel()]
             for index, message in enumerate(mail.messages(group.place, other)):
                 room = _room(message, device)
-                mail.fill(other, index, message.views(room))
+                copies += mail.copies(other, index, message.views(room))
                 sends += [Parcel(room, group.members[other])] if room.numel() else []
+        copy_all(copies)
         swap = None if observer is None else group.sizes(mail)
         with watch(observer, step, "post", swap):
             pending = self._transport.exchange(sends, receives)
@@ -129,24 +136,26 @@ class PeerSwapper:
         self._memory, self._sent, self._group = memory, sent, group
 
     def swap(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
-        """See `Swapper`. A message is written once its receiver is done with what lay there before, and read once all of it is there."""
+        """See `Swapper`. What others get is written once all are done with what lay there before, and read once all of it is there.
+
+        All ranks meet for that, those of other groups too, which swap at the same time: a launch each. To wait for each other rank by
+        itself would take one a rank, and the last of them is waited for in any case.
+        """
         group, memory = self._group, self._memory
         swap = None if observer is None else group.sizes(mail)
         memory.begin()
         token = None if observer is None else observer.begin(step, "transfer", swap, _Nothing())
         with watch(observer, step, "post", swap):
-            arriving = [other for other in group.others if any(message.nbytes for message in mail.messages(other, group.place))]
-            memory.signal([(group.members[other], _FREE) for other in arriving])
+            memory.meet()
+            copies: list[Copy] = []
             for other in group.others:
-                messages, rank = mail.messages(group.place, other), group.members[other]
-                if any(message.nbytes for message in messages):
-                    memory.wait([(rank, _FREE)])
-                    for index, tensors in enumerate(self._views(mail, group.place, other)):
-                        mail.fill(other, index, tensors)
-                    memory.signal([(rank, _READY)])
-                    self._sent[rank] += sum(message.nbytes for message in messages)
+                for index, tensors in enumerate(self._views(mail, group.place, other)):
+                    copies += mail.copies(other, index, tensors)
+                if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
+                    self._sent[group.members[other]] += nbytes
+            copy_all([*copies, *mail.own()])
         with watch(observer, step, "wait", swap):
-            memory.wait([(group.members[other], _READY) for other in arriving])
+            memory.meet()
         memory.end()
         if observer is not None:
             observer.end(token)
@@ -172,21 +181,6 @@ class _Nothing:
 def aligned(nbytes: int) -> int:
     """Where the next message begins."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def copy_(target: Tensor, source: Tensor) -> None:
-    """`target.copy_(source)`, eight bytes at a time where both let themselves be read so: a fourth of the loads of bfloat16."""
-    if target.dtype == source.dtype and _is_in_eights(target) and _is_in_eights(source):
-        target, source = target.view(torch.int64), source.view(torch.int64)
-    target.copy_(source)
-
-
-def _is_in_eights(tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    if size >= 8 or not tensor.numel() or tensor.stride(-1) != 1:
-        return False
-    steps = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
-    return all(step * size % 8 == 0 for step in steps) and tensor.data_ptr() % 8 == 0
 
 
 def _room(message: Message, device: torch.device) -> Tensor:

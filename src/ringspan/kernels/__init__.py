@@ -3,13 +3,14 @@
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
+from ringspan.kernels.copies import Copy, copy_all
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
 from ringspan.kernels.partial import accumulator_dtype, add_, batch_first, merge_, rows_first
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
-from ringspan.kernels.signals import copy_all_, signal_kernels
+from ringspan.kernels.signals import signal_kernels
 from ringspan.kernels.speed import Comparison, Speeds, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
@@ -18,6 +19,7 @@ __all__ = [
     "SPEEDS",
     "Capabilities",
     "Comparison",
+    "Copy",
     "Kernel",
     "Problem",
     "Scores",
@@ -26,7 +28,7 @@ __all__ = [
     "add_",
     "autocast_dtype",
     "batch_first",
-    "copy_all_",
+    "copy_all",
     "dtype_name",
     "lowered",
     "lse_gradient_refusal",

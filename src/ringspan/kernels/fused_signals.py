@@ -1,18 +1,13 @@
-"""Words that devices tell each other by, several in one kernel; and several copies in one kernel.
+"""Words that devices tell each other by, several in one kernel.
 
 A launch takes some microseconds on the device, and a signal less than one: three signals one after the other are three launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-
-BLOCK = 2048
-"""Eights of bytes that one program copies: 16 KiB."""
 
 
 @triton.jit
@@ -32,15 +27,6 @@ def _words_kernel(addresses, nanoseconds, EXPECTED: tl.constexpr, DESIRED: tl.co
                 tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
-def _copies_kernel(copies, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    for i in tl.static_range(COUNT):
-        if tl.program_id(1) == i:
-            target, source, eights = copies[i]
-            tl.store(target + item, tl.load(source + item, item < eights), item < eights)
-
-
 def fused_set(addresses: Tensor, milliseconds: int) -> None:
     """Sets words that are 0 to 1, each as soon as it is 0; what was written before is seen by whoever finds it set.
 
@@ -57,12 +43,4 @@ def fused_await(addresses: Tensor, milliseconds: int) -> None:
     """Waits for words to be 1 and sets them to 0; what was written before they were set is seen by what comes after. See `fused_set`."""
     _words_kernel[(addresses.numel(),)](  # pyright: ignore[reportIndexIssue]
         addresses, milliseconds * 1_000_000, 1, 0, "acquire", milliseconds > 0, num_warps=1
-    )
-
-
-def fused_copies(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copies sources into targets, contiguous int64 of one size each, all at the same time."""
-    most = max(target.numel() for target, _ in copies)
-    _copies_kernel[(triton.cdiv(most, BLOCK), len(copies))](  # pyright: ignore[reportIndexIssue]
-        tuple((target, source, target.numel()) for target, source in copies), COUNT=len(copies), BLOCK=BLOCK, num_warps=8
     )

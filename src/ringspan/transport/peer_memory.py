@@ -1,7 +1,7 @@
 """Memory that every rank of one host can write: PyTorch's symmetric memory over NVLink, and the memory that threads share anyway.
 
-Copies into a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from attention. Signals are one
-word each. No multicast.
+Beside attention copies into a peer's memory are made by copy engines on a stream of their own and take no multiprocessor from it; between
+passes, where heads are exchanged, by a kernel. Signals are one word each. No multicast is needed.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class PeerMemory(Protocol):
         """Holds up the current stream until the signals from these peers are set, and clears them."""
         ...
 
+    def meet(self) -> None:
+        """All ranks come here, and none goes on before what all others' current streams have done until here."""
+        ...
+
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """Has all done beside what follows; what it returns waits until they are.
 
@@ -145,7 +149,8 @@ class SymmetricMemory:
         self._transport, self._device, self._size = transport, device, transport.size
         # As a number: torch takes some microseconds to read it off a device, and short sequences are launched in few.
         self._index = torch.cuda.current_device() if device.index is None else device.index
-        self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size)
+        # One is for meetings alone: where NVLink multicast is on, torch may count in its words who has come.
+        self.channels = symmetric_memory.get_signal_pad_size() // (4 * transport.size) - 1
         self._inboxes: list[Tensor] = []
         self._addresses: dict[tuple[str, tuple[tuple[int, int], ...]], Tensor] = {}
         self._mine: Any = None
@@ -258,6 +263,10 @@ class SymmetricMemory:
             self._addresses[key] = torch.tensor(found, dtype=torch.int64, device=self._device)
         return self._addresses[key]
 
+    def meet(self) -> None:
+        """See `PeerMemory.meet`. One launch, which signals to all and waits for all at once."""
+        self._handle.barrier(self.channels, self._timeout_ms)
+
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
@@ -311,6 +320,7 @@ class SharedMemory:
     def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
         self._transport, self._device = transport, device
         self._inboxes: list[Tensor] = []
+        self._meetings = 0
         self._passes = _Passes()
         # The ranks share the first one's lock, and signals that are set, each with what it comes after on a GPU.
         self._changed, self._set = transport.gather_objects((threading.Condition(), {}))[0]
@@ -368,6 +378,14 @@ class SharedMemory:
         if done is not None:
             torch.cuda.current_stream(self._device).wait_event(done)
 
+    def meet(self) -> None:
+        """See `PeerMemory.meet`."""
+        # Whoever is at the next may be there before all others have seen that it was at this one: of two signals each has its turn.
+        self._meetings += 1
+        channel, others = self.channels + self._meetings % 2, [r for r in range(self._transport.size) if r != self._transport.rank]
+        self.signal([(other, channel) for other in others])
+        self.wait([(other, channel) for other in others])
+
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
         room()
@@ -418,6 +436,10 @@ class SomePeers:
     def wait(self, words: Words) -> None:
         """See `PeerMemory.wait`."""
         self._whole.wait([(self._members[peer], channel) for peer, channel in words])
+
+    def meet(self) -> None:
+        """Not offered: it is for all ranks."""
+        raise NotImplementedError("the ranks of all passes meet")
 
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`."""
