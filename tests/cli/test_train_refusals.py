@@ -127,7 +127,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(refused, text: Path, tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}")
     said = refused("--data", text, "--context", 64, "--out", tmp_path / "run")
-    assert "it holds a run already" in said
+    assert "it holds a run already (metrics.jsonl, which ended before its first checkpoint)" in said and "or removing" in said
+    said = refused("--resume", "--out", tmp_path / "run")
+    assert "there is no checkpoint in it" in said and f"after removing {tmp_path / 'run'}" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}"
 
 
@@ -171,6 +173,12 @@ def test_a_damaged_checkpoint_is_refused_with_the_file(refused, stopped_run: Pat
     said = refused("--resume", "--out", stopped_run)
     assert "tensors/__0_0.distcp has 1000 bytes" in said
     assert "Try: starting a new run" in said
+
+
+def test_a_run_does_not_go_back_and_keeps_its_number_of_steps(refused, stopped_run: Path):
+    before = (stopped_run / "config.json").read_text()
+    assert "--steps 2 with --resume: 3 are taken" in refused("--resume", "--out", stopped_run, "--steps", 2)
+    assert (stopped_run / "config.json").read_text() == before
 
 
 def test_a_resumed_run_with_another_context_is_refused(refused, stopped_run: Path):

@@ -247,6 +247,14 @@ def test_a_balancing_loss_of_experts_is_refused():
         ringspan.parallelize(model, feed_forward_chunk=None)
 
 
+@pytest.mark.parametrize("chunk", ["auto", None])
+def test_dropout_anywhere_in_a_model_is_refused(chunk: Any):
+    model = tiny_llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.Sequential(model.model.layers[1].mlp.act_fn, torch.nn.Dropout(0.25))
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.act_fn\.1 drops 0\.25 of the elements"):
+        ringspan.parallelize(model, feed_forward_chunk=chunk)
+
+
 def test_experts_are_no_feed_forward_that_runs_by_chunks():
     with pytest.raises(UnsupportedError, match="feed_forward_chunk=None"):
         ringspan.parallelize(family("mixtral"))
@@ -256,9 +264,13 @@ def test_a_batch_that_one_rank_cannot_compute_is_refused_on_every_rank():
     def run(group: Any) -> list[str]:
         parallel = ringspan.parallelize(tiny_llama(), group)
         said = []
-        for batch in ({"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, {**make_batch(1, 9), "extra": 1}, make_batch(1, 11)):
+        right, others = make_batch(1, 9), []
+        for name in ("input_ids", "labels"):
+            others.append({**right, name: right[name].clone()})
+            others[-1][name][0, -1] += 1
+        for batch in ({"input_ids": torch.zeros(1, 9, dtype=torch.int64)}, {**right, "extra": 1}, make_batch(1, 11), *others):
             with pytest.raises(RingspanError) as caught:
-                parallel.shard_batch(batch if group.rank else make_batch(1, 9))
+                parallel.shard_batch(batch if group.rank else right)
             said.append(str(caught.value))
         with pytest.raises(RingspanError, match="as many micro-batches"):
             parallel.shard_batches([make_batch(1, 9)] * (1 + group.rank))
@@ -267,6 +279,8 @@ def test_a_batch_that_one_rank_cannot_compute_is_refused_on_every_rank():
 
     for said in ringspan.run_in_process(2, run, timeout_seconds=30.0):
         assert "labels" in said[0] and "nothing is ignored" in said[1] and "the same whole batches" in said[2]
+        # A sampler that gives each rank its own tokens would train on a text that is nowhere.
+        assert all("number 0, of 9 tokens, is another on rank 1 than on rank 0" in each for each in said[3:]) and len(said) == 5
 
 
 def test_a_loss_of_a_part_that_was_not_counted_is_refused():

@@ -196,7 +196,7 @@ def run(given: dict[str, Any], *, resume: bool) -> int:
     plan = prepare(given, resume=resume)
     _show(plan)
     if plan.first_step >= plan.config.steps:
-        print(f"all {plan.config.steps} steps are taken; --steps {2 * plan.config.steps} would go on")
+        print(f"all {plan.config.steps} steps are taken; --steps {2 * plan.first_step} would go on")
         return 0
     try:
         outcome = launch(plan, "ringspan.cli.train_rank", _say)

@@ -72,11 +72,14 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
     # os.path's `exists`: pathlib's raises where one may not look, and what is wrong with the folder is said below.
     used = [path for path in (files.checkpoints, files.metrics) if os.path.exists(path)]
     if used:
+        # A live run is named as such, whether or not it has a checkpoint yet.
+        _check_unoccupied(files.out)
+        whole = list_checkpoints(files.checkpoints)
         raise RingspanError(
             f"--out {config.out}",
-            f"it holds a run already ({used[0].name})",
+            f"it holds a run already ({used[0].name}{'' if whole else ', which ended before its first checkpoint'})",
             "One folder keeps one run",
-            "--resume to go on with it, or another --out",
+            "--resume to go on with it, or another --out" if whole else f"another --out, or removing {config.out}",
         )
     was_there = os.path.exists(files.out)
     try:
@@ -130,12 +133,17 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     files = RunFiles(out)
     checkpoints = list_checkpoints(files.checkpoints)
     if not checkpoints:
-        raise RingspanError(
-            f"--resume with --out {out}", "there is no checkpoint in it", "A run goes on from its last checkpoint", "leaving --resume out"
-        )
+        held = os.path.exists(files.metrics)
+        if held:
+            _check_unoccupied(out)
+        hint = f"leaving --resume out, with another --out or after removing {out}" if held else "leaving --resume out"
+        raise RingspanError(f"--resume with --out {out}", "there is no checkpoint in it", "A run goes on from its last checkpoint", hint)
     config = TrainingConfig.load(files.config).resumed(given | {"out": str(out)})
     config.check()
     state = verify_checkpoint(checkpoints[-1])
+    if config.steps < state.step:
+        asked, found = f"--steps {config.steps} with --resume", f"{state.step} are taken"
+        raise RingspanError(asked, found, "A run goes on and not back", f"--steps {2 * state.step}")
     # The folder that the run once began from need not be there any more.
     model = config.model if config.model in PRESETS or config.lora_rank else str(checkpoints[-1] / MODEL)
     if config.lora_rank:

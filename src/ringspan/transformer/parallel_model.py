@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,12 +113,14 @@ class ParallelModel:
             For each batch what `loss` takes.
 
         Raises:
-            RingspanError: on every rank, where a batch is wrong on one of them, or replicas have different numbers of micro-batches.
+            RingspanError: on every rank, where a batch is wrong on one of them, where ranks that share a sequence were given different
+                tokens, labels, positions or padding, or where replicas have different numbers of micro-batches.
         """
         asked: list[tuple[int, Mask]] = []
         problem = problem_of(lambda: asked.extend(_wanted(batches, masks)))
         # First what to cut by, since agreeing on a new sequence is a matter of its context alone, and the others would wait elsewhere.
-        said = self._everyone.gather_objects((self._members, [(length, str(mask)) for length, mask in asked], problem))
+        given = [(length, str(mask), _checksum(batch)) for (length, mask), batch in zip(asked, batches, strict=False)]
+        said = self._everyone.gather_objects((self._members, given, problem))
         _raise_first(problem, [other for *_, other in said])
         _check_alike(said)
         sequences = [self.context.sequence(length, mask) for length, mask in asked]
@@ -282,14 +285,27 @@ def _raise_first(problem: RingspanError | None, others: list[RingspanError | Non
             raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
 
 
-def _check_alike(said: list[tuple[list[int], list[tuple[int, str]], Any]]) -> None:
-    """As many micro-batches on all ranks, of the same lengths and masks within each context."""
+def _checksum(batch: Mapping[str, Any]) -> int:
+    """Of its whole numbers: tokens, labels, positions, padding."""
+    found = 0
+    for name in sorted(batch):
+        if isinstance(tensor := batch[name], Tensor) and not tensor.is_floating_point():
+            found = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return found
+
+
+def _check_alike(said: list[tuple[list[int], list[tuple[int, str, int]], Any]]) -> None:
+    """As many micro-batches on all ranks, the same within each context."""
     for other, (members, asked, _) in enumerate(said):
         if len(asked) != len(said[0][1]):
             rule = "Every replica has as many micro-batches a step, since all take part in gathering the parameters"
             found = f"rank 0 has {len(said[0][1])}, rank {other} has {len(asked)}"
             raise RingspanError("micro-batches of one step", found, rule, "one whose labels are all −100 for who has none left")
-        if asked != said[members[0]][1]:
-            found = f"rank {members[0]} has {said[members[0]][1]}, rank {other} has {asked}"
+        first = said[members[0]][1]
+        if asked != first:
+            found = f"rank {members[0]} has {[each[:2] for each in first]}, rank {other} has {[each[:2] for each in asked]}"
+            if (same := [each[:2] for each in asked]) == [each[:2] for each in first]:
+                index = next(index for index, pair in enumerate(zip(asked, first, strict=True)) if pair[0] != pair[1])
+                found = f"number {index}, of {same[index][0]} tokens, is another on rank {other} than on rank {members[0]}"
             rule = "Ranks that share a sequence are given the same whole batches"
             raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context and tensor axes")

@@ -14,7 +14,7 @@ from ringspan.attention import ContextParallel
 from ringspan.attention.checks import problem_of
 from ringspan.errors import RingspanError
 from ringspan.transformer.axes import Group, Names, find_axes
-from ringspan.transformer.blockwise import blockwise, check_position_wise, norms_of
+from ringspan.transformer.blockwise import blockwise, check_no_dropout, check_position_wise, norms_of
 from ringspan.transformer.fused import fuse_rotation
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
@@ -116,6 +116,7 @@ def parallelize(
 
     def prepare() -> None:
         register()
+        check_no_dropout(model)
         if not _is_memory(memory_bytes):
             raise RingspanError(f"memory_bytes={memory_bytes!r}", "", "It is a number of bytes", "memory_bytes=80 << 30, or None")
         check_mode(
