@@ -24,7 +24,7 @@ from ringspan.kernels import copy_all
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
-from ringspan.transport.peer_memory import SharedMemory
+from ringspan.transport.shared_memory import SharedMemory
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.dense import dense, make_tensors
 from tests.support.errors import BUDGETS, assert_close

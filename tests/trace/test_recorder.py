@@ -13,7 +13,7 @@ from ringspan.attention.mail import TransportCourier
 from ringspan.attention.program import Batch
 from ringspan.trace import CudaClock, HostClock, Recorder
 from ringspan.transport import works
-from ringspan.transport.peer_memory import _Aside
+from ringspan.transport.symmetric_memory import _Aside
 
 
 class Gpu:

@@ -11,7 +11,7 @@ import torch
 
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank
-from ringspan.transport.peer_memory import SymmetricMemory
+from ringspan.transport.symmetric_memory import SymmetricMemory
 from tests.support.device import Device, device
 
 __all__ = ["device"]
@@ -26,9 +26,9 @@ class Memory(SymmetricMemory):
     def __init__(self, device: Device) -> None:
         self._index, self._device, self._streams, self._before = 0, torch.device("cuda", 0), {}, None
         self._gpu, self._captured = device, False
-        from ringspan.transport.peer_memory import _Passes
+        from ringspan.transport.peers import Passes
 
-        self._passes = _Passes()
+        self._passes = Passes()
 
 
 def test_a_message_does_not_wait_for_the_one_before_it_in_a_graph(device: Device):

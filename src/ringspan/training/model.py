@@ -240,11 +240,11 @@ def check_exact(model: PreTrainedModel, name: str) -> None:
         RingspanError: naming it.
     """
     from ringspan.transformer import prepare_rotary
+    from ringspan.transformer.blockwise import check_no_dropout
 
     rule = "The loss on any number of ranks is the unsplit model's"
-    dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
-    dropout = max(dropout, getattr(model.config, "attention_dropout", 0.0) or 0.0)
-    if dropout > 0:
+    check_no_dropout(model)
+    if (dropout := getattr(model.config, "attention_dropout", 0.0) or 0.0) > 0:
         raise RingspanError(f"--model {name}", f"it has dropout {dropout}", rule, "setting every dropout in its config.json to 0")
     # Angles that depend on the length that a call sees, `dynamic` among them, are then the whole sequence's.
     prepare_rotary(model)

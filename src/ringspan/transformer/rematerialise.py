@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ringspan.attention.tape import Keep, Tape, keep_here, recording, replaying
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.transformer.blockwise import check_no_dropout
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
 from ringspan.transformer.offload import HostStore
 
@@ -111,7 +112,8 @@ def rematerialise(
     """
     check_mode(mode, offloads=store is not None, layers_per_checkpoint=layers_per_checkpoint)
     if layers_per_checkpoint > 1:
-        _check_no_dropout(layers)
+        for layer in layers:
+            check_no_dropout(layer)
     group = _Group(1)
     for index, layer in enumerate(layers):
         place = index % layers_per_checkpoint
@@ -228,15 +230,3 @@ class _Replaying:
 
     def __exit__(self, *error: Any) -> Any:
         return self._within.__exit__(*error)
-
-
-def _check_no_dropout(layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
-                raise UnsupportedError(
-                    f"layers_per_checkpoint above 1 for a {type(layer).__name__}",
-                    f"{name} drops {module.p} of the elements",
-                    "A layer that runs again without a graph would drop others",
-                    "layers_per_checkpoint=1, or its dropout set to 0",
-                )

@@ -5,7 +5,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
-from ringspan.transport.peer_memory import PeerMemory, SomePeers, peer_memory
+from ringspan.transport.peer_memory import SomePeers, peer_memory
+from ringspan.transport.peers import PeerMemory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
 from ringspan.transport.protocol import Parcel, Pending, Transport, agree, works
 from ringspan.transport.start import start_ranks
