@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ringspan.errors import RingspanError
 from ringspan.training.model import build_model
 from ringspan.training.prepare import prepare
-from ringspan.training.rope import scaled
+from ringspan.training.rope import base_for, scaled
 from tests.training.support import write_text
 from tests.training.trainers import assert_same_steps, take_steps
 
@@ -30,6 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", num_words=2000)
+
+
+def test_a_new_model_turns_slowly_enough_for_its_context(tmp_path: Path):
+    """Bounds that the paper's table gives: 64 thousand tokens 2.1e6, 1 million 5.1e8; the line through all is within 2x of them."""
+    for context, bound in ((65_536, 2.1e6), (1_048_576, 5.1e8)):
+        assert bound / 2 < base_for(context) < 2 * bound
+    assert base_for(1024) == base_for(1990) == 1e4 < base_for(2048)
+    for context in (64, 65_536):
+        build_model("pico", vocabulary_size=256, context=context, seed=3).save_pretrained(tmp_path / "model")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        slowest = loaded.model.rotary_emb.inv_freq[-1].item()
+        assert slowest == pytest.approx(base_for(context) ** (-6 / 8))
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])

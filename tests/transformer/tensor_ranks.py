@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from contextlib import nullcontext
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -132,10 +133,19 @@ def kept_bytes(group: Any) -> dict[str, float]:
                 parameters: Any = list(model.parameters())
                 live.ignore(*(parameter.to_local() for parameter in parameters), *model.buffers())
                 hidden = model.model(**part, use_cache=False).last_hidden_state
-                gc.collect()
-                held.append(live.now())
+                held.append(_settled(live))
             assert hidden.requires_grad and hidden.shape[1] == 64
         found[mode] = (held[1] - held[0]) / 2 / 128
+    return found
+
+
+def _settled(live: LiveBytes) -> int:
+    """What is held for good: a thread of gloo lets go of a message up to some milliseconds after it has arrived."""
+    gc.collect()
+    found = live.now()
+    for _ in range(10):
+        time.sleep(0.02)
+        found = min(found, live.now())
     return found
 
 

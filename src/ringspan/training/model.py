@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ringspan.errors import RingspanError
-from ringspan.training.rope import check_scaling, scaled
+from ringspan.training.rope import base_for, check_scaling, scaled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -225,6 +225,7 @@ def _llama(preset: Preset, vocabulary_size: int, context: int):
         num_key_value_heads=preset.kv_heads,
         intermediate_size=preset.feed_forward,
         max_position_embeddings=context,
+        rope_parameters={"rope_type": "default", "rope_theta": base_for(context)},
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -1,4 +1,6 @@
-"""Rotary embeddings stretched for a context above the model's own, by the formulas that transformers names.
+"""Rotary embeddings for long contexts: the base of a new model, and those of a trained one stretched beyond its own context.
+
+Stretched by the formulas that transformers names:
 
 - `linear` (position interpolation): every position is divided by the factor.
 - `yarn`: fast dimensions stay, slow ones are divided, and attention is made a little sharper.
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SCALINGS = ("linear", "dynamic", "yarn")
+USUAL_BASE = 10_000.0
+
+
+def base_for(context: int) -> float:
+    """The base θ of a new model's rotary embeddings: 0.0424 · context^1.628, and never below the usual 10,000.
+
+    The least base with which a query still tells a key like itself from any other at every distance in the context (Men et al., "Base of
+    RoPE Bounds Context Length", 2024, figure 1: the line through their bounds for 1,000 to 1,000,000 tokens). The usual one is enough up to
+    1,995 tokens; 65,536 take 2.9 million.
+
+    Args:
+        context: tokens in one sequence.
+    """
+    return max(USUAL_BASE, float(round(0.0424 * context**1.628)))
 
 
 def check_scaling(kind: str) -> None:
