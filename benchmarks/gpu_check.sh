@@ -90,7 +90,7 @@ for part in $parts; do
       done
       unset CUDA_DEVICE_MAX_CONNECTIONS ;;
     speed) bench speed 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 2048,8192,32768 \
-        --launch graph,eager,replay ;;
+        --launch "${LAUNCH:-graph,eager,replay}" ;;
     many)
       # What four GPUs and more choose among.
       SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
@@ -151,10 +151,13 @@ for part in $parts; do
         --strategies "${STRATEGIES:-ring,direct:shards_at_once=4}" > "$out/timeline.log" 2>&1
       echo "timeline: $?" ;;
     run)
-      # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text.
-      timeout 280 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model small --context 65536 --steps "${STEPS:-300}" \
-        --validation-tokens 524288 --validation-every 50 --sample-tokens 0 --out "$out/long_run" 2>&1 | tail -8
-      rm -rf "$out"/long_run/checkpoint* ;;
+      # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text, by default
+      # the source of transformers' models, where much of a file was said some ten thousand bytes before.
+      data=${DATA:-$(python3 -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("transformers").origin).parent / "models")')}
+      timeout "${SECONDS_ALLOWED:-280}" python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model "${MODEL:-tiny}" \
+        --context 65536 --steps "${STEPS:-1000}" --data "$data" --validation-tokens "${HELD_OUT:-2097152}" --validation-every 100 --sample-tokens 0 \
+        --out "$out/long_run" 2>&1 | tail -8
+      rm -rf "$out"/long_run/checkpoint* "$out"/long_run/tokens ;;
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
