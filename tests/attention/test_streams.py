@@ -15,6 +15,7 @@ import ringspan
 from ringspan.attention import autograd, executor
 from ringspan.attention.program import resolve
 from ringspan.attention.streams import OneStream, TwoStreams, streams_for
+from ringspan.attention.turns import Turns
 from ringspan.geometry import make_layout
 from ringspan.kernels import KERNELS, Kernel
 from ringspan.strategies import make_schedules
@@ -149,10 +150,10 @@ def test_what_is_read_before_the_calls_are_joined_is_found(sums: str, monkeypatc
 
 def test_results_that_a_call_in_its_turn_has_added_to_do_not_leave_aside(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(autograd, "streams_for", Late)
-    monkeypatch.setattr(executor.Pass, "is_computed_aside", lambda self, piece: True)
+    monkeypatch.setattr(executor.Pass, "leaves_aside", lambda self, piece: True)
     with pytest.raises(AssertionError, match="is not computed aside"):
         results(4, "tree", "documents", "contiguous", torch.bfloat16, "peer_memory")
-    monkeypatch.setattr(executor.ForwardPass, "before", lambda self, found: None if self._is_aside else self.join())
+    monkeypatch.setattr(Turns, "before", lambda self, found: None if self._is_aside else self.join())
     found = results(4, "tree", "documents", "contiguous", torch.bfloat16, "peer_memory")
     assert any(tensor.isnan().any() for each in found for tensor in each)
 

@@ -6,8 +6,7 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +21,11 @@ from ringspan.attention.program import LANES, Batch, Launch, RankProgram
 from ringspan.attention.scoring import TileScores
 from ringspan.attention.shelf import Shelf, joined
 from ringspan.attention.streams import Result, Streams
+from ringspan.attention.turns import Sum, Turns
 from ringspan.kernels import Kernel, Scores, accumulator_dtype, batch_first, rows_first
 from ringspan.kernels.lse_gradient import backward as kernel_backward
 from ringspan.schedule import Piece, Send
 from ringspan.transport import Pending
-
-Sum = tuple[str, int]
-"""What is added up: the kind of its pieces, and their owner."""
 
 
 class Pass:
@@ -42,19 +39,16 @@ class Pass:
     """
 
     def __init__(self, program: RankProgram, courier: Courier, scores: TileScores, streams: Streams) -> None:
-        self.program, self.courier, self.scores, self.streams = program, courier, scores, streams
+        self.program, self.courier, self.scores, self.turns = program, courier, scores, Turns(streams)
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
-        # What is added to in its turn while calls run beside: it waits for `join`.
-        self._in_turn: set[Sum] = set()
-        self._is_aside = False
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
         try:
             self._run(observer)
         except BaseException:
-            self.streams.leave()
+            self.turns.streams.leave()
             raise
 
     def _run(self, observer: Observer | None) -> None:
@@ -62,13 +56,15 @@ class Pass:
         waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
-                self._in_turn.add((combine.piece.kind, combine.piece.owner))
+                self.turns.take((combine.piece.kind, combine.piece.owner))
                 with watch(observer, index, "merge", combine):
                     self.combine(combine.piece, self._arrived.pop((combine.piece, combine.peer)))
             for batch in step.batches:
                 with watch(observer, index, "post", batch):
                     incoming = self._incoming(batch)
-                    with self._aside(batch) as posted:
+                    # Inputs, and results of the calls beside, need not wait for what the current stream still computes.
+                    with self.turns.aside(batch.lane == 0 or all(self.leaves_aside(send.piece) for send in batch.sends)) as is_aside:
+                        posted = replace(batch, idle=False) if is_aside else batch
                         pending = self.courier.post(posted, [self._outgoing(send) for send in batch.sends], incoming)
                 waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
@@ -78,13 +74,13 @@ class Pass:
             for batch, pending, token in waiting:
                 if batch.due <= index + 1:
                     with watch(observer, index, "wait", batch):
-                        self.streams.arrived(pending)
+                        self.turns.streams.arrived(pending)
                     if observer is not None:
                         observer.end(token)
             waiting = [entry for entry in waiting if entry[0].due > index + 1]
             if (step.releases or step.combines) and self.courier.frees(index):
                 # Whoever writes there next must not overtake a call that reads it.
-                self.join()
+                self.turns.join()
             for piece in step.releases:
                 self.shelf.drop(piece)
             if step.combines and self.courier.lends:
@@ -93,7 +89,7 @@ class Pass:
                         accumulator.settle(lent=True)
             self.courier.give_back(index)
         self.settle(observer, len(self.program.steps) - 1)
-        self.join()
+        self.turns.join()
         self.courier.end()
 
     def settle(self, observer: Observer | None = None, index: int = 0) -> None:
@@ -101,35 +97,11 @@ class Pass:
 
     def compute(self, launch: Launch, sums: Iterable[Sum], call: Callable[[], Result]) -> Result:
         """`call()`, the kernel's of this launch, of which something is added to `sums`: beside the one before, or the next beside it."""
-        if launch not in self.program.beside:
-            return self.streams.beside(call)
-        self._in_turn.update(sums)
-        return self.streams.fork(call)
+        return self.turns.compute(launch in self.program.beside, sums, call)
 
-    def join(self) -> None:
-        """What is done next comes after all calls."""
-        self.streams.join()
-        self._in_turn.clear()
-
-    def before(self, found: Sum) -> None:
-        """What is done next comes after all calls that have added to a sum."""
-        assert not self._is_aside or found not in self._in_turn, f"{found} is not computed aside"
-        if not self._is_aside:
-            self.join()
-
-    @contextmanager
-    def _aside(self, batch: Batch) -> Iterator[Batch]:
-        """What is sent leaves when the calls beside are done, whatever the current stream still computes: inputs, and results of those."""
-        self._is_aside = self.streams.forked and (batch.lane == 0 or all(self.is_computed_aside(send.piece) for send in batch.sends))
-        try:
-            with self.streams.aside() if self._is_aside else nullcontext():
-                yield replace(batch, idle=False) if self._is_aside else batch
-        finally:
-            self._is_aside = False
-
-    def is_computed_aside(self, piece: Piece) -> bool:
+    def leaves_aside(self, piece: Piece) -> bool:
         """Whether the current stream has added nothing to what `piece` is of since calls run beside it, and has nothing to add."""
-        return (piece.kind, piece.owner) not in self._in_turn
+        return self.turns.leaves_aside((piece.kind, piece.owner))
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -222,7 +194,7 @@ class ForwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 program.again.get((kind, owner), (start, stop)),
                 rounds and owner == program.rank,
-                before=partial(self.before, (kind, owner)),
+                before=partial(self.turns.before, (kind, owner)),
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -293,7 +265,7 @@ class BackwardPass(_FlashPass):
                 program.additions[(kind, owner)],
                 rounds=owner == rank and (kind == "dq" or rounds_keys),
                 parts=1 if kind == "dq" else 2,
-                before=partial(self.before, (kind, owner)),
+                before=partial(self.turns.before, (kind, owner)),
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -343,9 +315,9 @@ class BackwardPass(_FlashPass):
         self._settle_before(piece)
         return self._accumulators[(piece.kind, piece.owner)].rows(piece.start, piece.stop)
 
-    def is_computed_aside(self, piece: Piece) -> bool:
-        """See `Pass.is_computed_aside`."""
-        return super().is_computed_aside(piece) and not self._is_late(piece)
+    def leaves_aside(self, piece: Piece) -> bool:
+        """See `Pass.leaves_aside`."""
+        return super().leaves_aside(piece) and not self._is_late(piece)
 
     def _settle_before(self, piece: Piece) -> None:
         if self._is_late(piece):
