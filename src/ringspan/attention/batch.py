@@ -116,7 +116,7 @@ def agree_on_batch(sequence: Sequence, batch: Mapping[str, Any], problem: Ringsp
             f"shard_batch of a sequence on {transport.size} ranks in a worker of a DataLoader",
             "a worker reaches no other rank",
             SAME_BATCHES + ", and shard_batch compares them",
-            "shard_batch in the training loop; or, for data that has one order on all ranks, from ringspan.attention.batch import shard_batch",
+            "shard_batch in the training loop; or, of data in one order on all ranks, from ringspan.attention.batch import shard_batch",
         )
     said = transport.gather_objects((None if problem is not None else checksum(batch), problem))
     raise_first(problem, [other for _, other in said])
