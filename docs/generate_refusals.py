@@ -21,6 +21,7 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Mask
 from ringspan.kernels import KERNELS
 from ringspan.strategies import STRATEGIES
+from ringspan.transformer.hook import attention_forward
 from ringspan.transport import InProcessTransport, Parcel
 
 PAGE = Path(__file__).parent / "refusals.md"
@@ -235,11 +236,17 @@ CALLS: dict[str, Callable[[], Any]] = {
     "`shard_batch` of fewer tokens than ranks": lambda: _sequence(length=3).shard_batch(
         {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     ),
+    "a model that is given no `position_ids`": lambda: _attention_of_a_model(torch.arange(LENGTH // RANKS)[None]),
     "`shard_batch` with a key that it does not know": lambda: _sequence().shard_batch(
         {"input_ids": torch.zeros(1, LENGTH, dtype=torch.int64), "token_type_ids": torch.zeros(1, LENGTH)}
     ),
 }
 """What is asked, and the call that asks it."""
+
+
+def _attention_of_a_model(position_ids: Tensor) -> Any:
+    q, k, v = _tensors(axes="bhsd")
+    return attention_forward(torch.nn.Module(), q, k, v, None, ringspan_sequence=_sequence(), position_ids=position_ids)
 
 
 def _padded(kept: Tensor) -> dict[str, Tensor]:

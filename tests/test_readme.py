@@ -164,8 +164,12 @@ def test_a_model_that_the_readme_names_gives_the_same_logits_and_loss_on_three_r
     @torch.no_grad()
     def run_rank(group):
         seq = ringspan.ContextParallel(group).sequence(41)
-        mine = copy.deepcopy(model)(**seq.shard_batch({"input_ids": tokens, "labels": tokens}), use_cache=False)
-        return seq.unshard(mine.logits), mine.loss
+        mine, part = copy.deepcopy(model), seq.shard_batch({"input_ids": tokens, "labels": tokens})
+        result = mine(**part, use_cache=False)
+        # It tells its attention which positions it computed with: those that it makes by itself are seen there.
+        with pytest.raises(ringspan.RingspanError, match="counts each rank's tokens from 0"):
+            mine(**{name: value for name, value in part.items() if name != "position_ids"}, use_cache=False)
+        return seq.unshard(result.logits), result.loss
 
     split = ringspan.run_in_process(3, run_rank)
     # float32: a few roundings of 1e-7 in two layers.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import ringspan
+from ringspan.attention import batch as batch_module
+from ringspan.attention.batch import shard_batch
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.transport import InProcessTransport, SingleRank
 from tests.support.models import make_batch, tiny_llama, whole_loss
 
 
@@ -120,3 +124,58 @@ def test_labels_at_padding_are_refused_on_every_rank_where_the_whole_model_would
     counted, _ = whole_loss(tiny_llama(), batch)
     masked, _ = whole_loss(tiny_llama(), make_batch(2, 12, padded=(0, 5)))
     assert counted != masked, "transformers counts a label at padding: to drop it would be another loss"
+
+
+def changed(batch: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """`batch` with another last number in `name`."""
+    other = batch[name].clone()
+    other[-1, -1] += 1
+    return {**batch, name: other}
+
+
+def test_ranks_that_were_given_different_batches_are_all_refused_and_so_are_all_where_one_has_a_batch_that_is_wrong():
+    right = {**make_batch(2, 9), "position_ids": torch.arange(9).expand(2, -1), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    others = [changed(right, name) for name in right]
+    others += [{key: right[key] for key in right if key != "labels"}, {**right, "extra": right["labels"]}, make_batch(2, 11)]
+
+    def run(group: Any) -> list[str]:
+        sequence, said = ringspan.ContextParallel(group).sequence(9), []
+        for other in others:
+            with pytest.raises(RingspanError) as caught:
+                sequence.shard_batch(other if group.rank == 1 else right)
+            said.append(str(caught.value))
+        sequence.shard_batch(right)
+        return said
+
+    every = ringspan.run_in_process(3, run, timeout_seconds=20.0)
+    differ = "the batch, of 9 tokens, is another on rank 1 than on rank 0. Ranks that share a sequence are given the same whole batches"
+    for rank, said in enumerate(every):
+        assert all(differ in message for message in said[:5]), rank
+        assert "nothing is ignored" in said[5] and "9 positions" in said[6]
+        assert rank == 1 or all("rank 1 was given a batch that it cannot compute" in message for message in said[5:])
+
+
+def test_batches_are_compared_by_one_gathering_and_by_none_where_a_rank_is_alone_or_parallelize_has_compared_them():
+    batch = make_batch(1, 9)
+
+    def gatherings(group: InProcessTransport, call: Any) -> int:
+        before = group._meetings
+        call(batch)
+        return group._meetings - before
+
+    def run(group: InProcessTransport) -> tuple[int, ...]:
+        sequence, parallel = ringspan.ContextParallel(group).sequence(9), ringspan.parallelize(tiny_llama(), group)
+        parallel.context.sequence(9)
+        without_a_word = partial(shard_batch, sequence)
+        return tuple(gatherings(group, call) for call in (sequence.shard_batch, without_a_word, parallel.shard_batch))
+
+    # parallelize: what to cut by with the checksums, and then how many tokens are labelled.
+    assert ringspan.run_in_process(2, run) == [(1, 0, 2)] * 2
+    assert run(SingleRank()) == (0, 0, 2)
+
+
+def test_a_worker_that_loads_data_reaches_no_other_rank_and_is_told_what_to_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_module, "get_worker_info", lambda: "a worker's")
+    with pytest.raises(UnsupportedError, match=r"in a worker of a DataLoader.*from ringspan\.attention\.batch import shard_batch"):
+        parts(make_batch(1, 9), ranks=2)
+    parts(make_batch(1, 9), ranks=1)

@@ -1,12 +1,14 @@
-"""A Hugging Face batch of whole sequences to this rank's part of it."""
+"""A Hugging Face batch of whole sequences to this rank's part of it, and whether all ranks were given the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ringspan.attention.loss import IGNORE_INDEX, shift_labels
 from ringspan.errors import RingspanError, UnsupportedError
@@ -21,8 +23,14 @@ SEQUENCE_KEYWORD = "ringspan_sequence"
 _KNOWN = ("input_ids", "inputs_embeds", "position_ids", "labels", "attention_mask")
 
 
+SAME_BATCHES = "Ranks that share a sequence are given the same whole batches"
+"""The rule: a sampler that gives each rank its own would train on a text that is nowhere."""
+
+
 def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """This rank's part of `batch`, ready for `model(**…)`.
+    """This rank's part of `batch`, ready for `model(**…)`, without a word to the other ranks: who calls it knows that theirs is the same.
+
+    `Sequence.shard_batch` compares. This is for a thread or a DataLoader's worker that cuts batches ahead.
 
     Args:
         sequence: whose length is that of the batch.
@@ -37,7 +45,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         RingspanError: for tensors of another length, unknown keys, padding that this mask does not make harmless or that has labels, and
-            where a rank would own no token. On every rank, since all are given the same batch; nothing is sent.
+            where a rank would own no token. On every rank that is given this batch; nothing is sent.
     """
     unknown = sorted(set(batch) - set(_KNOWN))
     if unknown or not ({"input_ids", "inputs_embeds"} & set(batch)):
@@ -64,8 +72,60 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         shifted = shift_labels(labels)
         part["labels"] = part["shift_labels"] = sequence.shard(shifted, 1)
         part["num_items_in_batch"] = (shifted != IGNORE_INDEX).sum()
+    # So that attention need not read them.
+    sequence.known_positions.add(part["position_ids"])
     part[SEQUENCE_KEYWORD] = sequence
     return part
+
+
+def checksum(batch: Mapping[str, Any]) -> int:
+    """Of its whole numbers: tokens, labels, positions, padding."""
+    found = 0
+    for name in sorted(batch):
+        if isinstance(tensor := batch[name], Tensor) and not (tensor.is_floating_point() or tensor.is_meta):
+            found = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return found
+
+
+def raise_first(problem: RingspanError | None, others: Iterable[RingspanError | None]) -> None:
+    """Raises this rank's own `problem`, or that of the first rank that has one."""
+    if problem is not None:
+        raise problem
+    for rank, other in enumerate(others):
+        if other is not None:
+            raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
+
+
+def differs(which: str, length: int, rank: int, first: int) -> str:
+    """What is found where `rank` was given other numbers than rank `first`."""
+    return f"{which}, of {length} tokens, is another on rank {rank} than on rank {first}"
+
+
+def agree_on_batch(sequence: Sequence, batch: Mapping[str, Any], problem: RingspanError | None) -> None:
+    """All ranks of `sequence` go on with `batch`, or all raise: one gathering of a checksum and of what `problem` a rank has.
+
+    Raises:
+        RingspanError: on every rank, this rank's own `problem`, or that of the first rank that has one, or that the batches differ.
+    """
+    transport = sequence.context.transport
+    if transport.size == 1:
+        raise_first(problem, [])
+        return
+    if get_worker_info() is not None:
+        raise UnsupportedError(
+            f"shard_batch of a sequence on {transport.size} ranks in a worker of a DataLoader",
+            "a worker reaches no other rank",
+            SAME_BATCHES + ", and shard_batch compares them",
+            "shard_batch in the training loop; or, of data in one order on all ranks, from ringspan.attention.batch import shard_batch",
+        )
+    said = transport.gather_objects((None if problem is not None else checksum(batch), problem))
+    raise_first(problem, [other for _, other in said])
+    for rank, (theirs, _) in enumerate(said):
+        if theirs != said[0][0]:
+            found = differs("the batch", sequence.length, rank, 0)
+            raise RingspanError(
+                f"shard_batch on {transport.size} ranks", found, SAME_BATCHES, "the same data order on all ranks of the group"
+            )
 
 
 def _check_everyone_owns_some(sequence: Sequence) -> None:

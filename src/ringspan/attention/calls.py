@@ -16,7 +16,7 @@ from ringspan.attention.checks import problem_of
 from ringspan.attention.context_parallel import ContextParallel, Sequence
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.geometry import Layout, Mask
-from ringspan.transport import InProcessTransport, SingleRank, Transport, agree, make_transport
+from ringspan.transport import InProcessTransport, SingleRank, Transport, agree, check_not_launched, make_transport
 
 Group = DeviceMesh | dist.ProcessGroup | InProcessTransport | None
 
@@ -88,6 +88,7 @@ def find_sequence(group: Group, function: str, prepare: Callable[[], Request]) -
 def transport_of(group: Group) -> Transport:
     """The transport over `group`: the same object for the same group, since what is kept is kept there."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
+        check_not_launched()
         return _alone()
     return make_transport(group)
 

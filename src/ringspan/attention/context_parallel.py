@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention import checks
 from ringspan.attention.autograd import Plan, attend
-from ringspan.attention.batch import shard_batch
+from ringspan.attention.batch import agree_on_batch, shard_batch
 from ringspan.attention.decode import decode
 from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.gradients import broadcast_parameters, sum_gradients
@@ -21,7 +21,8 @@ from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.observe import Observer
-from ringspan.attention.planning import make_plan
+from ringspan.attention.planning import make_plan, plan_key, whole_scale
+from ringspan.attention.positions import KnownTensors, may_count_from_0
 from ringspan.attention.replay import Replays
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
@@ -39,7 +40,8 @@ class ContextParallel:
 
     Args:
         mesh_or_group: a `DeviceMesh` with one axis, a `ProcessGroup`, the group of `run_in_process`, or None for the default process
-            group (a single rank where torch.distributed is not initialised).
+            group (a single rank where torch.distributed is not initialised and no launcher has started several);
+            `ringspan.transport.SingleRank()` for a rank that is alone whatever else there is.
         strategy: one of `ringspan.strategies.STRATEGIES`, or `auto`: what is predicted to end first; `Sequence.choice` says
             which and why. The backward of `ring` rotates keys or queries, whichever is sooner done for the heads at hand.
         layout: one of `ringspan.layouts`: who owns which positions; `auto` balances each sequence's mask.
@@ -188,6 +190,7 @@ class Sequence:
         choice: of strategy `auto`, at the last new shapes.
         kernel: the kernel that computes the last new shapes.
         peer_bytes: of this rank's peer memory that they take, held as long as the context; 0 where pieces go by messages.
+        known_positions: a model's `position_ids` that were made for this rank, or read and found to be no mistake.
     """
 
     def __init__(self, context: ContextParallel, layout: Layout, mask: Mask) -> None:
@@ -199,6 +202,7 @@ class Sequence:
         self.choice: Choice | None = None
         self.kernel: Kernel | None = None
         self.peer_bytes = 0
+        self.known_positions = KnownTensors()
 
     @property
     def length(self) -> int:
@@ -226,6 +230,11 @@ class Sequence:
         # Kept for whoever trains after an evaluation: autograd saves no tensor that was made in inference mode.
         with torch.inference_mode(False):
             return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
+
+    @cached_property
+    def may_count_from_0(self) -> bool:
+        """Whether 0, 1, 2 … may be the `position_ids` of this rank's tokens, by where they stand and by the mask's documents."""
+        return may_count_from_0(self.mask, self.positions)
 
     @property
     def schedules(self) -> Schedules:
@@ -321,10 +330,8 @@ class Sequence:
         """
         if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap)) is not None:
             agree(self.context.transport, "attention", "arguments of another type", wrong)
-        # A head without a width has no such power; that it is none is then said on every rank.
-        scale = q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
-        about_sinks = None if sinks is None else (sinks.shape, sinks.device)
-        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks, return_lse)
+        scale = whole_scale(q, scale)
+        key = plan_key(q, k, v, sinks, scale, softcap, return_lse)
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap, return_lse))
         if (observer := self.observer or self.context.observer) is not None:
             plan = plan.observed(observer)
@@ -333,6 +340,26 @@ class Sequence:
             return out
         assert lse is not None
         return out, lse
+
+    def refuse_attention(
+        self,
+        problem: RingspanError,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> NoReturn:
+        """Raises `problem`, which the others may not have, where `attention` of these tensors would be called.
+
+        Where these shapes are new every rank raises: those that go on first agree on them. Where they are not this rank raises alone, and
+        one that goes on fails as when a rank dies: as soon as this process has ended, or in the group's time-out.
+        """
+        if plan_key(q, k, v, sinks, whole_scale(q, scale), softcap, False) not in self._plans:
+            agree(self.context.transport, "attention", "nothing", problem)
+        raise problem
 
     def _plan(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool
@@ -343,8 +370,25 @@ class Sequence:
         return planned.plan
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a Hugging Face batch, labels already shifted across shard borders. See `ringspan.attention.batch`."""
-        return shard_batch(self, batch)
+        """This rank's part of a Hugging Face batch, labels already shifted across shard borders. Collective.
+
+        What a batch holds and what comes back: see `ringspan.attention.batch.shard_batch`, which says nothing to the other ranks.
+
+        The ranks compare a checksum of what they were given: tokens, labels, positions and padding, not `inputs_embeds`. That reads the
+        batch once on the host, and gathers some hundred bytes of each rank, for which the host waits: 2 ms for 65,536 tokens between two
+        processes over gloo, on a machine of 2 cores. It is called where the other collectives are, not by a thread that loads ahead.
+
+        Args:
+            batch: whole, the same on every rank.
+
+        Raises:
+            RingspanError: on every rank, where a batch is wrong on one of them or the ranks were given different ones; in a DataLoader's
+                worker, which reaches no other rank.
+        """
+        parts: list[dict[str, Any]] = []
+        problem = checks.problem_of(lambda: parts.append(shard_batch(self, batch)))
+        agree_on_batch(self, batch, problem)
+        return parts[0]
 
     def loss(self, logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
         """The unsplit model's mean cross-entropy, on every rank, from this rank's logits and shifted labels. Collective.

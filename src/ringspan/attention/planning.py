@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -36,6 +37,20 @@ class Planned(NamedTuple):
     schedules: Schedules
     choice: Choice | None
     peer_bytes: int
+
+
+def whole_scale(q: Tensor, scale: float | None) -> float | None:
+    """The scale of the scores, where none is given that of the heads' width."""
+    # A head without a width has no such power; that it is none is then said on every rank.
+    return q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
+
+
+def plan_key(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool
+) -> Hashable:
+    """What a plan is found again by: calls with another one are agreed on anew."""
+    about_sinks = None if sinks is None else (sinks.shape, sinks.device)
+    return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks, return_lse)
 
 
 def make_plan(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ringspan.attention import Sequence
 from ringspan.attention.batch import SEQUENCE_KEYWORD
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
+from ringspan.attention.positions import position_problem
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
 from ringspan.kernels import autocast_dtype
@@ -19,7 +20,8 @@ from ringspan.transformer.rotary import LENGTH_DEPENDENT, ROTARY_KEYWORD
 ATTENTION_NAME = "ringspan"
 """What `attn_implementation` is set to."""
 
-# What models pass to every attention and what changes nothing here: positions are already inside q and k, labels belong to the loss.
+# What models pass to every attention and what changes nothing here: positions are already inside q and k (position_problem looks at them),
+# labels belong to the loss.
 _HARMLESS = {
     "position_ids",
     "cache_position",
@@ -59,9 +61,10 @@ def attention_forward(
     Under `torch.autocast` it computes in autocast's dtype, as PyTorch's own attention does: rotations leave queries and keys in float32.
 
     Raises:
-        RingspanError: without a sequence, and for every keyword that would change the result and is not computed here.
+        RingspanError: without a sequence, for every keyword that would change the result and is not computed here, and where the model
+            counted the tokens of a shard from 0, not having been given `position_ids`: see `Sequence.refuse_attention` for who raises.
     """
-    sequence = keywords.pop(SEQUENCE_KEYWORD, None)
+    sequence: Sequence | None = keywords.pop(SEQUENCE_KEYWORD, None)
     if sequence is None:
         raise RingspanError(
             "a forward of a model with attn_implementation='ringspan'",
@@ -93,10 +96,14 @@ def attention_forward(
             "The model and the sequence ask for the same mask",
             f"cp.sequence(length, mask=ringspan.{'causal' if is_causal else 'full'}())",
         )
+    problem = position_problem(sequence, keywords.get("position_ids"), f"attention of {type(module).__name__}")
     if window is not None:
         # A layer's window is narrower than its model's mask; Hugging Face counts the query itself.
         sequence = sequence.context.sequence(sequence.length, sequence.mask & sliding_window(window - 1, 0 if is_causal else window - 1))
     q, k, v = (_autocast(x.transpose(1, 2)) for x in (query, key, value))
+    if problem is not None:
+        # Here and not before: where the window, or these shapes, are new the ranks agree on them first.
+        sequence.refuse_attention(problem, q, k, v, scaling, softcap=softcap, sinks=sinks)
     return sequence.attention(q, k, v, scale=scaling, softcap=softcap, sinks=sinks), None
 
 

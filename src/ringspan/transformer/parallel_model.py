@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ringspan.attention import ContextParallel
-from ringspan.attention.batch import SEQUENCE_KEYWORD
+from ringspan.attention.batch import SAME_BATCHES, SEQUENCE_KEYWORD, checksum, differs, raise_first, shard_batch
 from ringspan.attention.checks import check_sequence, problem_of
 from ringspan.attention.loss import SumOverRanks
 from ringspan.attention.observe import AFTER, watch
@@ -119,18 +118,18 @@ class ParallelModel:
         asked: list[tuple[int, Mask]] = []
         problem = problem_of(lambda: asked.extend(_wanted(batches, masks)))
         # First what to cut by, since agreeing on a new sequence is a matter of its context alone, and the others would wait elsewhere.
-        given = [(length, str(mask), _checksum(batch)) for (length, mask), batch in zip(asked, batches, strict=False)]
+        given = [(length, str(mask), checksum(batch)) for (length, mask), batch in zip(asked, batches, strict=False)]
         said = self._everyone.gather_objects((self._members, given, problem))
-        _raise_first(problem, [other for *_, other in said])
+        raise_first(problem, [other for *_, other in said])
         _check_alike(said)
         sequences = [self.context.sequence(length, mask) for length, mask in asked]
         parts: list[dict[str, Any]] = []
         problem = problem_of(
-            lambda: parts.extend(sequence.shard_batch(batch) for sequence, batch in zip(sequences, batches, strict=True)),
+            lambda: parts.extend(shard_batch(sequence, batch) for sequence, batch in zip(sequences, batches, strict=True)),
         )
         count = sum(int(part["num_items_in_batch"]) for part in parts)
         counts = self._everyone.gather_objects((count, problem))
-        _raise_first(problem, [other for _, other in counts])
+        raise_first(problem, [other for _, other in counts])
         # Every rank that was given the same batches has counted the same tokens.
         total = sum(each for each, _ in counts) // len(self._members)
         return [{**part, TOTAL_KEYWORD: total} for part in parts]
@@ -277,23 +276,6 @@ def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) 
     return found
 
 
-def _raise_first(problem: RingspanError | None, others: list[RingspanError | None]) -> None:
-    if problem is not None:
-        raise problem
-    for rank, other in enumerate(others):
-        if other is not None:
-            raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
-
-
-def _checksum(batch: Mapping[str, Any]) -> int:
-    """Of its whole numbers: tokens, labels, positions, padding."""
-    found = 0
-    for name in sorted(batch):
-        if isinstance(tensor := batch[name], Tensor) and not tensor.is_floating_point():
-            found = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found
-
-
 def _check_alike(said: list[tuple[list[int], list[tuple[int, str, int]], Any]]) -> None:
     """As many micro-batches on all ranks, the same within each context."""
     for other, (members, asked, _) in enumerate(said):
@@ -306,6 +288,6 @@ def _check_alike(said: list[tuple[list[int], list[tuple[int, str, int]], Any]]) 
             found = f"rank {members[0]} has {[each[:2] for each in first]}, rank {other} has {[each[:2] for each in asked]}"
             if (same := [each[:2] for each in asked]) == [each[:2] for each in first]:
                 index = next(index for index, pair in enumerate(zip(asked, first, strict=True)) if pair[0] != pair[1])
-                found = f"number {index}, of {same[index][0]} tokens, is another on rank {other} than on rank {members[0]}"
-            rule = "Ranks that share a sequence are given the same whole batches"
-            raise RingspanError("micro-batches of one step", found, rule, "the same data order on all ranks of the context and tensor axes")
+                found = differs(f"number {index}", same[index][0], other, members[0])
+            nearest = "the same data order on all ranks of the context and tensor axes"
+            raise RingspanError("micro-batches of one step", found, SAME_BATCHES, nearest)

@@ -1,5 +1,7 @@
 """Transports: how shards move. In one process, over a process group, through peer memory, and alone."""
 
+import os
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -23,6 +25,7 @@ __all__ = [
     "Subgroup",
     "Transport",
     "agree",
+    "check_not_launched",
     "make_transport",
     "peer_memory",
     "run_in_process",
@@ -35,12 +38,14 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
     """The transport over `mesh_or_group`: a 1-D mesh, a process group, an in-process group, or None for the default group or one rank.
 
     Raises:
-        RingspanError: for anything else.
+        RingspanError: for anything else, and for None before a rank that was launched beside others has joined them.
     """
     if isinstance(mesh_or_group, InProcessTransport):
         return mesh_or_group
     if mesh_or_group is None:
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if world is None:
+            check_not_launched()
         return SingleRank() if world is None else process_group_transport(world)
     if isinstance(mesh_or_group, DeviceMesh):
         if mesh_or_group.ndim != 1:
@@ -59,3 +64,21 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
         "ContextParallel takes a DeviceMesh with one axis, a ProcessGroup, the group of run_in_process, or None",
         "None, for the default process group",
     )
+
+
+def check_not_launched() -> None:
+    """That this process, which has joined no process group, was not launched as one of several ranks, as `torchrun` does.
+
+    Each of them would compute all of every sequence by itself, and nobody would notice.
+
+    Raises:
+        RingspanError: where `RANK` and a `WORLD_SIZE` above 1 are in the environment.
+    """
+    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if rank.isdecimal() and ranks.isdecimal() and int(ranks) > 1:
+        raise RingspanError(
+            "the default process group",
+            f"torch.distributed is not initialised, and this is rank {rank} of {ranks} that a launcher started (RANK, WORLD_SIZE)",
+            "Ranks that were started together share a sequence, or each says that it is alone",
+            "torch.distributed.init_process_group() first; or, for one that is to compute alone, the group ringspan.transport.SingleRank()",
+        )
