@@ -214,9 +214,11 @@ def _say(line: str) -> None:
 
 
 def _show(plan: Plan) -> None:
-    """Prints the configuration, three choices a row."""
+    """Prints the configuration, three choices a row, and what is to be known about it."""
     from rich.console import Console
     from rich.table import Table
+
+    from ringspan.training.notes import notes
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None, False)]
@@ -224,4 +226,6 @@ def _show(plan: Plan) -> None:
         table.add_row(*cells[start : start + 3])
     console = Console()
     console.print(table, highlight=False)
+    for note in notes(plan.config):
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[dim]starting {plan.config.ranks} processes on {plan.config.device} …[/dim]", highlight=False)
