@@ -75,7 +75,9 @@ def command(
     optimizer: Annotated[
         str | None, _option(_HOW, "adamw; adamw8bit or adamw4bit keep its moments in few bits (torchao).", "adamw")
     ] = None,
-    learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
+    learning_rate: Annotated[
+        float | None, _option(_HOW, "Its peak.", "3e-3 for nano, 2e-3 tiny, 6e-4 small, 1e-2 pico; 2e-5 for a folder, adapters too")
+    ] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
     schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,
     final_rate: Annotated[float | None, _option(_HOW, "Where the schedule ends, as a share of the peak.", "0.1")] = None,
