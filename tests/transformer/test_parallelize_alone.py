@@ -285,10 +285,14 @@ STRANGE: dict[str, tuple[str, dict[str, Any], str]] = {
 """Of a family: its model, what its configuration needs, and what is said of it."""
 
 
-@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("name", [*STRANGE, "a convolution within a layer"])
 def test_models_whose_tokens_learn_of_each_other_otherwise_are_refused_on_every_rank(name: str):
-    kind, sizes, words = STRANGE[name]
-    model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**{**_UNLIKE, **sizes}))
+    if name in STRANGE:
+        kind, sizes, words = STRANGE[name]
+        model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**{**_UNLIKE, **sizes}))
+    else:
+        model, words = tiny_llama(), r"model\.layers\.1\.mixer is a convolution over tokens"
+        model.model.layers[1].mixer = torch.nn.Conv1d(36, 36, 4)
 
     def run(group: Any) -> None:
         how: dict[str, Any] = {"feed_forward_chunk": None, "loss_tile": None, "rematerialise": "none"}
