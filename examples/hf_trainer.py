@@ -52,6 +52,9 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--accumulate", type=int, default=1)
     given = parser.parse_args()
+    ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
+    if len(ids) < given.context:
+        parser.error(f"--context {given.context}: {given.data} has {len(ids)} tokens; take more text, or --context {len(ids)}")
 
     # This joins the process group, where torchrun has started several ranks.
     arguments = TrainingArguments(
@@ -71,7 +74,6 @@ def main():
     cp = ringspan.ContextParallel(dist.new_group() if dist.is_initialized() else None)
     ringspan.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(given.model, attn_implementation="ringspan")
-    ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row} for row in ids.split(given.context) if len(row) == given.context]
     trainer = ContextParallelTrainer(
         model=model, args=arguments, train_dataset=rows, data_collator=ShardingCollator(cp.sequence(given.context))

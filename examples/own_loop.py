@@ -27,6 +27,9 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--accumulate", type=int, default=1)
     given = parser.parse_args()
+    ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
+    if len(ids) < given.context:
+        parser.error(f"--context {given.context}: {given.data} has {len(ids)} tokens; take more text, or --context {len(ids)}")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -39,7 +42,6 @@ def main():
     ringspan.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(given.model, attn_implementation="ringspan").to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
     rows = [row for row in ids.split(given.context) if len(row) == given.context]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()  # the same on every rank
 

@@ -67,7 +67,7 @@ def parallelize_fn(model, mesh, given):
 class Trainer(Stateful):
     """Everything that a checkpoint holds, and what a step does with it."""
 
-    def __init__(self, given, dims, device):
+    def __init__(self, given, ids, dims, device):
         self.given, self.dims, self.device, self.step = given, dims, device, 0
         mesh = dims.build_mesh(device.type)
         self.replica = mesh.get_local_rank("dp_replicate") * dims.dp_shard + mesh.get_local_rank("dp_shard")
@@ -78,7 +78,6 @@ class Trainer(Stateful):
         # After the parameters have been sharded.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / given.warmup_steps))
-        ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
         self.rows = [row for row in ids.split(given.context) if len(row) == given.context]
         self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0)).tolist()  # the same on every rank
 
@@ -145,6 +144,9 @@ def main():
     parser.add_argument("--strategy", default="ring")
     parser.add_argument("--max-norm", type=float, default=1.0)
     given = parser.parse_args()
+    ids = AutoTokenizer.from_pretrained(given.model)(Path(given.data).read_text(), return_tensors="pt").input_ids[0]
+    if len(ids) < given.context:
+        parser.error(f"--context {given.context}: {given.data} has {len(ids)} tokens; take more text, or --context {len(ids)}")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -152,7 +154,7 @@ def main():
         torch.cuda.set_device(device)
     # Checkpoints are planned over gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    trainer = Trainer(given, ParallelDims(given.dp_replicate, given.dp_shard, dist.get_world_size()), device)
+    trainer = Trainer(given, ids, ParallelDims(given.dp_replicate, given.dp_shard, dist.get_world_size()), device)
     trainer.train()
     trainer.export()
     dist.destroy_process_group()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import get_type_hints
 
 import torch
 
 import ringspan
+from ringspan.cli.train import command
 from ringspan.errors import RingspanError
 from ringspan.geometry import MASK_FORMS, make_layout, parse_mask
 from ringspan.strategies import STRATEGIES, link_bytes, make_schedules
+from ringspan.training.model import PRESETS, default_learning_rate
 from ringspan.verify import allowed_pairs
 from ringspan.viz.study import piece_sizes, study
 from tests.support.pages import PAGES, README, ROOT, blocks, rows, section
@@ -83,6 +86,20 @@ def test_the_only_strategy_that_refuses_softcap_and_sinks_is_the_one_that_the_re
             refused.add((strategy, *more))
     assert refused == {("ring_self_attention", "softcap"), ("ring_self_attention", "sinks")}
     assert "`ring_self_attention` with a softcap or sinks" in section(README, "What is refused, and why")
+
+
+def test_the_learning_rates_that_are_named_are_those_that_a_run_takes():
+    rates = {name: preset.learning_rate for name, preset in PRESETS.items()}
+    guide, offered = section(ROOT / "docs" / "training.md", "A step"), get_type_hints(command, include_extras=True)["learning_rate"]
+    for name, rate in rates.items():
+        assert f"{written(rate)} for `{name}`" in guide
+        assert re.search(rf"{written(rate)} (for )?{name}", offered.__metadata__[0].help)
+    folder = default_learning_rate("./a-folder")
+    assert f"{written(folder)} for a model in a folder" in guide and f"{written(folder)} for a folder" in offered.__metadata__[0].help
+
+
+def written(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def test_every_test_that_a_guide_names_is_there():

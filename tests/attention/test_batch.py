@@ -49,6 +49,15 @@ def test_the_batch_that_was_given_is_left_as_it_was():
     assert all(torch.equal(batch[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16])
+def test_whole_numbers_of_any_width_are_what_they_are_as_int64(dtype: torch.dtype):
+    ids = make_batch(2, 12)["input_ids"]
+    given = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(12).expand(2, -1)}
+    for part, expected in zip(parts({key: tensor.to(dtype) for key, tensor in given.items()}), parts(given), strict=True):
+        for key in (*given, "shift_labels", "num_items_in_batch"):
+            assert part[key].dtype == torch.int64 and torch.equal(part[key], expected[key]), key
+
+
 def labelled_padding(batch: dict[str, Any]) -> dict[str, Any]:
     """`batch` with one label, 7, at the first padded position of its last sequence."""
     batch["labels"][-1, int(batch["attention_mask"][-1].sum())] = 7
@@ -56,6 +65,8 @@ def labelled_padding(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 REFUSED = {
+    "tokens that are no whole numbers": (lambda: {"input_ids": torch.ones(1, 8)}, None, r"input_ids in torch.float32.*input_ids.long\(\)"),
+    "labels that say yes or no": (lambda: {**make_batch(1, 8), "labels": torch.ones(1, 8) > 0}, None, "labels in torch.bool"),
     "padding on the left": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])}, None, "right"),
     "a hole in the middle": (lambda: {**make_batch(1, 8), "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}, None, "right"),
     "padding under a mask that looks ahead": (lambda: make_batch(2, 8, padded=(0, 2)), ringspan.full(), "causal"),

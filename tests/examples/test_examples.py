@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -67,3 +68,16 @@ def test_an_example_trains_on_two_ranks_what_it_trains_on_one(name: str, start: 
         assert moved.abs().max() > 1e-4, f"{weight} has not been trained"
         error = relative(split[weight] - first, moved)
         assert error < BUDGET, f"{weight} moved otherwise, by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_whose_text_is_shorter_than_its_context_says_so_before_ranks_meet(
+    name: str, start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    size = (start / "text.txt").stat().st_size
+    given = ["--model", start / "model", "--data", start / "text.txt", "--out", start / "never", "--context", size + 1]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"--context {size + 1}: {start / 'text.txt'} has {size} tokens; take more text, or --context {size}" in capsys.readouterr().err

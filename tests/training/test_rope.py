@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ringspan.errors import RingspanError
 from ringspan.training.model import build_model
 from ringspan.training.prepare import prepare
-from ringspan.training.rope import base_for, scaled
+from ringspan.training.rope import base_for, far_positions, scaled
 from tests.training.support import write_text
 from tests.training.trainers import assert_same_steps, take_steps
 
@@ -98,3 +99,31 @@ def test_a_factor_may_leave_room_above_the_context():
     config = scaled(LlamaConfig(max_position_embeddings=OWN), "yarn", context=CONTEXT, factor=8)
     assert (config.rope_parameters["factor"], config.max_position_embeddings) == (8.0, 8 * OWN)
     assert json.loads(config.to_json_string())["rope_parameters"]["original_max_position_embeddings"] == OWN
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("described", "asked", "expected"),
+    [
+        ({}, {}, None),
+        ({"rope_scaling": None}, {"context": 65}, "--rope-scaling yarn stretches them"),
+        # Qwen's way: the length before stretching. Llama 3.1's: the one after.
+        ({"rope_parameters": YARN}, {"context": 256}, None),
+        ({"rope_parameters": YARN}, {"context": 257}, "own 256 tokens.*by yarn already, and not that far"),
+        ({"rope_scaling": {**YARN, "type": "yarn"}, "max_position_embeddings": 512}, {"context": 512}, None),
+        ({"rope_parameters": {"full": YARN, "window": {"rope_type": "default"}}}, {"context": 300}, "own 256 tokens.*by yarn already"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {"context": 1000}, None),
+        ({}, {"context": 1000, "scaling": "dynamic", "factor": 2.0}, None),
+        ({}, {"context": 1000, "scaling": "yarn"}, None),
+        ({}, {"context": 128, "scaling": "linear", "factor": 2.0}, None),
+        ({}, {"context": 129, "scaling": "linear", "factor": 2.0}, "--rope-factor 2 is above the model's own 128.*without --rope-factor"),
+        ({"max_position_embeddings": None}, {"context": 1000}, None),
+    ],
+)
+def test_positions_that_a_model_does_not_know_are_told_from_its_configuration(described: dict, asked: dict, expected: str | None):
+    found = far_positions({"max_position_embeddings": OWN, **described}, **{"context": OWN, "scaling": None, "factor": None, **asked})
+    assert (found is None) == (expected is None), found
+    if expected is not None:
+        assert re.search(expected, str(found)), found

@@ -1,4 +1,4 @@
-"""Acceptance: a real pretrained model, fine-tuned on real prose, has the same curve on one and on three ranks."""
+"""Acceptance: a real pretrained model, fine-tuned on real prose, has the same curve on one and on three ranks, and reads what is there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pydoc_data.topics import topics
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ringspan.training import tokenizer as tokenizer_room
+from ringspan.training.tokenizer import load_tokenizer
 from tests.support import smollm2
 from tests.training import support
 
@@ -27,6 +29,17 @@ def write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def assert_read_in_pieces_as_a_whole(model: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    whole = tokenizer.encode(text.read_text())
+    for size in (9_973, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch, text.open("rb") as stream:
+            patch.setattr(tokenizer_room, "_CHUNK_BYTES", size)
+            pieces = list(tokenizer.encode_stream(stream))
+        assert len(pieces) > 5
+        assert memoryview(b"".join(pieces)).cast("i").tolist() == whole
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("steps", STEPS)
@@ -34,6 +47,7 @@ def test_smollm2_fine_tuned_on_prose_has_the_same_curve_on_one_and_on_three_rank
     write_model(tmp_path / "model")
     # The language reference of Python: English, and on every machine.
     (tmp_path / "prose.txt").write_text("\n\n".join(topics.values()))
+    assert_read_in_pieces_as_a_whole(tmp_path / "model", tmp_path / "prose.txt")
     curves = {}
     for ranks in (1, 3):
         out = tmp_path / f"on-{ranks}"

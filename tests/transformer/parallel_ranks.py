@@ -272,6 +272,10 @@ def refusals(group: Any) -> list[str]:
         lambda: parallelize(MODELS["frozen"]() if rank else tiny_llama(), shard),
         lambda: parallel.shard_batches([make_batch(1, 9)] * (1 + rank)),
         lambda: parallel.shard_batch({**make_batch(1, 9), **({"extra": 1} if rank else {})}),
+        lambda: parallelize(parallel.model, shard),
+        lambda: parallelize(parallel.model, group),
+        lambda: parallel.model.save_pretrained("nowhere"),
+        lambda: parallel.model.save_pretrained("nowhere", state_dict=parallel.model.state_dict()),
     )
     said = said_of(attempts)
     parallel.loss(parallel.shard_batch(make_batch(1, 9 + rank)))

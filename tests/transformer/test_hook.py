@@ -12,6 +12,8 @@ from transformers import (
     BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     MistralConfig,
@@ -48,6 +50,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Gemma2Config,
         {"sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 11},
     ),
+    "GPT-2 with learned positions": (GPT2LMHeadModel, GPT2Config, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)),
     "gpt-oss with sinks and a window in every other layer": (
         GptOssForCausalLM,
         GptOssConfig,

@@ -104,6 +104,7 @@ def test_what_is_wrong_with_a_mesh_or_on_one_rank_alone_is_said_on_every_rank(ex
         "at least one token", "rematerialise=", "shard_parameters=False", "compute_dtype=None",
         "parameters_on_host=False", "reshard_after_forward=False",
         "parameters in torch.float64", "of them trained", "as many micro-batches", "nothing is ignored",
+        "A model is prepared once", "A model is prepared once", "full_state_dict=True", "state_dict holds parts",
     )  # fmt: skip
     for each in extras:
         for word, message in zip(words, each["refusals"], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,6 +254,58 @@ def test_dropout_anywhere_in_a_model_is_refused(chunk: Any):
     model.model.layers[1].mlp.act_fn = torch.nn.Sequential(model.model.layers[1].mlp.act_fn, torch.nn.Dropout(0.25))
     with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.act_fn\.1 drops 0\.25 of the elements"):
         ringspan.parallelize(model, feed_forward_chunk=chunk)
+
+
+def test_a_model_that_is_prepared_again_is_what_the_last_call_asked_for_and_is_saved_as_it_was(tmp_path: Path):
+    model, batch = tiny_llama(), make_batch(2, 13)
+    expected = tiny_llama()(**batch).loss.detach()
+    ringspan.parallelize(model, feed_forward_chunk=5, loss_tile=4, rematerialise="full", offload=Offload())
+    chunk = vars(model.model.layers[0].mlp)
+    assert "forward" in chunk and "forward" in vars(model.model.norm)
+    again = ringspan.parallelize(model, feed_forward_chunk=None, loss_tile=None, rematerialise="none")
+    assert "forward" not in chunk and "forward" not in vars(model.model.norm) and "forward" not in vars(model.model.layers[0])
+    assert relative(again.loss(again.shard_batch(batch)).detach(), expected) <= BUDGET
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert relative(loaded(**batch).loss.detach(), expected) <= BUDGET
+
+
+_UNLIKE = {key: size for key, size in _SMALL.items() if key not in ("num_key_value_heads", "attn_implementation")}
+STRANGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "GPT2": (
+        "GPT2LMHeadModel",
+        {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
+        "no list named 'layers'.*seq.shard_batch",
+    ),
+    "Llama4Text": ("Llama4ForCausalLM", {"head_dim": 4, "num_local_experts": 2}, "layers of the kind chunked_attention"),
+    "Mamba": ("MambaForCausalLM", {"state_size": 4}, "layers of the kind|is a convolution over tokens|attention be another's"),
+    "Lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "layers of the kind conv"),
+    "Falcon": ("FalconForCausalLM", {}, "attention be another's"),
+}
+"""Of a family: its model, what its configuration needs, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", [*STRANGE, "a convolution within a layer"])
+def test_models_whose_tokens_learn_of_each_other_otherwise_are_refused_on_every_rank(name: str):
+    if name in STRANGE:
+        kind, sizes, words = STRANGE[name]
+        model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**{**_UNLIKE, **sizes}))
+    else:
+        model, words = tiny_llama(), r"model\.layers\.1\.mixer is a convolution over tokens"
+        model.model.layers[1].mixer = torch.nn.Conv1d(36, 36, 4)
+
+    def run(group: Any) -> None:
+        how: dict[str, Any] = {"feed_forward_chunk": None, "loss_tile": None, "rematerialise": "none"}
+        for each in ({}, how):
+            with pytest.raises(UnsupportedError, match=words):
+                ringspan.parallelize(model, group, **each)
+
+    ringspan.run_in_process(2, run, timeout_seconds=30.0)
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with pytest.raises(RingspanError, match=r"a Linear: it has no config.*AutoModelForCausalLM"):
+        ringspan.parallelize(torch.nn.Linear(3, 3))
 
 
 def test_experts_are_no_feed_forward_that_runs_by_chunks():

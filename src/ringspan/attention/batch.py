@@ -21,6 +21,7 @@ SEQUENCE_KEYWORD = "ringspan_sequence"
 """The keyword under which the sequence travels through a Hugging Face model to its attention."""
 
 _KNOWN = ("input_ids", "inputs_embeds", "position_ids", "labels", "attention_mask")
+_WHOLE = ("input_ids", "position_ids", "labels")
 
 
 SAME_BATCHES = "Ranks that share a sequence are given the same whole batches"
@@ -35,8 +36,8 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         sequence: whose length is that of the batch.
         batch: `input_ids [batch, length]` (or `inputs_embeds`); optional `labels [batch, length]`, not shifted, −100 where none and at
-            padding; optional `position_ids`; optional `attention_mask` of ones, or of ones followed by padding on the right (exact under a
-            causal mask, where no token sees what follows it).
+            padding; optional `position_ids`; whole numbers of any dtype, which come back as int64. Optional `attention_mask` of ones, or of
+            ones followed by padding on the right (exact under a causal mask, where no token sees what follows it).
 
     Returns:
         `input_ids`, `position_ids`, and, where there are labels, `labels` and `shift_labels` (both shifted: position t holds the token at
@@ -44,8 +45,9 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         this rank's share of the unsplit loss: the shares add up to it.
 
     Raises:
-        RingspanError: for tensors of another length, unknown keys, padding that this mask does not make harmless or that has labels, and
-            where a rank would own no token. On every rank that is given this batch; nothing is sent.
+        RingspanError: for tensors of another length, tokens, labels or positions that are no whole numbers, unknown keys, padding that this
+            mask does not make harmless or that has labels, and where a rank would own no token. On every rank that is given
+            this batch; nothing is sent.
     """
     unknown = sorted(set(batch) - set(_KNOWN))
     if unknown or not ({"input_ids", "inputs_embeds"} & set(batch)):
@@ -56,6 +58,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
             "seq.shard(x, dim) for further tensors",
         )
     _check_everyone_owns_some(sequence)
+    batch = {key: _whole_numbers(key, value) if key in _WHOLE else value for key, value in batch.items()}
     labels = batch.get("labels")
     if (padding := batch.get("attention_mask")) is not None:
         _check_padding(sequence, padding)
@@ -137,6 +140,16 @@ def _check_everyone_owns_some(sequence: Sequence) -> None:
             "A model computes at least one token on every rank",
             f"at least {sequence.num_ranks} tokens, fewer ranks, or weights above 0",
         )
+
+
+def _whole_numbers(name: str, given: Any) -> Any:
+    """As int64: embeddings know no narrow ones, and unsigned labels have no −100."""
+    if not isinstance(given, Tensor) or given.dtype == torch.int64:
+        return given
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        rule = "Tokens, labels and positions are whole numbers"
+        raise RingspanError(f"a batch with {name} in {given.dtype}", "", rule, f"{name}.long(), or inputs_embeds for embedded tokens")
+    return given.long()
 
 
 def _check_positions(sequence: Sequence, position_ids: Tensor) -> None:

@@ -75,7 +75,9 @@ def command(
     optimizer: Annotated[
         str | None, _option(_HOW, "adamw; adamw8bit or adamw4bit keep its moments in few bits (torchao).", "adamw")
     ] = None,
-    learning_rate: Annotated[float | None, _option(_HOW, "Its peak.", "the model's own")] = None,
+    learning_rate: Annotated[
+        float | None, _option(_HOW, "Its peak.", "3e-3 for nano, 2e-3 tiny, 6e-4 small, 1e-2 pico; 2e-5 for a folder, adapters too")
+    ] = None,
     warmup_steps: Annotated[int | None, _option(_HOW, "Steps up to the peak.", "20")] = None,
     schedule: Annotated[str | None, _option(_HOW, "After the peak: cosine, linear or constant.", "cosine")] = None,
     final_rate: Annotated[float | None, _option(_HOW, "Where the schedule ends, as a share of the peak.", "0.1")] = None,
@@ -214,9 +216,11 @@ def _say(line: str) -> None:
 
 
 def _show(plan: Plan) -> None:
-    """Prints the configuration, three choices a row."""
+    """Prints the configuration, three choices a row, and what is to be known about it."""
     from rich.console import Console
     from rich.table import Table
+
+    from ringspan.training.notes import notes
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     cells = [f"[dim]{name}[/dim] {value!s}" for name, value in asdict(plan.config).items() if value not in ("", None, False)]
@@ -224,4 +228,6 @@ def _show(plan: Plan) -> None:
         table.add_row(*cells[start : start + 3])
     console = Console()
     console.print(table, highlight=False)
+    for note in notes(plan.config):
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[dim]starting {plan.config.ranks} processes on {plan.config.device} …[/dim]", highlight=False)

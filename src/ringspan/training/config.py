@@ -90,7 +90,7 @@ class TrainingConfig:
         steps: optimizer steps.
         seed: of the first weights, the order of the data and the samples; in 0 … 2⁶³ − 1.
         optimizer: `"adamw"`, or with moments of few bits `"adamw8bit"` or `"adamw4bit"`, through torchao.
-        learning_rate: its peak, reached after `warmup_steps`; None is the model's own.
+        learning_rate: its peak, reached after `warmup_steps`; None is the preset's, and 2e-5 for a folder, adapters too.
         schedule: what follows the peak until the last step: `"cosine"` (half of one), `"linear"`, or `"constant"`.
         final_rate: where the schedule ends, as a share of the peak.
         weight_decay: AdamW's, on matrices only.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import MODEL, TrainingState, list_checkpoints, verify_checkpoint
-from ringspan.training.config import BYTES, STDLIB, TrainingConfig, option
+from ringspan.training.config import BYTES, TrainingConfig, option
 from ringspan.training.export import check_target
 from ringspan.training.folders import free_folder, mark, newest_folder, occupied, own_folder
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
 from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
+from ringspan.training.notes import is_own_name
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.spread import check_spread
 from ringspan.training.tensorboard import check_tensorboard
@@ -179,15 +180,9 @@ def _settled(config: TrainingConfig, model: str, *, with_weights: bool = True) -
     paths = {
         name: str(Path(value).resolve())
         for name, value in (("data", config.data), ("model", config.model), ("tokenizer", tokenizer))
-        if not _is_name(name, value) and Path(value).exists()
+        if not is_own_name(name, value) and Path(value).exists()
     }
     return replace(config, **{"tokenizer": tokenizer, "learning_rate": rate, "device": device} | paths)
-
-
-def _is_name(field: str, value: str) -> bool:
-    """Whether it stands for something of ringspan's own, whatever files and folders bear the same name."""
-    names: dict[str, Collection[str]] = {"data": (STDLIB,), "model": PRESETS, "tokenizer": (BYTES,)}
-    return value in names[field] or (field == "tokenizer" and value.startswith(IDS))
 
 
 def _tokens(files: RunFiles, config: TrainingConfig) -> TokenFile:

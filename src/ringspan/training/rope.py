@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ringspan.errors import RingspanError
 
@@ -45,6 +46,35 @@ def check_scaling(kind: str) -> None:
     """
     if kind not in SCALINGS:
         raise RingspanError(f"--rope-scaling {kind}", "unknown", f"It is one of {', '.join(SCALINGS)}", "--rope-scaling yarn")
+
+
+def far_positions(described: Mapping[str, Any], context: int, *, scaling: str | None, factor: float | None) -> str | None:
+    """That some positions of `context` are new to a trained model, and what would help; None where it knows them all.
+
+    Args:
+        described: the model's `config.json`, with `rope_parameters`, or `rope_scaling` as it was called before.
+        scaling: what its positions are stretched by, of `SCALINGS`; None leaves them.
+        factor: how far; None is as far as `context` needs.
+    """
+    own = described.get("max_position_embeddings")
+    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    # One for all layers, or one for each kind of layer.
+    ropes = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]
+    stretched = {kind: each for each in ropes if (kind := each.get("rope_type", each.get("type", "default"))) != "default"}
+    if not isinstance(own, int) or "dynamic" in (scaling, *stretched) or (scaling is not None and factor is None):
+        return None
+    # Some configurations have the stretched length in `max_position_embeddings`, others leave it as it was.
+    known = max([own, *(int(each.get("factor", 1) * each.get("original_max_position_embeddings", 0)) for each in stretched.values())])
+    reach = known if scaling is None else int(known * (factor or 1))
+    if context <= reach:
+        return None
+    nearest = "--rope-scaling yarn stretches them"
+    if scaling is not None:
+        nearest = "--rope-scaling without --rope-factor stretches them that far"
+    elif stretched:
+        nearest = f"its config.json stretches them by {', '.join(stretched)} already, and not that far"
+    asked = f"--context {context}" if scaling is None else f"--context {context} with --rope-factor {factor:g}"
+    return f"{asked} is above the model's own {reach:,} tokens, and later positions are new to it: {nearest}"
 
 
 def scaled(config: PretrainedConfig, kind: str, *, context: int, factor: float | None) -> PretrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from array import array
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from ringspan.errors import RingspanError
 from ringspan.training.config import BYTES
+from ringspan.training.encode_pieces import encode_pieces
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as FastTokenizer
 
 _CHUNK_BYTES = 1 << 20
@@ -114,7 +117,7 @@ class FileTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_file(str(self.path))
+            fast = Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises a bare Exception for a file that it cannot read
             raise RingspanError(
                 f"--tokenizer {self.name}",
@@ -122,6 +125,10 @@ class FileTokenizer:
                 "A tokenizer is a tokenizers JSON file, or a folder with tokenizer.json",
                 "--tokenizer bytes",
             ) from None
+        # Some files say how long a model's inputs are: a text is longer, and none of it is left out.
+        fast.no_truncation()
+        fast.no_padding()
+        return fast
 
     @property
     def vocabulary_size(self) -> int:
@@ -151,16 +158,27 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """With special tokens shown."""
         return self._fast.decode(ids, skip_special_tokens=False)
 
     def encode_stream(self, stream: BinaryIO) -> Iterator[bytes]:
-        """About a megabyte at a time, cut after a line, so that a file need not fit in memory."""
-        while lines := stream.readlines(_CHUNK_BYTES):
-            yield array("i", self.encode(b"".join(lines).decode(errors="replace"))).tobytes()
+        """About a megabyte at a time, so that a file need not fit in memory; the ids are the whole text's, see `encode_pieces`."""
+        for ids in encode_pieces(self._encoding, _texts(stream)):
+            yield array("i", ids).tobytes()
+
+    def _encoding(self, text: str) -> Encoding:
+        return self._fast.encode(text, add_special_tokens=False)
+
+
+def _texts(stream: BinaryIO) -> Iterator[str]:
+    """A file's text in pieces; a character that two of them share is the second's."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while chunk := stream.read(_CHUNK_BYTES):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ def blockwise(module: nn.Module, chunk: int | None) -> None:
     replace_forward(module, _forward)
 
 
+def take_back(model: nn.Module) -> None:
+    """Undoes `blockwise` in every part of a model that it was called with."""
+    for part in model.modules():
+        if _CHUNK in vars(part):
+            blockwise(part, None)
+
+
 def norms_of(module: nn.Module) -> list[nn.Module]:
     """The norms among a layer's or a decoder's own parts: those of hidden states, and not of heads."""
     return [part for part in module.children() if type(part).__name__.endswith(_NORMS)]

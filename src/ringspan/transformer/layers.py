@@ -26,7 +26,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             f"the layers of a {type(model).__name__}",
             "its decoder has no list named 'layers'",
             "Layers are found as transformers names them in Llama, Qwen, Mistral and Gemma",
-            "a model of one of these families",
+            "a model of one of these families, or no parallelize: attn_implementation='ringspan' and seq.shard_batch split its attention",
         )
     return list(layers)
 

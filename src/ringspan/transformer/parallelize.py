@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.attention import ContextParallel
 from ringspan.attention.checks import problem_of
 from ringspan.errors import RingspanError
+from ringspan.transformer.admission import check_model, guard_saving, is_sharded
 from ringspan.transformer.axes import Group, Names, find_axes
-from ringspan.transformer.blockwise import blockwise, check_no_dropout, check_position_wise, norms_of
+from ringspan.transformer.blockwise import blockwise, check_no_dropout, check_position_wise, norms_of, take_back
 from ringspan.transformer.fused import fuse_rotation
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register
@@ -104,10 +105,11 @@ def parallelize(
         memory_bytes: what `auto` chooses for; the device's whole memory if not given. Of all ranks' the smallest counts.
 
     Raises:
-        RingspanError: on every rank, where an argument is wrong or the ranks disagree.
+        RingspanError: on every rank, where an argument is wrong, the ranks disagree, or the model is none that can be prepared: see
+            `ringspan.transformer.admission`.
     """
     axes = find_axes(mesh, context=context, shard=shard, replicate=replicate, tensor=tensor, shard_parameters=shard_parameters)
-    everyone = make_transport(axes.everyone)
+    everyone, sharing = make_transport(axes.everyone), make_transport(axes.sharing)
     device = _device(mesh, model)
     num_shards = 1 if axes.sharding is None else axes.sharding.shape[-1]
     automatic = "auto" in (feed_forward_chunk, loss_tile, rematerialise)
@@ -116,6 +118,7 @@ def parallelize(
 
     def prepare() -> None:
         register()
+        check_model(model, sharing.size)
         check_no_dropout(model)
         if not _is_memory(memory_bytes):
             raise RingspanError(f"memory_bytes={memory_bytes!r}", "", "It is a number of bytes", "memory_bytes=80 << 30, or None")
@@ -194,10 +197,12 @@ def parallelize(
             on_host=parameters_on_host,
             reshard_after_forward=reshard_after_forward,
         )
+    if is_sharded(model):
+        guard_saving(model)
     return ParallelModel(
         model,
         cp,
-        Ranks(everyone=everyone, sharing=make_transport(axes.sharing), copies=make_transport(axes.copies), pieces=pieces),
+        Ranks(everyone=everyone, sharing=sharing, copies=make_transport(axes.copies), pieces=pieces),
         chosen,
         terms,
         store=store,
@@ -210,6 +215,8 @@ def _prepare_model(model: nn.Module, chosen: Chosen, store: HostStore | None, *,
     inner: Any = causal_model(model)
     inner.set_attn_implementation(ATTENTION_NAME)
     layers = decoder_layers(model)
+    # What an earlier call has made.
+    take_back(model)
     if chosen.feed_forward_chunk is not None:
         for layer in layers:
             # The pieces of all ranks of a tensor axis are computed at once.
