@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 import ringspan
 from ringspan.attention import autograd, executor
 from ringspan.attention.program import resolve
-from ringspan.attention.streams import OneStream, TwoStreams, streams_for
+from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.attention.turns import Turns
 from ringspan.geometry import make_layout
 from ringspan.kernels import KERNELS, Kernel
@@ -31,7 +32,7 @@ class Late:
     There the results of the calls that were in their turn since the fork are NaN.
     """
 
-    def __init__(self, q: Tensor, kernel: Kernel, lends: bool) -> None:
+    def __init__(self, q: Tensor, kernel: Kernel, lends: bool, most_rows: float) -> None:
         self.forked = False
         self._in_turn: list[tuple[Tensor, ...]] = []
         self._calls: list[tuple[Callable[[], Any], tuple[Tensor, ...]]] = []
@@ -200,6 +201,13 @@ def test_between_a_call_and_the_one_beside_it_nothing_is_freed_or_taken_in(varia
             for place, mark in enumerate(marks):
                 if mark in program.beside:
                     assert marks[place + 1] not in ("combine", "release") and marks[place + 1] not in program.beside
+
+
+def test_a_forward_of_any_length_runs_beside_and_a_backward_up_to_the_memory_that_a_second_call_works_in(monkeypatch: pytest.MonkeyPatch):
+    asked: list[float] = []
+    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel, lends, most_rows: asked.append(most_rows) or OneStream())
+    results(1, "ring", "causal", "zigzag", torch.float64, "process_group")
+    assert asked == [math.inf, MOST_ROWS]
 
 
 def test_on_a_cpu_calls_run_in_turn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import ringspan
 from ringspan.attention import autograd
-from ringspan.attention.streams import OneStream, TwoStreams, streams_for
+from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.kernels import KERNELS, Problem
 from ringspan.kernels import refusal as refusal_of
 
@@ -53,8 +54,11 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatc
     if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
         pytest.skip(f"{kernel}: {reason}")
     assert isinstance(streams_for(torch.empty(1, SHARD, HEADS, HEAD_DIM, device="cuda"), KERNELS[kernel], True), TwoStreams)
+    long = torch.empty(1, 1 + MOST_ROWS // HEADS, HEADS, 1, device="cuda")
+    assert isinstance(streams_for(long, KERNELS[kernel], True), OneStream)
+    assert isinstance(streams_for(long, KERNELS[kernel], True, math.inf), TwoStreams)
     found = results(kernel, strategy)
-    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel, lends: OneStream())
+    monkeypatch.setattr(autograd, "streams_for", lambda *given: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))
 

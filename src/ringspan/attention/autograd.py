@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from ringspan.attention.program import RankProgram
 from ringspan.attention.replay import Replays
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
-from ringspan.attention.streams import OneStream, Streams, streams_for
+from ringspan.attention.streams import MOST_ROWS, OneStream, Streams, streams_for
 from ringspan.attention.tape import remembered
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype, without_autocast
@@ -94,9 +95,9 @@ class Plan:
         """The same, an `observer` looking on."""
         return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer), replays=None)
 
-    def streams(self, q: Tensor) -> Streams:
+    def streams(self, q: Tensor, most_rows: float = MOST_ROWS) -> Streams:
         """Where the kernels of one pass run: one after the other where somebody looks on, so that each is seen by itself."""
-        return OneStream() if self.observer is not None else streams_for(q, self.kernel, self.peers is not None)
+        return OneStream() if self.observer is not None else streams_for(q, self.kernel, self.peers is not None, most_rows)
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
@@ -223,7 +224,7 @@ def _forward_stage(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: 
             run = MaterialisedForward(plan.forward, courier, stage.scores, *inputs)
         else:
             # A sink still scales the result: it is rounded after that.
-            run = ForwardPass(plan.forward, courier, stage.scores, plan.streams(q), plan.kernel, *inputs, rounds=sinks is None)
+            run = ForwardPass(plan.forward, courier, stage.scores, plan.streams(q, math.inf), plan.kernel, *inputs, rounds=sinks is None)
     run.run(plan.observer)
     with watch(plan.observer, AFTER, "cast"):
         out, lse = run.result()

@@ -18,7 +18,7 @@ from ringspan.kernels import Kernel
 from ringspan.transport import Pending, works
 
 MOST_ROWS = 1 << 19
-"""Rows times heads of q beyond which one round of many does not matter, and the memory that a second call works in does."""
+"""Rows times heads of q beyond which a backward's calls are in turn: one round of many does not matter, and what a second works in does."""
 
 LEAST_ROWS = 1 << 17
 """Below it a call that Python launches takes no longer than the launches; a CUDA graph's are free."""
@@ -153,17 +153,20 @@ class TwoStreams:
 _SIDES = threading.local()
 
 
-def streams_for(q: Tensor, kernel: Kernel, lends: bool) -> Streams:
+def streams_for(q: Tensor, kernel: Kernel, lends: bool, most_rows: float = MOST_ROWS) -> Streams:
     """For a pass over queries `q [batch, shard, heads, head_dim]`: two streams on a GPU, where a round of blocks counts.
 
     Not where the kernel keeps on the device what another call may read at once (those that cannot be captured in a graph do); nor where
     the courier does not lend (what arrives is then freed, to be given out again on the current stream, and NCCL's blocks would queue behind
     a visitor's); nor where memory is given out without regard to streams.
+
+    Args:
+        most_rows: rows times heads of q up to which there are two.
     """
     if q.device.type != "cuda" or not (lends and kernel.can.graph_capture) or torch.cuda.get_allocator_backend() != "native":
         return OneStream()
     rows = q.shape[0] * q.shape[1] * q.shape[2]
-    if rows > MOST_ROWS or (rows < LEAST_ROWS and not torch.cuda.is_current_stream_capturing()):
+    if rows > most_rows or (rows < LEAST_ROWS and not torch.cuda.is_current_stream_capturing()):
         return OneStream()
     # Of each thread its own as well: ranks that are threads of one process do not wait for each other.
     sides, current = vars(_SIDES).setdefault("of", {}), torch.cuda.current_stream(q.device)
