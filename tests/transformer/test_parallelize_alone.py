@@ -212,6 +212,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "offload in no flight": ({"offload": Offload(in_flight=0)}, "At least one layer"),
     "a memory of nothing": ({"memory_bytes": 0}, "a number of bytes"),
     "an unknown layout": ({"layout": "wild"}, "layout"),
+    "an unknown transport": ({"transport": "pigeon"}, "transport"),
     "scores that are kept": ({"strategy": "ring_self_attention"}, "keeps its scores"),
 }
 
@@ -221,13 +222,24 @@ def test_what_makes_no_sense_is_refused_on_every_rank_also_where_one_alone_asks_
     arguments, words = REFUSALS[name]
 
     def run(group: Any) -> str:
-        # Strategies and layouts are agreed on by ContextParallel itself; the rest is asked for by one rank alone.
-        alone = arguments if group.rank == 1 or name == "an unknown layout" else {}
+        # What is ContextParallel's is agreed on by it; the rest is asked for by one rank alone.
+        alone = arguments if group.rank == 1 or arguments.keys() & {"layout", "transport"} else {}
         with pytest.raises(RingspanError) as caught:
             ringspan.parallelize(tiny_llama(), group, **alone)
         return str(caught.value)
 
     assert all(words in message for message in ringspan.run_in_process(2, run, timeout_seconds=30.0))
+
+
+@pytest.mark.parametrize("how", [{"transport": "process_group"}, {"transport": "peer_memory"}, {"deterministic": True}])
+def test_attention_is_asked_for_as_contextparallel_is(how: dict[str, Any]):
+    def run(group: Any) -> str:
+        parallel = ringspan.parallelize(tiny_llama(), group, kernel="torch_cpu", **how)
+        sum(parallel.loss(part) for part in parallel.shard_batches([make_batch(1, 16)])).backward()
+        return f"{parallel.context.carrier} {parallel.context.deterministic}"
+
+    wanted = f"{how.get('transport', 'auto')} {how.get('deterministic', False)}"
+    assert ringspan.run_in_process(2, run, timeout_seconds=30.0) == [wanted] * 2
 
 
 def test_models_whose_logits_are_not_known_are_refused_and_go_without_tiles():

@@ -53,6 +53,8 @@ def parallelize(
     kernel: str = "auto",
     weights: tuple[float, ...] | None = None,
     kv_heads_per_stage: int | None = None,
+    transport: str = "auto",
+    deterministic: bool = False,
     options: Mapping[str, int | str] | None = None,
     feed_forward_chunk: int | Auto | None = "auto",
     loss_tile: int | Auto | None = "auto",
@@ -82,11 +84,13 @@ def parallelize(
         replicate: the axis of whole copies of that.
         tensor: the axis whose ranks share the heads and feed-forward columns of each layer, and the tokens of a context shard elsewhere:
             see `ringspan.transformer.tensor_parallel`. Key heads, and columns, are divisible by it.
-        strategy: see `ContextParallel`, as `layout`, `kernel`, `weights`, `kv_heads_per_stage`.
+        strategy: see `ContextParallel`, as `layout`, `kernel`, `weights`, `kv_heads_per_stage`, `transport`, `deterministic`.
         layout: who owns which positions.
         kernel: of attention.
         weights: for layout `weighted`.
         kv_heads_per_stage: key heads computed at a time.
+        transport: `auto`, `process_group` or `peer_memory`.
+        deterministic: attention's gradients are the same bits at every run, or the kernel is refused.
         options: the strategy's own.
         feed_forward_chunk: tokens that a feed-forward part, or a norm, computes at a time; `auto`: what works in 1/32 of the device's
             memory; None: all, as the model does.
@@ -171,6 +175,8 @@ def parallelize(
         kernel=kernel,
         weights=weights,
         kv_heads_per_stage=kv_heads_per_stage,
+        transport=transport,
+        deterministic=deterministic,
         **more,
     )
     store = None if chosen.offload is None else make_store(device, chosen.offload)
