@@ -17,6 +17,7 @@ import torch
 from ringspan.bench import PEERS, Bench, BenchReport, Clock, Grid, about, open_meter
 from ringspan.bench.case import FEWEST_SAMPLES
 from ringspan.cli.bench_progress import Progress
+from ringspan.cli.leave import leave
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank, agree
 from ringspan.verify import open_world
@@ -194,8 +195,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Left at once: gloo's threads now and then outlive what they work on, and the interpreter's way out would then abort.
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from ringspan.cli.bench import command as bench
 from ringspan.cli.doctor import command as doctor
 from ringspan.cli.export import command as export
+from ringspan.cli.leave import fail_unforeseen, leave
 from ringspan.cli.show import command as show
 from ringspan.cli.trace import command as trace
 from ringspan.cli.train import command as train
@@ -52,18 +52,15 @@ def _fail(error: RingspanError) -> int:
     return 2
 
 
-def _leave(status: str | int | None) -> None:
-    """Ends the process with `status`; a rank that torchrun started at once."""
-    if isinstance(status, int) and "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # gloo's threads now and then outlive what they work on, and the interpreter's way out would then abort.
-        os._exit(status)
-    sys.exit(status)
-
-
-if __name__ == "__main__":
+def process() -> None:
+    """`main`, and the end of the process, see `leave`."""
     try:
         main()
     except SystemExit as end:
-        _leave(end.code)
+        leave(end.code)
+    except Exception:
+        fail_unforeseen()
+
+
+if __name__ == "__main__":
+    process()

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ringspan.cli.leave import leave
 from ringspan.cli.train_progress import TrainingProgress, printable
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.export import export
@@ -131,7 +132,7 @@ def under_torchrun(given: dict[str, Any], *, resume: bool, show_plan: Callable[[
             sys.exit(2)
         if ranks.is_first:
             show_plan(plan)
-    with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+    with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop, leaves=False) as ranks:
         return run_plan(plan, ranks)
 
 
@@ -148,7 +149,7 @@ def main(arguments: list[str]) -> int:
     stop.listen()
     try:
         store = open_store(plan.config.timeout_seconds)
-        with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop) as ranks:
+        with join_ranks(store, "train", plan.config.device, plan.config.timeout_seconds, stop, leaves=False) as ranks:
             again = ranks.on_first(lambda: restarted(plan)) if post.attempt else plan
             outcome = run_plan(again, ranks)
     except BaseException as error:
@@ -179,4 +180,4 @@ def _log_to(path: Path, *, keep_stdout: bool):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

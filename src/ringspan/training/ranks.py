@@ -197,13 +197,16 @@ def open_store(timeout_seconds: float) -> dist.Store:
 
 
 @contextlib.contextmanager
-def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: float, stop: StopSignal) -> Iterator[Ranks]:
+def join_ranks(
+    store: dist.Store, purpose: str, device: str, timeout_seconds: float, stop: StopSignal, *, leaves: bool = True
+) -> Iterator[Ranks]:
     """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
     Args:
         store: from `open_store`.
         purpose: another one each time that the same ranks meet, or they would find what they said before.
         device: `"cpu"` (gloo) or `"cuda"` (NCCL, the GPU of LOCAL_RANK).
+        leaves: whether the process goes on without the others; otherwise it ends next, by `ringspan.cli.leave`.
     """
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     # Ranks that share cores and also spread over all of them slow each other down.
@@ -226,6 +229,7 @@ def join_ranks(store: dist.Store, purpose: str, device: str, timeout_seconds: fl
         assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup), "every rank is a member of them"
         yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=place, control=control, saving=saving, stop=stop)
     finally:
-        # A group whose other end is gone cannot be left in order, and the process ends here anyway.
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+        if leaves:
+            # A group whose other end is gone cannot be left in order.
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
