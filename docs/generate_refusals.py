@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -237,6 +238,7 @@ CALLS: dict[str, Callable[[], Any]] = {
         {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     ),
     "a model that is given no `position_ids`": lambda: _attention_of_a_model(torch.arange(LENGTH // RANKS)[None]),
+    "a model with layers of another kind": lambda: _attention_of_a_model(_sequence().positions[None], ["linear_attention"]),
     "`shard_batch` with a key that it does not know": lambda: _sequence().shard_batch(
         {"input_ids": torch.zeros(1, LENGTH, dtype=torch.int64), "token_type_ids": torch.zeros(1, LENGTH)}
     ),
@@ -244,9 +246,11 @@ CALLS: dict[str, Callable[[], Any]] = {
 """What is asked, and the call that asks it."""
 
 
-def _attention_of_a_model(position_ids: Tensor) -> Any:
+def _attention_of_a_model(position_ids: Tensor, layer_types: list[str] | None = None) -> Any:
     q, k, v = _tensors(axes="bhsd")
-    return attention_forward(torch.nn.Module(), q, k, v, None, ringspan_sequence=_sequence(), position_ids=position_ids)
+    module: Any = torch.nn.Module()
+    module.config = SimpleNamespace(layer_types=layer_types)
+    return attention_forward(module, q, k, v, None, ringspan_sequence=_sequence(), position_ids=position_ids)
 
 
 def _padded(kept: Tensor) -> dict[str, Tensor]:

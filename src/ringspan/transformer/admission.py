@@ -9,10 +9,7 @@ from torch import nn
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer.layers import causal_model, decoder_layers
-
-_SHARED = ("full_attention", "sliding_attention")
-"""The kinds of layer, as transformers calls them, whose tokens learn of each other by attention that the ranks share."""
-_FAMILIES = "a decoder with full and sliding attention alone, such as Llama, Qwen 2 and 3, Mistral, Gemma or gpt-oss"
+from ringspan.transformer.mixing import FAMILIES, RULE, check_kinds
 
 
 def check_model(model: nn.Module, num_sharing: int) -> None:
@@ -44,16 +41,12 @@ def check_model(model: nn.Module, num_sharing: int) -> None:
 
 
 def _check_mixing(inner: Any, asked: str) -> None:
-    rule = "Ranks share full and sliding attention; by any other way tokens would learn of one rank's tokens alone"
-    kinds = getattr(inner.config, "layer_types", None) or ()
-    strange = sorted({str(kind) for kind in kinds} - set(_SHARED))
-    if strange:
-        raise UnsupportedError(asked, f"it has layers of the kind {', '.join(strange)}", rule, _FAMILIES)
+    check_kinds(inner.config, asked)
     if not getattr(inner, "_supports_attention_backend", True):
-        raise UnsupportedError(asked, "transformers does not let its attention be another's", rule, _FAMILIES)
+        raise UnsupportedError(asked, "transformers does not let its attention be another's", RULE, FAMILIES)
     for name, part in inner.named_modules():
         if isinstance(part, nn.Conv1d):
-            raise UnsupportedError(asked, f"{name} is a convolution over tokens", rule, _FAMILIES)
+            raise UnsupportedError(asked, f"{name} is a convolution over tokens", RULE, FAMILIES)
 
 
 def is_sharded(model: nn.Module) -> bool:

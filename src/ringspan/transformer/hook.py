@@ -15,10 +15,8 @@ from ringspan.attention.positions import position_problem
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import looks_ahead, sliding_window
 from ringspan.kernels import autocast_dtype
+from ringspan.transformer.mixing import ATTENTION_NAME, check_kinds, check_models
 from ringspan.transformer.rotary import LENGTH_DEPENDENT, ROTARY_KEYWORD
-
-ATTENTION_NAME = "ringspan"
-"""What `attn_implementation` is set to."""
 
 # What models pass to every attention and what changes nothing here: positions are already inside q and k (position_problem looks at them),
 # labels belong to the loss.
@@ -61,7 +59,8 @@ def attention_forward(
     Under `torch.autocast` it computes in autocast's dtype, as PyTorch's own attention does: rotations leave queries and keys in float32.
 
     Raises:
-        RingspanError: without a sequence, for every keyword that would change the result and is not computed here, and where the model
+        RingspanError: without a sequence, on several ranks for a model with layers in which tokens learn of each other otherwise (see
+            `ringspan.transformer.mixing`), for every keyword that would change the result and is not computed here, and where the model
             counted the tokens of a shard from 0, not having been given `position_ids`: see `Sequence.refuse_attention` for who raises.
     """
     sequence: Sequence | None = keywords.pop(SEQUENCE_KEYWORD, None)
@@ -72,6 +71,8 @@ def attention_forward(
             "The batch carries the sequence that it was split by",
             "model(**seq.shard_batch(batch))",
         )
+    if sequence.num_ranks > 1:
+        check_kinds(getattr(module, "config", None), f"attention of {type(module).__name__} on {sequence.num_ranks} ranks")
     if not keywords.pop(ROTARY_KEYWORD, False):
         _check_rotation(getattr(module, "config", None), sequence)
     window, softcap, sinks = (keywords.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
@@ -172,6 +173,9 @@ stays_uncompiled(sys.modules[__name__], "attention_forward", "attention_mask")
 def register() -> None:
     """Makes `attn_implementation="ringspan"` known to transformers, with its mask. Call it once; more often does no harm.
 
+    From then on transformers refuses it, by an `UnsupportedError`, for models that have attention of their own, which never calls this one;
+    on several ranks a forward refuses those whose tokens learn of each other by anything else too: see `ringspan.transformer.mixing`.
+
     Raises:
         RingspanError: where transformers is not installed.
     """
@@ -184,3 +188,4 @@ def register() -> None:
     keep_uncompiled()
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+    check_models()
