@@ -77,6 +77,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         part["num_items_in_batch"] = (shifted != IGNORE_INDEX).sum()
     # So that attention need not read them.
     sequence.known_positions.add(part["position_ids"])
+    sequence.context.use.count_batch(sequence.num_ranks)
     part[SEQUENCE_KEYWORD] = sequence
     return part
 

@@ -25,6 +25,7 @@ from ringspan.attention.planning import make_plan, plan_key, whole_scale
 from ringspan.attention.positions import KnownTensors, may_count_from_0
 from ringspan.attention.replay import Replays
 from ringspan.attention.sharding import Unshard, take_shard
+from ringspan.attention.use import Use
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask, causal, make_layout
 from ringspan.kernels import Kernel, select_kernel
@@ -94,6 +95,7 @@ class ContextParallel:
         self.strategy, self.layout, self.kernel = strategy, layout, kernel
         self.kv_heads_per_stage, self.deterministic, self.options = kv_heads_per_stage, deterministic, options
         self.replays = Replays() if cuda_graphs else None
+        self.use = Use()
         self._sequences: Kept[Sequence] = Kept(KEPT)
         self._decoders: Kept[Kernel] = Kept(KEPT)
         problem = checks.problem_of(
@@ -174,7 +176,12 @@ class ContextParallel:
         return decode(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kernel, self.transport)
 
     def sum_gradients(self, model: nn.Module | Iterable[nn.Parameter]) -> None:
-        """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective."""
+        """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective.
+
+        Raises:
+            RingspanError: where batches were cut by `shard_batch` and no attention of this context has run: the model's is another.
+        """
+        self.use.check("sum_gradients", self.transport.size)
         sum_gradients(model.parameters() if isinstance(model, nn.Module) else model, self.transport, self.observer)
 
     def broadcast_parameters(self, model: nn.Module) -> None:
@@ -328,6 +335,7 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
                 wrong, the kernel refuses it, or the ranks disagree.
         """
+        self.context.use.has_attended = True
         if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap)) is not None:
             agree(self.context.transport, "attention", "arguments of another type", wrong)
         scale = whole_scale(q, scale)
@@ -403,7 +411,8 @@ class Sequence:
             of the unsplit model.
 
         Raises:
-            RingspanError: at the first call with new shapes, on every rank, where they are wrong on any rank or the ranks disagree.
+            RingspanError: at the first call with new shapes, on every rank, where they are wrong on any rank or the ranks disagree, or
+                where the batch was cut by `shard_batch` and the model's attention is none of this context's.
         """
         self._losses.get(
             (logits.shape, labels.shape, logits.dtype, logits.device, ignore_index),
@@ -413,7 +422,12 @@ class Sequence:
 
     def _agree_on_loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
         """All ranks go on, or all raise: a rank that raised alone would leave the others waiting for its share."""
-        problem = checks.problem_of(lambda: checks.check_loss(logits, labels, self.shard_length, self.rank))
+
+        def check() -> None:
+            self.context.use.check("the loss of a model's logits", self.num_ranks)
+            checks.check_loss(logits, labels, self.shard_length, self.rank)
+
+        problem = checks.problem_of(check)
         asked = f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
         agree(self.context.transport, "loss", f"{asked} ignore_index={ignore_index}", problem)
         return True
