@@ -42,6 +42,14 @@ def test_position_ids_that_are_given_are_kept():
         assert torch.equal(part["position_ids"], batch["position_ids"][:, part["positions"]])
 
 
+def test_what_a_model_does_to_its_positions_is_no_matter_of_the_sequences():
+    sequence = ringspan.ContextParallel(kernel="reference").sequence(8)
+    for _ in range(2):
+        part = sequence.shard_batch({"input_ids": torch.zeros(1, 8, dtype=torch.int64)})
+        assert part["position_ids"].tolist() == [list(range(8))]
+        part["position_ids"] += 1
+
+
 def test_the_batch_that_was_given_is_left_as_it_was():
     batch = make_batch(2, 12, padded=(0, 3))
     before = {key: tensor.clone() for key, tensor in batch.items()}

@@ -70,7 +70,8 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
         _check_positions(sequence, batch["position_ids"])
         part["position_ids"] = sequence.shard(batch["position_ids"], 1)
     else:
-        part["position_ids"] = sequence.positions.to(tokens.device).expand(tokens.shape[0], -1)
+        # A copy: what a model does to it is no matter of the sequence's.
+        part["position_ids"] = sequence.positions.to(tokens.device).repeat(tokens.shape[0], 1)
     if labels is not None:
         shifted = shift_labels(labels)
         part["labels"] = part["shift_labels"] = sequence.shard(shifted, 1)
