@@ -42,6 +42,34 @@ def test_position_ids_that_are_given_are_kept():
         assert torch.equal(part["position_ids"], batch["position_ids"][:, part["positions"]])
 
 
+def test_rows_that_are_packed_differently_are_refused_since_one_mask_holds_for_all():
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.cat([torch.arange(8), torch.arange(4)])])
+    ids = torch.zeros(2, 12, dtype=torch.int64)
+    for borders, words in (([0, 5, 8, 12], r"go on at \[8\] in row 0"), ([0, 5, 12], r"begin again at \[8\]")):
+        sequence = ringspan.ContextParallel(kernel="reference").sequence(12, ringspan.causal() & ringspan.documents(borders))
+        with pytest.raises(UnsupportedError, match=words):
+            sequence.shard_batch({"input_ids": ids, "position_ids": positions})
+        # Positions that never begin again tell nothing.
+        sequence.shard_batch({"input_ids": ids, "position_ids": torch.arange(12).expand(2, -1)})
+    sequence.shard_batch({"input_ids": ids, "position_ids": positions[:1].expand(2, -1)})
+    with pytest.raises(UnsupportedError, match=r"go on at \[5\] in row 1"):
+        sequence.shard_batch({"input_ids": ids, "position_ids": torch.stack([positions[0], torch.arange(12)])})
+
+
+def test_positions_of_padding_are_no_documents():
+    kept = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+    sequence = ringspan.ContextParallel(kernel="reference").sequence(12)
+    for positions in (kept.cumsum(-1) - 1, (kept.cumsum(-1) - 1).masked_fill(kept == 0, 1)):
+        batch = {"input_ids": torch.zeros(2, 12, dtype=torch.int64), "attention_mask": kept, "position_ids": positions}
+        assert torch.equal(sequence.shard_batch(batch)["position_ids"], positions)
+        with pytest.raises(UnsupportedError, match="begin again"):
+            sequence.shard_batch({name: tensor for name, tensor in batch.items() if name != "attention_mask"})
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    of_documents = sequence.context.sequence(12, ringspan.causal() & ringspan.documents([0, 5, 12]))
+    batch = {"input_ids": torch.zeros(2, 12, dtype=torch.int64), "attention_mask": torch.tensor([[1] * 12, [1] * 4 + [0] * 8])}
+    of_documents.shard_batch({**batch, "position_ids": packed})
+
+
 def test_what_a_model_does_to_its_positions_is_no_matter_of_the_sequences():
     sequence = ringspan.ContextParallel(kernel="reference").sequence(8)
     for _ in range(2):

@@ -152,6 +152,12 @@ def test_a_model_without_a_sequence_is_refused_with_the_way_to_give_it_one():
         tiny_llama("ringspan")(input_ids=make_batch(1, 12)["input_ids"])
 
 
+def test_hidden_states_are_given_where_they_are_asked_for():
+    model = tiny_llama("ringspan")
+    for found in ringspan.run_in_process(2, lambda group: model(**part_of(group), output_hidden_states=True)):
+        assert len(found.hidden_states) == 1 + model.config.num_hidden_layers
+
+
 def test_dropout_is_refused_while_training_and_is_no_matter_in_evaluation():
     model = tiny_llama("ringspan", attention_dropout=0.1)
     assert all("dropout=0.1" in message for message in on_each_rank(lambda group: model(**part_of(group))))

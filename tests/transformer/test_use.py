@@ -49,6 +49,30 @@ def test_another_attention_is_found_on_every_rank(what: str):
     assert ringspan.run_in_process(1, lambda group: asked(group, "sdpa", what)) == [""]
 
 
+def test_ranks_with_other_weights_are_all_refused():
+    def run(group: Any, how: str) -> str:
+        model = tiny_llama()
+        context = ringspan.ContextParallel(group, kernel="reference")
+        if group.rank == 2:
+            with torch.no_grad():
+                model.lm_head.weight += 1e-3
+        if how == "broadcast":
+            context.broadcast_parameters(model)
+        try:
+            if how == "parallelize":
+                ringspan.parallelize(model, group)
+            else:
+                context.sum_gradients(model)
+        except RingspanError as error:
+            return str(error)
+        return ""
+
+    for how in ("sum_gradients", "parallelize"):
+        for said in ringspan.run_in_process(3, lambda group, how=how: run(group, how), timeout_seconds=30.0):
+            assert f"{how} on 3 ranks: the weights of rank 2 are others than those of rank 0" in said
+    assert ringspan.run_in_process(3, lambda group: run(group, "broadcast"), timeout_seconds=30.0) == [""] * 3
+
+
 def test_a_loss_of_logits_that_no_model_of_hugging_face_made_is_nobodys_mistake():
     def run(group: Any) -> torch.Tensor:
         sequence = ringspan.ContextParallel(group).sequence(LENGTH)

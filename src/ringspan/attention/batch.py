@@ -67,7 +67,7 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     part: dict[str, Any] = {key: sequence.shard(batch[key], 1) for key in ("input_ids", "inputs_embeds") if key in batch}
     tokens: Tensor = next(iter(part.values()))
     if "position_ids" in batch:
-        _check_positions(sequence, batch["position_ids"])
+        _check_positions(sequence, batch["position_ids"], padding)
         part["position_ids"] = sequence.shard(batch["position_ids"], 1)
     else:
         # A copy: what a model does to it is no matter of the sequence's.
@@ -154,19 +154,34 @@ def _whole_numbers(name: str, given: Any) -> Any:
     return given.long()
 
 
-def _check_positions(sequence: Sequence, position_ids: Tensor) -> None:
-    """Positions that begin again tell packed documents, as transformers reads them: the sequence's mask must have the same borders."""
-    steps = position_ids[..., 1:] - position_ids[..., :-1]
-    borders = (steps <= 0).reshape(-1, steps.shape[-1]).any(0).nonzero().flatten() + 1
-    allowed = document_borders(sequence.mask)
-    strange = [border for border in borders.tolist() if border not in allowed]
-    if strange:
+def _check_positions(sequence: Sequence, position_ids: Tensor, padding: Tensor | None) -> None:
+    """Positions that begin again tell packed documents, as transformers reads them: the sequence's mask must have the same borders.
+
+    One mask holds for all rows: where a row begins again at some of its borders, every row does at all of them. Positions that never begin
+    again tell nothing, and padding has none.
+    """
+    again = position_ids[..., 1:] <= position_ids[..., :-1]
+    if padding is not None:
+        again = again & (padding[:, 1:] != 0)
+    rows = [set((row.nonzero().flatten() + 1).tolist()) for row in again.reshape(-1, again.shape[-1])]
+    found, borders = set().union(*rows), {border for border in document_borders(sequence.mask) if 0 < border < sequence.length}
+    if strange := sorted(found - borders):
         raise UnsupportedError(
             f"position_ids that begin again at {strange[:4]} under mask {sequence.mask}",
             "the mask has no document border there",
             "Tokens of packed documents do not see one another, and the sequence's mask is what says so",
-            "cp.sequence(length, ringspan.causal() & ringspan.documents(cu_seqlens))",
+            "cp.sequence(length, ringspan.causal() & ringspan.documents(cu_seqlens)), of rows that are all packed alike",
         )
+    # Of padding nothing depends on where its documents begin.
+    ends = [sequence.length] * len(rows) if padding is None else (padding != 0).sum(-1).tolist()
+    for index, (row, end) in enumerate(zip(rows, ends, strict=False)):
+        if found and (missing := sorted(border for border in borders - row if border < end)):
+            raise UnsupportedError(
+                f"position_ids that go on at {missing[:4]} in row {index} under mask {sequence.mask}",
+                f"the mask has document borders there, and rows begin again at {sorted(found)[:4]}",
+                "One mask holds for all rows of a batch, and a row's positions tell other documents than it does",
+                "rows that are packed alike, or a batch and a sequence for each",
+            )
 
 
 def _check_padding(sequence: Sequence, padding: Tensor) -> None:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringspan.attention import checks
+from ringspan.attention import checks, handed
 from ringspan.attention.autograd import Plan, attend
 from ringspan.attention.batch import agree_on_batch, shard_batch
 from ringspan.attention.decode import decode
 from ringspan.attention.fingerprint import describe_mask
-from ringspan.attention.gradients import broadcast_parameters, sum_gradients
+from ringspan.attention.gradients import broadcast_parameters, check_same_weights, sum_gradients
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
@@ -179,10 +179,22 @@ class ContextParallel:
         """Sums `.grad` over the ranks in float32, in place: every rank then holds the gradients of the unsplit model. Collective.
 
         Raises:
-            RingspanError: where batches were cut by `shard_batch` and no attention of this context has run: the model's is another.
+            RingspanError: where batches were cut by `shard_batch` and no attention of this context has run: the model's is another; for
+                parameters that are sharded; and at the first call, on every rank, where the ranks have other weights.
         """
         self.use.check("sum_gradients", self.transport.size)
-        sum_gradients(model.parameters() if isinstance(model, nn.Module) else model, self.transport, self.observer)
+        parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
+        if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+            raise RingspanError(
+                "sum_gradients of sharded parameters",
+                "they are DTensors",
+                "FSDP sums their gradients in the backward",
+                "parallel.sum_gradients()",
+            )
+        if not self.use.has_compared:
+            self.use.has_compared = True
+            check_same_weights(parameters, self.transport, f"sum_gradients on {self.transport.size} ranks")
+        sum_gradients(parameters, self.transport, self.observer)
 
     def broadcast_parameters(self, model: nn.Module) -> None:
         """Copies the parameters and buffers of rank 0 to every rank. Collective."""
@@ -210,6 +222,11 @@ class Sequence:
         self.kernel: Kernel | None = None
         self.peer_bytes = 0
         self.known_positions = KnownTensors()
+        self._name = handed.enter(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A DataLoader's worker hands batches to this process, and with each the sequence, which is the one that is here.
+        return handed.find, (self._name,)
 
     @property
     def length(self) -> int:

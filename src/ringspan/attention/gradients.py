@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ringspan.attention.observe import AFTER, Observer, watch
+from ringspan.errors import RingspanError
 from ringspan.transport import Transport
 
 BUCKET_BYTES = 1 << 25
@@ -37,6 +39,44 @@ def sum_gradients(parameters: Iterable[nn.Parameter], transport: Transport, obse
                 parameter.grad = summed
             else:
                 parameter.grad.copy_(summed)
+
+
+def check_same_weights(parameters: Iterable[nn.Parameter], transport: Transport, asked: str) -> None:
+    """That all ranks have the same weights, as far as a few of each parameter tell. Collective: one gathering of a number.
+
+    Reads `SAMPLED` elements of each parameter, evenly spread, and copies them to the host. A rank that has some on `meta` is not compared.
+
+    Raises:
+        RingspanError: on every rank, naming one whose weights are others than those of the first.
+    """
+    if transport.size == 1:
+        return
+    said = transport.gather_objects(_sampled_checksum(list(parameters)))
+    known = [(rank, theirs) for rank, theirs in enumerate(said) if theirs is not None]
+    if others := [rank for rank, theirs in known if theirs != known[0][1]]:
+        raise RingspanError(
+            asked,
+            f"the weights of rank {others[0]} are others than those of rank {known[0][0]}",
+            "Ranks that share a sequence compute with the same weights",
+            "torch.manual_seed(0) on every rank before a new model is made, one folder that all load, or cp.broadcast_parameters(model)",
+        )
+
+
+SAMPLED = 16
+"""Elements of a parameter that are compared."""
+
+
+def _sampled_checksum(parameters: list[nn.Parameter]) -> int | None:
+    if any(parameter.is_meta for parameter in parameters):
+        return None
+    samples: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        flat = parameter.detach().reshape(-1)
+        samples.setdefault(flat.device, []).append(flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].double())
+    found = 0
+    for parts in samples.values():
+        found = zlib.crc32(torch.cat(parts).cpu().numpy().tobytes(), found)
+    return found
 
 
 def broadcast_parameters(model: nn.Module, transport: Transport) -> None:

@@ -20,10 +20,12 @@ class Use:
     Attributes:
         batches: cut by `shard_batch`.
         has_attended: whether attention has been called.
+        has_compared: whether the ranks' weights have been compared.
     """
 
     batches: int = 0
     has_attended: bool = False
+    has_compared: bool = False
 
     def count_batch(self, num_ranks: int) -> None:
         """One more batch is cut. Warns once where very many have been and nothing has come of them."""

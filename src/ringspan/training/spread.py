@@ -175,6 +175,8 @@ def spread(model: nn.Module, config: TrainingConfig, mesh: DeviceMesh | InProces
             compute_dtype=getattr(torch, config.dtype) if sharded and config.dtype != "float32" else None,
             parameters_on_host=config.parameters_on_host,
             tokens_per_rank=-(-config.batch_size * config.context // context_ranks(config)),
+            # Compared by all their bits where they are there; where parameters are sharded rank 0 alone has them yet.
+            same_weights=False,
             **more,
         )
     except RankFailure:

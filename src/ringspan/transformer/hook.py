@@ -28,6 +28,7 @@ _HARMLESS = {
     "num_items_in_batch",
     "is_causal",
     "use_cache",
+    "output_hidden_states",
     "position_embeddings",
 }
 _ABSENT = (None, False, 0, 0.0)
@@ -68,8 +69,8 @@ def attention_forward(
         raise RingspanError(
             "a forward of a model with attn_implementation='ringspan'",
             "its attention was given no sequence",
-            "The batch carries the sequence that it was split by",
-            "model(**seq.shard_batch(batch))",
+            "The batch carries the sequence that it was split by, and the model's layers hand it on",
+            "model(**seq.shard_batch(batch)); model.set_attn_implementation('sdpa') to generate, or for a whole batch on each rank",
         )
     if sequence.num_ranks > 1:
         check_kinds(getattr(module, "config", None), f"attention of {type(module).__name__} on {sequence.num_ranks} ranks")
@@ -86,7 +87,7 @@ def attention_forward(
             f"attention of {type(module).__name__} with {', '.join(f'{name}={given}' for name, given in refused.items())}",
             "ringspan does not compute this exactly",
             "Nothing that a model asks for is ignored",
-            "a model without it (config.attention_dropout=0), or attn_implementation='sdpa'",
+            "a forward without it (dropout: every one in the model's config 0), or attn_implementation='sdpa'",
         )
     wanted = keywords.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if wanted is None else wanted)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention import ContextParallel
 from ringspan.attention.checks import problem_of
+from ringspan.attention.gradients import check_same_weights
 from ringspan.errors import RingspanError
 from ringspan.transformer.admission import check_model, guard_saving, is_sharded
 from ringspan.transformer.axes import Group, Names, find_axes
@@ -69,6 +70,7 @@ def parallelize(
     reshard_after_forward: bool = True,
     tokens_per_rank: int | None = None,
     memory_bytes: int | None = None,
+    same_weights: bool = True,
 ) -> ParallelModel:
     """Makes a Hugging Face decoder long-context, in place: attention over all ranks, and nothing else that grows with the length.
 
@@ -107,10 +109,11 @@ def parallelize(
         reshard_after_forward: whether a layer's parameters are given up between its forward and its backward.
         tokens_per_rank: batch × positions of this rank's context shard, for `rematerialise="auto"`.
         memory_bytes: what `auto` chooses for; the device's whole memory if not given. Of all ranks' the smallest counts.
+        same_weights: whether a few elements of each parameter are compared over the ranks; not where weights are loaded after this.
 
     Raises:
-        RingspanError: on every rank, where an argument is wrong, the ranks disagree, or the model is none that can be prepared: see
-            `ringspan.transformer.admission`.
+        RingspanError: on every rank, where an argument is wrong, the ranks disagree or have other weights, or the model is none that can be
+            prepared: see `ringspan.transformer.admission`.
     """
     axes = find_axes(mesh, context=context, shard=shard, replicate=replicate, tensor=tensor, shard_parameters=shard_parameters)
     everyone, sharing = make_transport(axes.everyone), make_transport(axes.sharing)
@@ -163,9 +166,11 @@ def parallelize(
     problem = problem_of(prepare)
     # What was chosen, and not what was asked for: modes that differ rotate other numbers of messages, and would wait for ever.
     sharding = f"shard_parameters={axes.sharding is not None}, compute_dtype={compute_dtype}, "
-    sharding += f"parameters_on_host={parameters_on_host}, reshard_after_forward={reshard_after_forward}"
+    sharding += f"parameters_on_host={parameters_on_host}, reshard_after_forward={reshard_after_forward}, same_weights={same_weights}"
     settled = "" if problem is not None else f"{_settled(model, *prepared[0], layers_per_checkpoint)}, {sharding}"
     agree(everyone, "parallelize", settled, problem)
+    if same_weights:
+        check_same_weights(model.parameters(), everyone, f"parallelize on {everyone.size} ranks")
     chosen, terms = prepared[0]
     more: dict[str, Any] = dict(options or {})
     cp = ContextParallel(
