@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def main():
         report_to="none",
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
+        ddp_backend=("nccl" if torch.cuda.is_available() else "gloo") if "RANK" in os.environ else None,
     )
     # A group of its own: the Trainer's gradients are on their way while attention still sends.
     cp = ringspan.ContextParallel(dist.new_group() if dist.is_initialized() else None)

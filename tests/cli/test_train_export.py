@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from ringspan.cli.main import main
+from ringspan.errors import RingspanError
 from ringspan.training.checkpoint import Snapshot, TrainingState, save_checkpoint
+from ringspan.training.config import TrainingConfig
 from ringspan.training.model import build_model
 from ringspan.training.optimizer import Optimizer
 from ringspan.training.prepare import prepare
@@ -27,6 +30,18 @@ def run(tmp_path: Path) -> Path:
         snapshot = Snapshot(state=state, config=model.config, weights=optimizer.masters, moments=optimizer.moments(), extra_files={})
         save_checkpoint(plan.files.checkpoints, snapshot, keep=2)
     return plan.files.out
+
+
+def test_a_run_that_goes_on_exports_beside_what_it_exported_before(run: Path, tmp_path: Path):
+    target = tmp_path / "model"
+    replace(TrainingConfig.load(run / "config.json"), export=str(target)).save(run / "config.json")
+    given = {"out": str(run), "steps": 9}
+    assert prepare(given, resume=True).config.export == str(target)
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    assert prepare(given, resume=True).config.export == f"{target}-2"
+    with pytest.raises(RingspanError, match="something is there already"):
+        prepare({**given, "export": str(target)}, resume=True)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

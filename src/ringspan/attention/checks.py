@@ -94,7 +94,7 @@ def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
             f"a tensor {tuple(x.shape)} with the sequence along dim {dim!r}",
             f"{of} has {length} positions",
             "The tensor is that long along dim",
-            "the dim that counts positions, usually 1",
+            f"the dim that counts positions, usually 1, of {length}; or cp.sequence of the tensor's own length",
         )
 
 

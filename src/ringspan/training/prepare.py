@@ -141,6 +141,8 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
         raise RingspanError(f"--resume with --out {out}", "there is no checkpoint in it", "A run goes on from its last checkpoint", hint)
     config = TrainingConfig.load(files.config).resumed(given | {"out": str(out)})
     config.check()
+    if config.export and not given.get("export"):
+        config = replace(config, export=str(_free_target(Path(config.export))))
     state = verify_checkpoint(checkpoints[-1])
     if config.steps < state.step:
         asked, found = f"--steps {config.steps} with --resume", f"{state.step} are taken"
@@ -156,6 +158,15 @@ def _prepare_resumed(given: dict[str, Any]) -> Plan:
     _check_room(config, _folder_bytes(checkpoints[-1]), files.out)
     _writing(lambda: config.save(files.config), files.out)
     return Plan(config=config, tokens=tokens, checkpoint=str(checkpoints[-1]), first_step=state.step)
+
+
+def _free_target(wanted: Path) -> Path:
+    """Where a run that goes on exports to: beside what it exported when it ended before."""
+    try:
+        check_target(wanted)
+    except RingspanError:
+        return free_folder(wanted)
+    return wanted
 
 
 def _settled(config: TrainingConfig, model: str, *, with_weights: bool = True) -> TrainingConfig:
