@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 from dataclasses import replace
@@ -15,16 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan.attention import inbox as inbox_module
-from ringspan.attention import peer_courier, reshard, swap
+from ringspan.attention import peer_courier
 from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
 from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
-from ringspan.kernels import copy_all
 from ringspan.schedule import Piece, Schedule, lifetimes
 from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
-from ringspan.transport.shared_memory import SharedMemory
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.dense import dense, make_tensors
 from tests.support.errors import BUDGETS, assert_close
@@ -158,108 +155,6 @@ def test_single_rows_of_keys_beside_their_values_arrive_as_they_are(batch: int):
     expected = dense(tensors, MASKS["full"].allowed(2)).out
     for positions, found in ringspan.run_in_process(2, run):
         torch.testing.assert_close(found, expected[:, positions], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("strategy", [{"strategy": "ulysses"}, {"strategy": "two_dimensional", "ulysses": 2}])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 16), (6, 1, 3), (3, 3, 8)])
-def test_heads_are_exchanged_to_the_same_bits_by_whatever_carries_them(strategy: dict, heads: int, kv_heads: int, head_dim: int):
-    torch.manual_seed(0)
-    q, dout = torch.randn(2, 2, 45, heads, head_dim).bfloat16()
-    k, v = torch.randn(2, 2, 45, kv_heads, head_dim).bfloat16()
-
-    def run(group, transport: str):
-        sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", **strategy).sequence(45)
-        leaves = [sequence.shard(x).detach().requires_grad_() for x in (q, k, v)]
-        out, lse = sequence.attention(*leaves, return_lse=True)
-        loss = (out * sequence.shard(dout)).float().sum() + lse.sum()
-        return [out, lse, *torch.autograd.grad(loss, leaves)], group.bytes_sent
-
-    parts = zip(
-        *(ringspan.run_in_process(4, lambda group, way=way: run(group, way)) for way in ("process_group", "peer_memory")), strict=True
-    )
-    for (expected, sent), (found, sent_too) in parts:
-        assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
-        assert sent == sent_too
-
-
-def exchanged(group, transport: str, strategy: str = "ulysses") -> list[torch.Tensor]:
-    """out and gradients of a rank of four, whose heads are exchanged four times."""
-    same = torch.Generator().manual_seed(0)
-    sequence = ringspan.ContextParallel(group, transport=transport, kernel="reference", strategy=strategy).sequence(45)
-    leaves = [sequence.shard(torch.randn(1, 45, heads, 8, generator=same).bfloat16()).requires_grad_() for heads in (8, 4, 4)]
-    out = sequence.attention(*leaves)
-    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
-
-
-@pytest.mark.parametrize("late", [swap, reshard], ids=["writes", "reads"])
-def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeypatch: pytest.MonkeyPatch, late: Any):
-    expected = ringspan.run_in_process(4, lambda group: exchanged(group, "process_group"))
-    right, slow = late.copy_all, threading.local()
-
-    def copy_all(copies):
-        time.sleep(0.1 if vars(slow) else 0.0)
-        right(copies)
-
-    def run(group):
-        vars(slow).update(here=True) if group.rank == 0 else None
-        return exchanged(group, "peer_memory")
-
-    monkeypatch.setattr(late, "copy_all", copy_all)
-    for found, wanted in zip(ringspan.run_in_process(4, run), expected, strict=True):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
-
-
-@pytest.mark.parametrize("strategy", ["ulysses", "two_dimensional"])
-def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pytest.MonkeyPatch, strategy: str):
-    done = threading.local()
-
-    def count(owner: Any, name: str) -> None:
-        right = getattr(owner, name)
-
-        def counted(*arguments):
-            vars(done).setdefault("names", []).append(name)
-            right(*arguments)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for owner, name in ((swap, "copy_all"), (reshard, "copy_all"), (SharedMemory, "meet")):
-        count(owner, name)
-
-    def run(group):
-        exchanged(group, "peer_memory", strategy)
-        return done.names
-
-    for names in ringspan.run_in_process(4, run):
-        assert names == ["meet", "copy_all", "meet", "copy_all"] * 4, "q, k and v; out; and their gradients, the other way"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "heads"), [({"strategy": "ring"}, 4), ({"strategy": "ulysses"}, 4), ({"strategy": "two_dimensional"}, 1)]
-)
-def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_and_where_there_are_none(strategy: dict, heads: int):
-    def run(group):
-        sequence = ringspan.ContextParallel(group, transport="peer_memory", **strategy).sequence(64)
-        x = torch.randn(1, sequence.shard_length, heads, 8)
-        sequence.attention(x, x, x)
-        return sequence.peer_bytes, peer_memory(group, x.device).inbox(group.rank).numel()
-
-    for told, size in ringspan.run_in_process(4, run):
-        assert told == size > 0
-
-
-def test_what_is_copied_in_eights_is_what_is_copied():
-    whole = torch.arange(2 * 6 * 8 * 12, dtype=torch.int16).view(torch.bfloat16).view(2, 6, 8, 12)
-    for heads, columns in (
-        (slice(2, 4), slice(None)),
-        (slice(1, 8), slice(0, 4)),
-        (slice(0, 8, 2), slice(1, 5)),
-        (slice(0, 1), slice(0, 3)),
-    ):
-        source = whole[:, 1:5, heads, columns]
-        for target in (torch.zeros(source.shape, dtype=torch.bfloat16), torch.zeros(2, 4, 9, 24, dtype=torch.bfloat16)):
-            target = target[:, :, : source.shape[2], : source.shape[3]]
-            copy_all([(target, source)])
-            assert torch.equal(target.view(torch.int16), source.contiguous().view(torch.int16))
 
 
 def test_a_gradient_of_lse_travels_too():
