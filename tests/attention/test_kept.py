@@ -3,8 +3,8 @@
 import torch
 
 import ringspan
-from ringspan.attention.context_parallel import KEPT
 from ringspan.attention.kept import Kept
+from ringspan.attention.sequence import KEPT
 
 
 def test_the_last_values_asked_for_are_kept_and_the_others_made_anew():

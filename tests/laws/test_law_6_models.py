@@ -15,6 +15,7 @@ from torch import Tensor
 import ringspan
 from ringspan.attention import batch as batch_module
 from ringspan.attention import context_parallel
+from ringspan.attention import sequence as sequence_module
 from tests.support.errors import relative
 from tests.support.models import gradients, make_batch, tiny_llama, whole_loss, with_attention
 
@@ -135,12 +136,12 @@ def _labels_shifted_on_each_rank_alone(sequence: Any, batch: Any) -> dict[str, T
     return part
 
 
-right_shard_batch = context_parallel.shard_batch
+right_shard_batch = sequence_module.shard_batch
 BREAKAGES = {
     "gradients that are not summed": (context_parallel, "sum_gradients", lambda parameters, transport, observer: None),
-    "labels that are not shifted across shards": (context_parallel, "shard_batch", _labels_shifted_on_each_rank_alone),
+    "labels that are not shifted across shards": (sequence_module, "shard_batch", _labels_shifted_on_each_rank_alone),
     "a mean over this rank's labels": (
-        context_parallel,
+        sequence_module,
         "mean_cross_entropy",
         lambda logits, labels, transport, ignore, observer: torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=ignore

@@ -1,5 +1,6 @@
 """Exact attention over a sequence that several ranks share: the executor, its autograd function, and the public classes."""
 
-from ringspan.attention.context_parallel import ContextParallel, Sequence
+from ringspan.attention.context_parallel import ContextParallel
+from ringspan.attention.sequence import Sequence
 
 __all__ = ["ContextParallel", "Sequence"]

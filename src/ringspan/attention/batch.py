@@ -15,7 +15,7 @@ from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import document_borders, looks_ahead
 
 if TYPE_CHECKING:
-    from ringspan.attention.context_parallel import Sequence
+    from ringspan.attention.sequence import Sequence
 
 SEQUENCE_KEYWORD = "ringspan_sequence"
 """The keyword under which the sequence travels through a Hugging Face model to its attention."""

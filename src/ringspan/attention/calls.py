@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention.checks import problem_of
-from ringspan.attention.context_parallel import ContextParallel, Sequence
+from ringspan.attention.context_parallel import ContextParallel
+from ringspan.attention.sequence import Sequence
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.geometry import Layout, Mask
 from ringspan.transport import InProcessTransport, SingleRank, Transport, agree, check_not_launched, make_transport

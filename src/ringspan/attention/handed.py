@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from ringspan.errors import RingspanError
 
 if TYPE_CHECKING:
-    from ringspan.attention.context_parallel import Sequence
+    from ringspan.attention.sequence import Sequence
 
 _KNOWN: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
 

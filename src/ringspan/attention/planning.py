@@ -25,7 +25,7 @@ from ringspan.strategies import MACHINES, SENDING, Choice, Schedules, choose, co
 from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
-    from ringspan.attention.context_parallel import Sequence
+    from ringspan.attention.sequence import Sequence
 
 Peers = tuple[PeerMemory, dict[str, Inbox]]
 

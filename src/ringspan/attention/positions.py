@@ -12,7 +12,7 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, document_borders
 
 if TYPE_CHECKING:
-    from ringspan.attention.context_parallel import Sequence
+    from ringspan.attention.sequence import Sequence
 
 
 class KnownTensors:
