@@ -152,11 +152,13 @@ for part in $parts; do
       echo "timeline: $?" ;;
     run)
       # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text, by default
-      # the source of transformers' models, where much of a file was said some ten thousand bytes before.
+      # the source of transformers' models, where much of a file was said some ten thousand bytes before. A pretrained model, stretched:
+      #   MODEL=SmolLM2-135M TRAIN="--rope-scaling yarn --learning-rate 2e-4" STEPS=200 HELD_OUT=524288 gpu_check.sh out run
       data=${DATA:-$(python3 -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("transformers").origin).parent / "models")')}
+      # shellcheck disable=SC2086
       timeout "${SECONDS_ALLOWED:-280}" python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model "${MODEL:-tiny}" \
         --context 65536 --steps "${STEPS:-1000}" --data "$data" --validation-tokens "${HELD_OUT:-2097152}" --validation-every 100 --sample-tokens 0 \
-        --out "$out/long_run" 2>&1 | tail -8
+        --out "$out/long_run" ${TRAIN:-} 2>&1 | tail -12
       rm -rf "$out"/long_run/checkpoint* "$out"/long_run/tokens ;;
     half_million)
       # Float32 masters and states, 128 GB, and half of the checkpoints fill the host; the other checkpoints stay on the GPUs.
