@@ -71,7 +71,7 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
     files = plan.files
     records = read_metrics(files.metrics)
     unit = "byte" if plan.tokens.token_bytes == 1 else "token"
-    draw_loss_curve(records, files.loss_curve, unit=unit, title=f"{plan.config.model}, context {plan.config.context:,}")
+    draw_loss_curve(records, files.loss_curve, unit=unit, title=f"{Path(plan.config.model).name}, context {plan.config.context:,}")
     validated = [record for record in records if record.validation_loss is not None]
     if validated and validated[-1].step == outcome.step:
         first, last = validated[0].validation_loss, validated[-1].validation_loss
