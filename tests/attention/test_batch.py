@@ -56,6 +56,24 @@ def test_rows_that_are_packed_differently_are_refused_since_one_mask_holds_for_a
         sequence.shard_batch({"input_ids": ids, "position_ids": torch.stack([positions[0], torch.arange(12)])})
 
 
+def test_positions_that_jump_ahead_are_documents_to_transformers_unless_a_mask_of_ones_comes_with_them():
+    positions = torch.tensor([[0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]])
+    batch = {"input_ids": torch.zeros(1, 12, dtype=torch.int64), "position_ids": positions}
+    context = ringspan.ContextParallel(kernel="reference")
+    with pytest.raises(UnsupportedError, match=r"jump at \[5\] under mask causal.*an attention_mask of ones"):
+        context.sequence(12).shard_batch(batch)
+    one_text = context.sequence(12).shard_batch({**batch, "attention_mask": torch.ones(1, 12, dtype=torch.int64)})
+    packed = context.sequence(12, ringspan.causal() & ringspan.documents([0, 5, 12])).shard_batch(batch)
+    assert torch.equal(one_text["position_ids"], positions) and torch.equal(packed["position_ids"], positions)
+    # As transformers computes them: the last token's logits of all tokens, and of its document alone.
+    model, ids = tiny_llama("sdpa").eval(), torch.randint(53, (1, 12), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(1, 12, dtype=torch.int64)
+    plain = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, -1]
+    alone = model(input_ids=ids[:, 5:], position_ids=positions[:, 5:], use_cache=False).logits[0, -1]
+    joined = model(input_ids=ids, position_ids=positions, attention_mask=ones, use_cache=False).logits[0, -1]
+    assert torch.allclose(plain, alone, atol=1e-9) and not torch.allclose(plain, joined, atol=1e-3)
+
+
 def test_positions_of_padding_are_no_documents():
     kept = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
     sequence = ringspan.ContextParallel(kernel="reference").sequence(12)
@@ -195,9 +213,10 @@ def test_ranks_that_were_given_different_batches_are_all_refused_and_so_are_all_
         return said
 
     every = ringspan.run_in_process(3, run, timeout_seconds=20.0)
-    differ = "the batch, of 9 tokens, is another on rank 1 than on rank 0. Ranks that share a sequence are given the same whole batches"
+    differ = "the batch, of 9 tokens, is another on rank 1 than on rank 0: {}. Ranks that share a sequence are given the same whole batches"
+    names = [*right, "labels"]
     for rank, said in enumerate(every):
-        assert all(differ in message for message in said[:5]), rank
+        assert [differ.format(name) in message for name, message in zip(names, said, strict=False)] == [True] * 5, (rank, said)
         assert "nothing is ignored" in said[5] and "9 positions" in said[6]
         assert rank == 1 or all("rank 1 was given a batch that it cannot compute" in message for message in said[5:])
 

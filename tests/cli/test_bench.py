@@ -274,9 +274,18 @@ def test_gpus_that_are_not_there_are_refused(ringspan: Run):
     assert status == 2 and "sees 0 CUDA GPUs" in err
 
 
+def test_a_file_that_was_not_there_is_not_left_empty_by_what_never_starts(ringspan: Run, tmp_path: Path):
+    kept = tmp_path / "kept.json"
+    kept.write_text("{}")
+    status, _, err = ringspan("--device", "cpu", "--png", str(tmp_path / "new.png"), "--json", str(kept), "--markdown", "no/such/folder.md")
+    assert status == 2 and "no/such/folder.md" in err
+    assert [each.name for each in tmp_path.iterdir()] == ["kept.json"] and kept.read_text() == "{}"
+
+
 def test_the_number_of_ranks_under_torchrun_is_torchruns(ringspan: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    torchrun = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     status, _, err = ringspan("--device", "cpu", "--ranks", "2")
     assert status == 2 and "it started 3" in err
 

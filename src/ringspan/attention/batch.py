@@ -83,13 +83,12 @@ def shard_batch(sequence: Sequence, batch: Mapping[str, Any]) -> dict[str, Any]:
     return part
 
 
-def checksum(batch: Mapping[str, Any]) -> int:
-    """Of its whole numbers: tokens, labels, positions, padding."""
-    found = 0
-    for name in sorted(batch):
-        if isinstance(tensor := batch[name], Tensor) and not (tensor.is_floating_point() or tensor.is_meta):
-            found = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found
+def checksums(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Of what is in whole numbers: tokens, labels, positions, padding."""
+    numbers = {
+        name: each for name, each in sorted(batch.items()) if isinstance(each, Tensor) and not (each.is_floating_point() or each.is_meta)
+    }
+    return {name: zlib.crc32(each.detach().cpu().contiguous().numpy().tobytes()) for name, each in numbers.items()}
 
 
 def raise_first(problem: RingspanError | None, others: Iterable[RingspanError | None]) -> None:
@@ -101,13 +100,19 @@ def raise_first(problem: RingspanError | None, others: Iterable[RingspanError | 
             raise RingspanError(f"rank {rank} was given a batch that it cannot compute", str(other))
 
 
-def differs(which: str, length: int, rank: int, first: int) -> str:
-    """What is found where `rank` was given other numbers than rank `first`."""
-    return f"{which}, of {length} tokens, is another on rank {rank} than on rank {first}"
+def differs(which: str, length: int, found: Mapping[int, Mapping[str, int]]) -> str:
+    """What is found where one of two ranks was given other numbers than the other.
+
+    Args:
+        found: the `checksums` of a rank, and then those of the one that it is measured by.
+    """
+    (rank, theirs), (first, given) = found.items()
+    names = [name for name in sorted({*theirs, *given}) if theirs.get(name) != given.get(name)]
+    return f"{which}, of {length} tokens, is another on rank {rank} than on rank {first}: {', '.join(names)}"
 
 
 def agree_on_batch(sequence: Sequence, batch: Mapping[str, Any], problem: RingspanError | None) -> None:
-    """All ranks of `sequence` go on with `batch`, or all raise: one gathering of a checksum and of what `problem` a rank has.
+    """All ranks of `sequence` go on with `batch`, or all raise: one gathering of checksums and of what `problem` a rank has.
 
     Raises:
         RingspanError: on every rank, this rank's own `problem`, or that of the first rank that has one, or that the batches differ.
@@ -123,11 +128,11 @@ def agree_on_batch(sequence: Sequence, batch: Mapping[str, Any], problem: Ringsp
             SAME_BATCHES + ", and shard_batch compares them",
             "shard_batch in the training loop; or, of data in one order on all ranks, from ringspan.attention.batch import shard_batch",
         )
-    said = transport.gather_objects((None if problem is not None else checksum(batch), problem))
+    said = transport.gather_objects(({} if problem is not None else checksums(batch), problem))
     raise_first(problem, [other for _, other in said])
     for rank, (theirs, _) in enumerate(said):
         if theirs != said[0][0]:
-            found = differs("the batch", sequence.length, rank, 0)
+            found = differs("the batch", sequence.length, {rank: theirs, 0: said[0][0]})
             raise RingspanError(
                 f"shard_batch on {transport.size} ranks", found, SAME_BATCHES, "the same data order on all ranks of the group"
             )
@@ -157,20 +162,22 @@ def _whole_numbers(name: str, given: Any) -> Any:
 def _check_positions(sequence: Sequence, position_ids: Tensor, padding: Tensor | None) -> None:
     """Positions that begin again tell packed documents, as transformers reads them: the sequence's mask must have the same borders.
 
-    One mask holds for all rows: where a row begins again at some of its borders, every row does at all of them. Positions that never begin
-    again tell nothing, and padding has none.
+    So do positions that jump ahead, unless an attention_mask comes with them. One mask holds for all rows: where a row begins again at some
+    of its borders, every row does at all of them. Positions that always go on by one tell nothing, and padding has none.
     """
-    again = position_ids[..., 1:] <= position_ids[..., :-1]
-    if padding is not None:
-        again = again & (padding[:, 1:] != 0)
+    steps = position_ids[..., 1:] - position_ids[..., :-1]
+    # Without an attention_mask transformers takes every step but that by one for a border.
+    again = steps != 1 if padding is None else (steps <= 0) & (padding[:, 1:] != 0)
     rows = [set((row.nonzero().flatten() + 1).tolist()) for row in again.reshape(-1, again.shape[-1])]
     found, borders = set().union(*rows), {border for border in document_borders(sequence.mask) if 0 < border < sequence.length}
     if strange := sorted(found - borders):
+        ahead = not bool((steps <= 0).any())
+        one_text = "an attention_mask of ones, which says that all is one text; or " if ahead else ""
         raise UnsupportedError(
-            f"position_ids that begin again at {strange[:4]} under mask {sequence.mask}",
+            f"position_ids that {'jump' if ahead else 'begin again'} at {strange[:4]} under mask {sequence.mask}",
             "the mask has no document border there",
             "Tokens of packed documents do not see one another, and the sequence's mask is what says so",
-            "cp.sequence(length, ringspan.causal() & ringspan.documents(cu_seqlens)), of rows that are all packed alike",
+            f"{one_text}cp.sequence(length, ringspan.causal() & ringspan.documents(cu_seqlens)), of rows that are all packed alike",
         )
     # Of padding nothing depends on where its documents begin.
     ends = [sequence.length] * len(rows) if padding is None else (padding != 0).sum(-1).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -101,9 +100,10 @@ def run(given: dict[str, Any], *, device: str, samples: int, warmup: int, timeou
         RingspanError: before anything starts, for what does not exist or cannot be written; and where a rank fails.
     """
     from ringspan.cli.bench_rank import count_file, outcome_file, prepare, run_rank
+    from ringspan.transport import is_launched
 
     request = prepare(given, device=device, samples=samples, warmup=warmup, timeout_seconds=timeout_seconds, files=files)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_launched():
         return run_rank(request)
     with tempfile.TemporaryDirectory(prefix="ringspan-") as folder, _terminable():
         plan = Path(folder) / "request.json"

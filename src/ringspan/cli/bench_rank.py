@@ -19,7 +19,7 @@ from ringspan.bench.case import FEWEST_SAMPLES
 from ringspan.cli.bench_progress import Progress
 from ringspan.cli.leave import leave
 from ringspan.errors import RingspanError
-from ringspan.transport import SingleRank, agree
+from ringspan.transport import SingleRank, agree, is_launched
 from ringspan.verify import open_world
 
 _PR_SET_PDEATHSIG = 1
@@ -86,7 +86,7 @@ def prepare(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RingspanError(f"device {device!r}", "there are auto, cpu and cuda", "A device is asked for by name", "--device auto")
-    spread = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    spread = is_launched()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = device if device != "auto" else "cuda" if gpus else "cpu"
     started = int(os.environ["WORLD_SIZE"]) if spread else None
@@ -152,11 +152,16 @@ def run_rank(request: Request, plan: Path | None = None) -> int:
 
 
 def _require_writable(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    there = path.exists()
     try:
-        if path is not None:
-            path.open("a").close()
+        path.open("a").close()
     except OSError as error:
         raise RingspanError(f"{option} {path}", error.strerror or str(error), "The file can be written", f"{option} bench") from None
+    if not there:
+        # What is ended early leaves no empty file.
+        path.unlink()
 
 
 def _require_matplotlib() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -184,7 +183,9 @@ def run(given: dict[str, Any], *, resume: bool) -> int:
     Raises:
         RingspanError: for everything that stands in the way, and where a rank fails.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    from ringspan.transport import is_launched
+
+    if is_launched():
         from ringspan.cli.train_rank import under_torchrun
 
         # torchrun takes any status but 0 for a failure, and a run that was asked to stop has not failed.

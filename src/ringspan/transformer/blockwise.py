@@ -88,22 +88,6 @@ def check_position_wise(module: nn.Module) -> None:
             raise _unsupported(module, f"{name or 'itself'} is a {type(part).__name__}")
 
 
-def check_no_dropout(model: nn.Module) -> None:
-    """That no module of a model drops elements: each rank would drop others than the unsplit model does.
-
-    Raises:
-        UnsupportedError: naming the first that does.
-    """
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Dropout) and part.p > 0:
-            raise UnsupportedError(
-                f"{type(model).__name__} with dropout",
-                f"{name} drops {part.p} of the elements",
-                "The loss on any number of ranks is the unsplit model's",
-                "every dropout of its configuration set to 0",
-            )
-
-
 def _unsupported(module: nn.Module, found: str, nearest: str = "feed_forward_chunk=None") -> UnsupportedError:
     return UnsupportedError(
         f"a blockwise {type(module).__name__}", found, "What runs by chunks is known to map every position by itself", nearest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ringspan.attention import ContextParallel
-from ringspan.attention.batch import SAME_BATCHES, SEQUENCE_KEYWORD, checksum, differs, raise_first, shard_batch
+from ringspan.attention.batch import SAME_BATCHES, SEQUENCE_KEYWORD, checksums, differs, raise_first, shard_batch
 from ringspan.attention.checks import check_sequence, problem_of
 from ringspan.attention.loss import SumOverRanks
 from ringspan.attention.observe import AFTER, watch
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal
+from ringspan.transformer.dropout import refusing_dropout
 from ringspan.transformer.gradients import clip_gradients, sum_local_gradients
 from ringspan.transformer.head import LossRequest
 from ringspan.transformer.offload import HostStore, Offload
@@ -90,6 +92,7 @@ class ParallelModel:
     ) -> None:
         self.model, self.context, self.chosen, self.store, self.num_replicas = model, context, chosen, store, num_replicas
         self._ranks, self._everyone, self._terms, self._is_sharded = ranks, ranks.everyone, terms, is_sharded
+        self._has_trained = False
         self._members: list[int] = ranks.sharing.gather_objects(ranks.everyone.rank)
 
     def shard_batch(self, batch: Mapping[str, Any], mask: Mask | None = None) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class ParallelModel:
         asked: list[tuple[int, Mask]] = []
         problem = problem_of(lambda: asked.extend(_wanted(batches, masks)))
         # First what to cut by, since agreeing on a new sequence is a matter of its context alone, and the others would wait elsewhere.
-        given = [(length, str(mask), checksum(batch)) for (length, mask), batch in zip(asked, batches, strict=False)]
+        given = [(length, str(mask), checksums(batch)) for (length, mask), batch in zip(asked, batches, strict=False)]
         said = self._everyone.gather_objects((self._members, given, problem))
         raise_first(problem, [other for *_, other in said])
         _check_alike(said)
@@ -145,6 +148,7 @@ class ParallelModel:
 
         Raises:
             RingspanError: for a part that has no count.
+            UnsupportedError: where the model's first forward in training drops elements by a function, as OPT's and Seed-OSS's may.
         """
         if TOTAL_KEYWORD not in part or "labels" not in part:
             raise RingspanError(
@@ -162,7 +166,9 @@ class ParallelModel:
             pieces=self._ranks.pieces,
         )
         inputs = {name: part[name] for name in _INPUTS if name in part}
-        share = self.model(**inputs, use_cache=False, ringspan_loss=request)
+        with nullcontext() if self._has_trained else refusing_dropout(self.model):
+            share = self.model(**inputs, use_cache=False, ringspan_loss=request)
+        self._has_trained = self._has_trained or self.model.training
         self._reshard_without_backward()
         with watch(self.context.observer, AFTER, "reduce"):
             return SumOverRanks.apply(share, self._everyone)
@@ -276,7 +282,7 @@ def _wanted(batches: Sequence[Mapping[str, Any]], masks: Sequence[Mask] | None) 
     return found
 
 
-def _check_alike(said: list[tuple[list[int], list[tuple[int, str, int]], Any]]) -> None:
+def _check_alike(said: list[tuple[list[int], list[tuple[int, str, dict[str, int]]], Any]]) -> None:
     """As many micro-batches on all ranks, the same within each context."""
     for other, (members, asked, _) in enumerate(said):
         if len(asked) != len(said[0][1]):
@@ -288,6 +294,6 @@ def _check_alike(said: list[tuple[list[int], list[tuple[int, str, int]], Any]]) 
             found = f"rank {members[0]} has {[each[:2] for each in first]}, rank {other} has {[each[:2] for each in asked]}"
             if (same := [each[:2] for each in asked]) == [each[:2] for each in first]:
                 index = next(index for index, pair in enumerate(zip(asked, first, strict=True)) if pair[0] != pair[1])
-                found = differs(f"number {index}", same[index][0], other, members[0])
+                found = differs(f"number {index}", same[index][0], {other: asked[index][2], members[0]: first[index][2]})
             nearest = "the same data order on all ranks of the context and tensor axes"
             raise RingspanError("micro-batches of one step", found, SAME_BATCHES, nearest)

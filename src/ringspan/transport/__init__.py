@@ -1,12 +1,11 @@
 """Transports: how shards move. In one process, over a process group, through peer memory, and alone."""
 
-import os
-
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.errors import RingspanError
 from ringspan.transport.in_process import InProcessTransport, SingleRank, run_in_process
+from ringspan.transport.launched import check_not_launched, is_launched
 from ringspan.transport.peer_memory import SomePeers, peer_memory
 from ringspan.transport.peers import PeerMemory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
@@ -26,6 +25,7 @@ __all__ = [
     "Transport",
     "agree",
     "check_not_launched",
+    "is_launched",
     "make_transport",
     "peer_memory",
     "run_in_process",
@@ -64,21 +64,3 @@ def make_transport(mesh_or_group: DeviceMesh | dist.ProcessGroup | InProcessTran
         "ContextParallel takes a DeviceMesh with one axis, a ProcessGroup, the group of run_in_process, or None",
         "None, for the default process group",
     )
-
-
-def check_not_launched() -> None:
-    """That this process, which has joined no process group, was not launched as one of several ranks, as `torchrun` does.
-
-    Each of them would compute all of every sequence by itself, and nobody would notice.
-
-    Raises:
-        RingspanError: where `RANK` and a `WORLD_SIZE` above 1 are in the environment.
-    """
-    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    if rank.isdecimal() and ranks.isdecimal() and int(ranks) > 1:
-        raise RingspanError(
-            "the default process group",
-            f"torch.distributed is not initialised, and this is rank {rank} of {ranks} that a launcher started (RANK, WORLD_SIZE)",
-            "Ranks that were started together share a sequence, or each says that it is alone",
-            "torch.distributed.init_process_group() first; or, for one that is to compute alone, the group ringspan.transport.SingleRank()",
-        )

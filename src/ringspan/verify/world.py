@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ringspan.attention import ContextParallel
 from ringspan.errors import RingspanError
-from ringspan.transport import InProcessTransport, Transport, agree, make_transport, run_in_process
+from ringspan.transport import InProcessTransport, Transport, agree, is_launched, make_transport, run_in_process
 from ringspan.verify.case import Case
 
 Result = TypeVar("Result")
@@ -78,9 +78,9 @@ def open_world(device: str = "auto", timeout_seconds: float = 120.0) -> Iterator
         timeout_seconds: how long a rank waits for another.
 
     Raises:
-        RingspanError: for a device that this machine has not, or has too few of.
+        RingspanError: for a device that this machine has not, or has too few of; where only a part of torchrun's environment is there.
     """
-    spread = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    spread = is_launched()
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place = _place(device, local_rank if spread else 0, local_ranks if spread else 1)
     if place.type == "cuda":
