@@ -241,7 +241,7 @@ def check_exact(model: PreTrainedModel, name: str) -> None:
         RingspanError: naming it.
     """
     from ringspan.transformer import prepare_rotary
-    from ringspan.transformer.dropout import check_no_dropout
+    from ringspan.transformer.chance import check_no_dropout
 
     rule = "The loss on any number of ranks is the unsplit model's"
     check_no_dropout(model)

@@ -30,14 +30,26 @@ def _softcapped(config: Any) -> tuple[float, float | None]:
     return 1.0, config.final_logit_softcapping
 
 
-_PLAIN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gemma", "gpt_oss")
+def _divided(config: Any) -> tuple[float, float | None]:
+    return 1 / config.logits_scaling, None
+
+
+def _scaled(config: Any) -> tuple[float, float | None]:
+    return config.logit_scale, None
+
+
+_PLAIN = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gemma", "gpt_oss", "afmoe", "apertus", "arcee",
+    "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "glm", "glm4",
+    "glm4_moe", "gpt_neox", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jais2", "minimax_m2",
+    "ministral", "ministral3", "olmo", "olmo3", "olmoe", "persimmon", "phi", "qwen2_moe", "qwen3_moe", "seed_oss", "solar_open",
+    "starcoder2", "youtu",
+)  # fmt: skip
 FAMILIES: dict[str, _Transform] = {
     **dict.fromkeys(_PLAIN, _plain),
-    "gemma2": _softcapped,
-    "gemma3_text": _softcapped,
-    "granite": lambda config: (1 / config.logits_scaling, None),
-    "cohere": lambda config: (config.logit_scale, None),
-    "cohere2": lambda config: (config.logit_scale, None),
+    **dict.fromkeys(("gemma2", "gemma3_text", "nanochat", "vaultgemma"), _softcapped),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _divided),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _scaled),
 }
 """Model types whose way from hidden states to logits is known: the logits' multiplier and their softcap, from the configuration."""
 
@@ -67,7 +79,7 @@ def loss_terms(model: nn.Module, *, tiled: bool, label_smoothing: float = 0.0, z
     if not tiled:
         return terms
     if config.model_type not in FAMILIES:
-        raise _unknown(config.model_type, f"the families whose logits are known are {', '.join(FAMILIES)}")
+        raise _unknown(config.model_type, f"of {len(FAMILIES)} families it is known (ringspan.transformer.head.FAMILIES), not of this")
     head = _head(model)
     if type(head).forward is not nn.Linear.forward:
         raise _unknown(config.model_type, f"its output embedding is a {type(head).__name__}, no nn.Linear")

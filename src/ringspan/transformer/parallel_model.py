@@ -18,7 +18,7 @@ from ringspan.attention.loss import SumOverRanks
 from ringspan.attention.observe import AFTER, watch
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal
-from ringspan.transformer.dropout import refusing_dropout
+from ringspan.transformer.chance import refusing_chance
 from ringspan.transformer.gradients import clip_gradients, sum_local_gradients
 from ringspan.transformer.head import LossRequest
 from ringspan.transformer.offload import HostStore, Offload
@@ -148,7 +148,8 @@ class ParallelModel:
 
         Raises:
             RingspanError: for a part that has no count.
-            UnsupportedError: where the model's first forward in training drops elements by a function, as OPT's and Seed-OSS's may.
+            UnsupportedError: where the model's first forward in training drops elements by a function or draws random numbers, see
+                `ringspan.transformer.chance`.
         """
         if TOTAL_KEYWORD not in part or "labels" not in part:
             raise RingspanError(
@@ -166,7 +167,7 @@ class ParallelModel:
             pieces=self._ranks.pieces,
         )
         inputs = {name: part[name] for name in _INPUTS if name in part}
-        with nullcontext() if self._has_trained else refusing_dropout(self.model):
+        with nullcontext() if self._has_trained else refusing_chance(self.model):
             share = self.model(**inputs, use_cache=False, ringspan_loss=request)
         self._has_trained = self._has_trained or self.model.training
         self._reshard_without_backward()

@@ -17,7 +17,7 @@ from ringspan.errors import RingspanError
 from ringspan.transformer.admission import check_model, guard_saving, is_sharded
 from ringspan.transformer.axes import Group, Names, find_axes
 from ringspan.transformer.blockwise import blockwise, check_position_wise, norms_of, take_back
-from ringspan.transformer.dropout import check_no_dropout
+from ringspan.transformer.chance import check_no_dropout
 from ringspan.transformer.fused import fuse_rotation
 from ringspan.transformer.head import loss_terms, prepare_loss
 from ringspan.transformer.hook import ATTENTION_NAME, register

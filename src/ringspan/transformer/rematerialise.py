@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ringspan.attention.tape import Keep, Tape, keep_here, recording, replaying
 from ringspan.errors import RingspanError, UnsupportedError
-from ringspan.transformer.dropout import check_no_dropout
+from ringspan.transformer.chance import check_no_dropout
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
 from ringspan.transformer.offload import HostStore
 
