@@ -63,6 +63,15 @@ def test_the_last_checkpoint_is_exported_or_the_one_that_is_named(
         assert all((a == b).all() for a, b in zip(exported.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_mask_that_plain_transformers_does_not_know_of_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    replace(TrainingConfig.load(run / "config.json"), mask="causal&window:4").save(run / "config.json")
+    for source in (run, run / "checkpoints" / "step-00000003"):
+        assert call(monkeypatch, source, tmp_path / f"model-{source.name}") == 0
+        assert "\nnote: it was trained under --mask causal&window:4; plain transformers" in capsys.readouterr().out
+
+
 def test_what_is_taken_missing_or_damaged_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

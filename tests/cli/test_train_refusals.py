@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,13 @@ def test_a_configuration_file_gives_options_that_the_command_line_overrides(refu
     (tmp_path / "given.json").write_text('{"stepps": 3}')
     assert "it has stepps" in refused("--config", tmp_path / "given.json")
     assert "--config with --resume" in refused("--config", tmp_path / "given.json", "--resume")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_anything_starts(refused, tmp_path: Path):
+    build_model("pico", vocabulary_size=260, context=64, seed=0).save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.bin").write_bytes(array("H", range(256)).tobytes())
+    said = refused("--data", tmp_path / "ids.bin", "--tokenizer", "ids:300", "--model", tmp_path / "model", "--context", "64")
+    assert "its vocabulary has 260 tokens and the tokenizer 300" in said and "Try: --tokenizer ids:260" in said
 
 
 def test_an_export_to_a_folder_that_is_taken_is_refused_before_anything_starts(refused, text: Path, tmp_path: Path):

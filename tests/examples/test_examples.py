@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ringspan.training.export import byte_tokenizer
 from ringspan.training.model import build_model
@@ -35,16 +39,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HOW: dict[str, tuple[object, ...]] = {
-    "hf_trainer.py": ("--accumulate", 2),
+    "hf_trainer.py": ("--accumulate", 2, "--save-every", 2),
     "own_loop.py": ("--accumulate", 2),
     "torchtitan_style.py": ("--global-batch-size", 2, "--checkpoint-every", 2),
 }
 
 
-def run_example(name: str, start: Path, out: Path, ranks: int) -> dict[str, torch.Tensor]:
+HALFWAY = (Path("checkpoints", "step-00000002"), Path("checkpoint-2"))
+"""What they save after two steps of four."""
+
+
+def run_example(name: str, start: Path, out: Path, ranks: int, *more: str) -> dict[str, torch.Tensor]:
     """The weights that it leaves."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    options = ["--model", start / "model", "--data", start / "text.txt", "--out", out, "--context", 61, "--steps", 4, *HOW[name]]
+    options = ["--model", start / "model", "--data", start / "text.txt", "--out", out, "--context", 61, "--steps", 4, *HOW[name], *more]
     # Hugging Face's Trainer needs no launcher for one rank.
     launcher = [sys.executable] if ranks == 1 and name == "hf_trainer.py" else torchrun
     command = [*launcher, EXAMPLES / name, *options]
@@ -59,11 +67,12 @@ def run_example(name: str, start: Path, out: Path, ranks: int) -> dict[str, torc
 def test_an_example_trains_on_two_ranks_what_it_trains_on_one(name: str, start: Path, tmp_path: Path):
     before = load_file(start / "model" / "model.safetensors")
     alone = run_example(name, start, tmp_path / "on-1", 1)
-    halfway = Path("checkpoints", "step-00000002")
-    if (tmp_path / "on-1" / halfway).exists():
+    saved = [halfway for halfway in HALFWAY if (tmp_path / "on-1" / halfway).exists()]
+    for halfway in saved:
         # Two ranks go on from what one has saved.
         shutil.copytree(tmp_path / "on-1" / halfway, tmp_path / "on-2" / halfway)
-    split = run_example(name, start, tmp_path / "on-2", 2)
+    resumed = ["--resume"] if saved and name == "hf_trainer.py" else []
+    split = run_example(name, start, tmp_path / "on-2", 2, *resumed)
     assert alone.keys() == split.keys() == before.keys()
     for weight, first in before.items():
         moved = alone[weight] - first
@@ -83,3 +92,32 @@ def test_an_example_whose_text_is_shorter_than_its_context_says_so_before_ranks_
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert ended.value.code == 2
     assert f"--context {size + 1}: {start / 'text.txt'} has {size} tokens; take more text, or --context {size}" in capsys.readouterr().err
+
+
+def trainer_recipe() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / "hf_trainer.py"))
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "neftune_noise_alpha", "compute_metrics"])
+def test_the_trainers_recipe_refuses_what_the_trainer_would_do_to_a_shard_as_if_it_were_a_sequence(name: str, start: Path, tmp_path: Path):
+    options = {} if name == "compute_metrics" else {name: 0.1}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+    metrics = {"compute_metrics": lambda prediction: {}} if name == "compute_metrics" else {}
+    model = AutoModelForCausalLM.from_pretrained(start / "model")
+    with pytest.raises(ValueError, match=f"{name}=.*of each shard by itself"):
+        trainer_recipe()["ContextParallelTrainer"](model=model, args=arguments, **metrics)
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 1), (2, 1), (1, 4), (3, 2)])
+def test_the_trainers_recipe_reads_in_any_epoch_what_it_would_have_read_without_a_stop(batch: int, accumulate: int):
+    rows, steps = list(range(11)), max(1, math.ceil(11 // batch / accumulate))
+    settings = SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=accumulate, seed=7)
+
+    def order(global_step: int) -> list[int]:
+        trainer = SimpleNamespace(train_dataset=rows, args=settings, state=SimpleNamespace(global_step=global_step))
+        return list(trainer_recipe()["Order"](trainer))
+
+    epochs = [order(epoch * steps) for epoch in range(3)]
+    assert all(sorted(epoch) == rows for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
+    # A run that goes on asks in the middle of an epoch, and skips what that had read.
+    assert [order(step) for step in range(2 * steps)] == [epoch for epoch in epochs[:2] for _ in range(steps)]

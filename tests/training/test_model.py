@@ -18,6 +18,7 @@ from ringspan.training.model import (
     cast_parameters,
     check_exact,
     check_model,
+    check_vocabulary,
     empty_model,
     head_sizes,
     plain_attention,
@@ -155,6 +156,14 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path):
     pico().save_pretrained(tmp_path)
     with pytest.raises(RingspanError, match="its vocabulary has 256 tokens and the tokenizer 300"):
         build_model(str(tmp_path), vocabulary_size=300, context=64, seed=0)
+    # Before anything starts, with what helps: the folder's own tokenizer where it has one.
+    check_vocabulary(str(tmp_path), 256)
+    check_vocabulary("pico", 300)
+    with pytest.raises(RingspanError, match=r"the tokenizer 300.*Try: --tokenizer ids:256"):
+        check_vocabulary(str(tmp_path), 300)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(RingspanError, match=f"the tokenizer 300.*Try: --tokenizer {tmp_path}"):
+        check_vocabulary(str(tmp_path), 300)
 
 
 def test_head_sizes_of_a_folder_are_its_configurations(tmp_path: Path):

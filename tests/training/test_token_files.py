@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from pathlib import Path
 
 import numpy
@@ -87,6 +88,23 @@ def test_a_bin_file_of_another_width_is_refused(tmp_path: Path):
     assert find_ids(str(tmp_path / "ids.bin"), "uint16").num_tokens == 3
     with pytest.raises(RingspanError, match=r"6 bytes of ids are no whole number of 4-byte ids.*Try: --token-dtype uint16"):
         find_ids(str(tmp_path / "ids.bin"), "uint32")
+    for dtype in ("uint16", "uint32"):
+        (tmp_path / "ids.bin").write_bytes(b"\0" * 7)
+        with pytest.raises(RingspanError, match=r"7 bytes of ids are no whole number.*Try: another file"):
+            find_ids(str(tmp_path / "ids.bin"), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [260, 50_000, 128_000, 262_144])
+def test_ids_of_four_bytes_that_are_read_two_at_a_time_are_told_by_their_upper_halves(tmp_path: Path, vocabulary: int):
+    ids, file = array("I", [number * 7919 % vocabulary for number in range(64)]), tmp_path / "ids.bin"
+    file.write_bytes(ids.tobytes())
+    with pytest.raises(RingspanError, match=r"every second id is next to nothing.*Try: --token-dtype uint32"):
+        find_ids(str(file), "uint16")
+    assert find_ids(str(file), "uint32").num_tokens == 64
+    # Neither few ids nor those of a tiny vocabulary tell anything.
+    for content in (ids[:16].tobytes(), array("H", [number % 3 for number in range(128)]).tobytes()):
+        file.write_bytes(content)
+        assert find_ids(str(file), "uint16").num_tokens == len(content) // 2
 
 
 def test_a_preset_on_a_file_of_ids_gets_a_vocabulary_that_holds_them(tmp_path: Path):

@@ -16,8 +16,13 @@ def command(
 
     The checkpoint is compared with its manifest first.
     """
-    from ringspan.training.export import export
+    from ringspan.training.config import TrainingConfig
+    from ringspan.training.export import export, find_checkpoint
+    from ringspan.training.notes import exported_note
+    from ringspan.training.plan import RunFiles
 
     checkpoint = export(Path(source), Path(target))
     print(f"{checkpoint.name} is now a Hugging Face model: {target}")
+    if note := exported_note(TrainingConfig.load(RunFiles(find_checkpoint(checkpoint)[1]).config)):
+        print(f"note: {note}")
     raise typer.Exit(0)

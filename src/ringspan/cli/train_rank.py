@@ -20,6 +20,7 @@ from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.export import export
 from ringspan.training.loop import Outcome, train
 from ringspan.training.metrics import StepRecord, read_metrics
+from ringspan.training.notes import exported_note
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.post import Post, Report, report_of
 from ringspan.training.prepare import prepare, prepare_restarted, restarted
@@ -92,6 +93,8 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> None:
     ):
         if path and Path(path).exists():
             console.print(f"  {name:<11} {path}", highlight=False, soft_wrap=True)
+    if plan.config.export and Path(plan.config.export).exists() and (note := exported_note(plan.config)):
+        console.print(f"  note: {note}", highlight=False, soft_wrap=True)
     if outcome.stopped_by:
         console.print(
             f"stopped after step {outcome.step} of {plan.config.steps}; to go on: {go_on(files.out)}", highlight=False, soft_wrap=True

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODEL, TENSORS, STATE, LATEST = "model", "tensors", "training.json", "latest"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "weights."
 """What stands before a parameter's name in `tensors`."""
 
@@ -68,6 +69,12 @@ def read_state(path: Path) -> TrainingState:
     return TrainingState(**fields | {"recent_losses": tuple(fields.get("recent_losses", ()))})
 
 
+def generation_config(folders: Iterable[Path]) -> str | None:
+    """What the first of `folders` that has a generation_config.json says in it: how text is drawn, and which tokens end it."""
+    files = (folder / GENERATION_CONFIG for folder in folders)
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
     return checkpoints / f"step-{step:08d}"
@@ -87,6 +94,7 @@ class Snapshot:
         weights: every parameter in float32, by its name in the model; whole or sharded.
         moments: both of every parameter, like it.
         extra_files: files to copy into the model's folder, by their names there (a tokenizer's).
+        generation: what generation_config.json says, where the model has one.
         adapter: peft's configuration, where `weights` are those of adapters.
     """
 
@@ -95,6 +103,7 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     extra_files: Mapping[str, Path]
+    generation: str | None = None
     adapter: Any = None
 
     def in_host_memory(self) -> Snapshot:
@@ -105,6 +114,7 @@ class Snapshot:
             weights={name: host_copy(tensor) for name, tensor in self.weights.items()},
             moments={name: host_copy(tensor) for name, tensor in self.moments.items()},
             extra_files=self.extra_files,
+            generation=self.generation,
             adapter=copy.deepcopy(self.adapter),
         )
 
@@ -181,6 +191,8 @@ def _write_rest(folder: Path, snapshot: Snapshot) -> None:
     snapshot.config.save_pretrained(folder / MODEL)
     for name, source in snapshot.extra_files.items():
         shutil.copyfile(source, folder / MODEL / name)
+    if snapshot.generation is not None:
+        (folder / MODEL / GENERATION_CONFIG).write_text(snapshot.generation, encoding="utf-8")
     if snapshot.adapter is not None:
         (folder / ADAPTER).mkdir()
         write_tensors(by_peft_name(read_weights(folder)), folder / ADAPTER, ADAPTER_TENSORS)

@@ -1,4 +1,5 @@
-"""A checkpoint as a Hugging Face folder that plain transformers loads, without ringspan: configuration, safetensors, tokenizer."""
+"""A checkpoint as a Hugging Face folder that plain transformers loads, without ringspan: configuration, safetensors, tokenizer,
+and what the model it began from says of chats and of generating."""
 
 from __future__ import annotations
 

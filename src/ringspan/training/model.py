@@ -109,6 +109,27 @@ def _read_config(model: str) -> dict:
         ) from None
 
 
+def check_vocabulary(model: str, vocabulary_size: int) -> None:
+    """Whether a folder's model has an embedding for each of so many tokens, as far as its config.json tells.
+
+    Raises:
+        RingspanError: where it has fewer.
+    """
+    own = None if model in PRESETS else _read_config(model).get("vocab_size")
+    if isinstance(own, int):
+        _check_embeddings(model, own, vocabulary_size)
+
+
+def _check_embeddings(model: str, own: int, vocabulary_size: int) -> None:
+    if own < vocabulary_size:
+        raise RingspanError(
+            f"--model {model}",
+            f"its vocabulary has {own} tokens and the tokenizer {vocabulary_size}",
+            "Every token needs an embedding",
+            f"--tokenizer {model}" if (Path(model) / "tokenizer.json").is_file() else f"--tokenizer ids:{own}",
+        )
+
+
 def checkpoint_bytes(model: str, vocabulary_size: int) -> int:
     """About how large a checkpoint is: weights and two moments, each in float32."""
     if model in PRESETS:
@@ -150,13 +171,7 @@ def build_model(
     if getattr(built.config, "tie_word_embeddings", False) and not _is_tied(built):
         # A folder that says tied and holds two that differ: a checkpoint must say what was trained.
         built.config.tie_word_embeddings = False
-    if built.config.vocab_size < vocabulary_size:
-        raise RingspanError(
-            f"--model {model}",
-            f"its vocabulary has {built.config.vocab_size} tokens and the tokenizer {vocabulary_size}",
-            "Every token needs an embedding",
-            f"--tokenizer {model}",
-        )
+    _check_embeddings(model, built.config.vocab_size, vocabulary_size)
     return built
 
 

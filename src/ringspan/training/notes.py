@@ -24,6 +24,13 @@ def notes(config: TrainingConfig) -> list[str]:
     return found if far is None else [*found, far]
 
 
+def exported_note(config: TrainingConfig) -> str | None:
+    """That plain transformers computes another mask with the exported model than it was trained under; None where it is causal."""
+    if config.mask == TrainingConfig().mask:
+        return None
+    return f"it was trained under --mask {config.mask}; plain transformers computes what its config.json says, and knows nothing of that"
+
+
 def is_own_name(field: str, value: str) -> bool:
     """Whether it stands for something of ringspan's own, whatever files and folders bear the same name."""
     names: dict[str, Collection[str]] = {"data": (STDLIB,), "model": PRESETS, "tokenizer": (BYTES,)}

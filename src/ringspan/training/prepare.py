@@ -17,7 +17,7 @@ from ringspan.training.folders import free_folder, mark, newest_folder, occupied
 from ringspan.training.lora import check_lora, weights_digest
 from ringspan.training.low_memory import check_low_memory
 from ringspan.training.machine import check_attention, check_kernel, settled_device
-from ringspan.training.model import PRESETS, check_model, checkpoint_bytes, default_learning_rate, stretched_config
+from ringspan.training.model import PRESETS, check_model, check_vocabulary, checkpoint_bytes, default_learning_rate, stretched_config
 from ringspan.training.notes import is_own_name
 from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.spread import check_spread
@@ -90,6 +90,7 @@ def _prepare_new(given: dict[str, Any]) -> Plan:
         tokens = _writing(lambda: _tokens(files, config), files.out)
         Split.of(tokens, config.context)
         vocabulary = load_tokenizer(config.tokenizer or BYTES).vocabulary_size
+        check_vocabulary(config.model, vocabulary)
         _check_room(config, 0 if config.lora_rank else checkpoint_bytes(config.model, vocabulary), files.out)
         _writing(lambda: config.save(files.config), files.out)
     except RingspanError:

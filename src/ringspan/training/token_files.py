@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ringspan.errors import RingspanError
 SUFFIXES = (".bin", ".npy")
 _WIDTH = {"uint16": 2, "uint32": 4}
 _CHUNK_TOKENS = 1 << 20
+_LOOKED_AT_BYTES, _FEWEST_IDS = 1 << 20, 64
 _RULE = "A token file is .npy, one dimension of little-endian uint16 or uint32, or .bin, such ids and nothing else"
 
 
@@ -83,7 +85,7 @@ def find_ids(data: str, token_dtype: str) -> IdFile:
     """The ids in a `.npy` or `.bin` file.
 
     Raises:
-        RingspanError: where the file is not of the form that its name says.
+        RingspanError: where the file is not of the form that its name says, or looks as if its ids were of 4 bytes and not of 2.
     """
     path = Path(data)
     offset, width = _numpy_header(path) if path.suffix == ".npy" else (0, _WIDTH[token_dtype])
@@ -93,9 +95,23 @@ def find_ids(data: str, token_dtype: str) -> IdFile:
             f"--data {data}",
             f"{size} bytes of ids are no whole number of {width}-byte ids" if size else "there are no ids in it",
             _RULE,
-            f"--token-dtype {'uint16' if width == 4 and not size % 2 else 'uint32'}" if size and path.suffix == ".bin" else "another file",
+            "--token-dtype uint16" if width == 4 and size and not size % 2 and path.suffix == ".bin" else "another file",
+        )
+    if width == 2 and path.suffix == ".bin" and size % 4 == 0 and _are_wide(path):
+        raise RingspanError(
+            f"--data {data} --token-dtype uint16",
+            "every second id is next to nothing, as where ids of 4 bytes are read two bytes at a time",
+            _RULE,
+            "--token-dtype uint32; or a .npy file, which says itself how wide its ids are",
         )
     return IdFile(path=path, offset=offset, width=width, num_tokens=size // width)
+
+
+def _are_wide(path: Path) -> bool:
+    """Whether the first ids of two bytes look like ids of four: of these the upper halves are below 4 up to a vocabulary of 262,144."""
+    with path.open("rb") as stream:
+        ids = array("H", stream.read(_LOOKED_AT_BYTES))
+    return len(ids) >= _FEWEST_IDS and max(ids[1::2]) < 4 <= max(ids[::2])
 
 
 def _numpy_header(path: Path) -> tuple[int, int]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 IDS = "ids:"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+"""What a tokenizer.json may have beside it: special tokens, and how a chat is written."""
 
 
 class Tokenizer(Protocol):
@@ -153,7 +155,7 @@ class FileTokenizer:
 
     def files(self) -> dict[str, Path]:
         """The file itself, and what lies beside it about special tokens and chat."""
-        beside = {name: self.path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+        beside = {name: self.path.with_name(name) for name in _BESIDE}
         return {"tokenizer.json": self.path} | {name: file for name, file in beside.items() if file.is_file()}
 
     def encode(self, text: str) -> list[int]:

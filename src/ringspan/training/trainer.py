@@ -9,14 +9,14 @@ import torch
 
 from ringspan.geometry import parse_mask
 from ringspan.training.batches import Pass, deal, rows_of
-from ringspan.training.checkpoint import MODEL, STATE, TENSORS, Snapshot, TrainingState, load_weights, read_state
+from ringspan.training.checkpoint import MODEL, STATE, TENSORS, Snapshot, TrainingState, generation_config, load_weights, read_state
 from ringspan.training.config import BYTES
 from ringspan.training.flops import count_flops, peak_flops
 from ringspan.training.guard import Guard
 from ringspan.training.lora import add_adapters, weights_digest
 from ringspan.training.measure import Cost, Meter
 from ringspan.training.metrics import StepRecord
-from ringspan.training.model import build_model, cast_parameters, empty_model, rebuild_model
+from ringspan.training.model import PRESETS, build_model, cast_parameters, empty_model, rebuild_model
 from ringspan.training.optimizer import Optimizer, learning_rate_at
 from ringspan.training.plan import Plan
 from ringspan.training.ranks import Ranks
@@ -66,6 +66,9 @@ class Trainer:
             spike_window=config.spike_window,
             out=config.out,
         )
+        # Read now: the checkpoint that it lies in may be gone when the next is written.
+        first = [] if config.model in PRESETS else [Path(config.model)]
+        self._generation = generation_config(first if plan.checkpoint is None else [Path(plan.checkpoint) / MODEL, *first])
         self._adapter: Any = None
         self._base_digest: str | None = None
         self.model, self.num_parameters, self.is_sharded, shared = self._build()
@@ -307,6 +310,7 @@ class Trainer:
             weights={**self.optimizer.masters, **self._buffers()},
             moments=self.optimizer.moments(),
             extra_files=self.tokenizer.files(),
+            generation=self._generation,
             adapter=self._adapter,
         )
 
