@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ringspan.attention import Sequence
 from ringspan.attention.batch import SEQUENCE_KEYWORD
@@ -55,7 +56,7 @@ def attention_forward(
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface: `query [batch, heads, shard, head_dim]` to `[batch, shard, heads, head_dim]`.
+    """Hugging Face's attention interface: `query [batch, heads, shard, head_dim]` to `[batch, shard, heads, value_dim]`.
 
     Under `torch.autocast` it computes in autocast's dtype, as PyTorch's own attention does: rotations leave queries and keys in float32.
 
@@ -102,11 +103,20 @@ def attention_forward(
     if window is not None:
         # A layer's window is narrower than its model's mask; Hugging Face counts the query itself.
         sequence = sequence.context.sequence(sequence.length, sequence.mask & sliding_window(window - 1, 0 if is_causal else window - 1))
-    q, k, v = (_autocast(x.transpose(1, 2)) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = _equally_wide(*(_autocast(x.transpose(1, 2)) for x in (query, key, value)))
     if problem is not None:
         # Here and not before: where the window, or these shapes, are new the ranks agree on them first.
-        sequence.refuse_attention(problem, q, k, v, scaling, softcap=softcap, sinks=sinks)
-    return sequence.attention(q, k, v, scale=scaling, softcap=softcap, sinks=sinks), None
+        sequence.refuse_attention(problem, q, k, v, scale, softcap=softcap, sinks=sinks)
+    out = sequence.attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+    return out if value.shape[-1] == out.shape[-1] else out[..., : value.shape[-1]], None
+
+
+def _equally_wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With zeros behind the narrower ones where values are not as wide as keys (latent attention): no score changes, and they are cut off."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
 
 
 def _autocast(x: Tensor) -> Tensor:
