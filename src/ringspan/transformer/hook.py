@@ -113,7 +113,7 @@ def attention_forward(
 
 
 def _equally_wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With zeros behind the narrower ones where values are not as wide as keys (latent attention): no score changes, and they are cut off."""
+    """Zeros behind the narrower ones where values are not as wide as keys (latent attention): no score changes, and they are cut off."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
