@@ -17,14 +17,15 @@ _DROPPING: tuple[Callable[..., Any], ...] = (functional.dropout, functional.alph
 """Of an input, a probability and whether it is training."""
 
 _DRAWING = frozenset({
-    torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.randint_like, torch.normal,
+    torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.randint_like, torch.normal,
     torch.bernoulli, torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.multinomial, Tensor.uniform_, Tensor.normal_,
     Tensor.bernoulli_, Tensor.exponential_, Tensor.random_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_,
 })  # fmt: skip
+"""Not `torch.rand`: some models draw whether to leave a layer out, and then leave none out, having no `layerdrop`."""
 
 
 def check_no_dropout(model: nn.Module) -> None:
-    """That no module of a model drops elements.
+    """That no module of a model drops elements, or leaves out layers.
 
     Raises:
         UnsupportedError: naming the first that does.
@@ -32,13 +33,15 @@ def check_no_dropout(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if isinstance(part, nn.Dropout) and part.p > 0:
             raise _drops(type(model).__name__, f"{name} drops {part.p} of the elements")
+        if isinstance(share := getattr(part, "layerdrop", 0), float | int) and share > 0:
+            raise _drops(type(model).__name__, f"{name} leaves out {share} of its layers")
 
 
 def refusing_chance(model: nn.Module) -> AbstractContextManager[object]:
     """Around one forward of a model: it raises `UnsupportedError` where a function drops elements or draws numbers, which no module tells.
 
-    So do the dropout of OPT and Seed-OSS, layers that are left out by chance, and the noise of some routers. A compiled model is not looked
-    at: its forward is traced, and would be again without this around it.
+    So do the dropout of OPT and Seed-OSS and the noise of some routers. A compiled model is not looked at: its forward is traced, and would be
+    again without this around it.
     """
     if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         return nullcontext()
