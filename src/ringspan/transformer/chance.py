@@ -40,8 +40,8 @@ def check_no_dropout(model: nn.Module) -> None:
 def refusing_chance(model: nn.Module) -> AbstractContextManager[object]:
     """Around one forward of a model: it raises `UnsupportedError` where a function drops elements or draws numbers, which no module tells.
 
-    So do the dropout of OPT and Seed-OSS and the noise of some routers. A compiled model is not looked at: its forward is traced, and would be
-    again without this around it.
+    So do the dropout of OPT and Seed-OSS and the noise of some routers. A compiled model is not looked at: its forward is traced, and would
+    be again without this around it.
     """
     if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         return nullcontext()
