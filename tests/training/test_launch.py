@@ -10,6 +10,7 @@ import pytest
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.training.launch import diagnose
 from ringspan.training.loop import Outcome
+from ringspan.training.plan import RunFiles
 from ringspan.training.post import Post, Report, report_of
 
 LOST = Report(kind="lost", message="rank 0 exchanged with rank 1: the transfer broke off", time=1.0)
@@ -33,7 +34,7 @@ LOST = Report(kind="lost", message="rank 0 exchanged with rank 1: the transfer b
     ],
 )
 def test_the_cause_is_named_and_not_its_consequences(reports: dict, exits: dict, kind: type, expected: str):
-    error = diagnose(3 if 2 in reports else 2, reports, exits, Path("logs"))
+    error = diagnose(3 if 2 in reports else 2, reports, exits, RunFiles(Path("a run")))
     assert type(error) is kind
     assert expected in str(error)
 
@@ -41,13 +42,14 @@ def test_the_cause_is_named_and_not_its_consequences(reports: dict, exits: dict,
 def test_the_rank_that_died_is_named_and_not_those_that_hung_or_were_ended_after_it():
     """Under NCCL a rank that lost another hangs, and is ended without a word."""
     killed = -signal.SIGKILL
-    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {1: killed, 0: killed}, Path("logs")))
-    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {0: killed, 1: killed}, Path("logs"), hung={0}))
+    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {1: killed, 0: killed}, RunFiles(Path("a run"))))
+    assert "rank 1: it was ended by SIGKILL" in str(diagnose(2, {}, {0: killed, 1: killed}, RunFiles(Path("a run")), hung={0}))
 
 
 def test_a_rank_that_hung_and_was_ended_is_not_said_to_have_died():
-    error = diagnose(2, {0: LOST}, {0: 2, 1: -signal.SIGKILL}, Path("logs"), hung={1})
+    error = diagnose(2, {0: LOST}, {0: 2, 1: -signal.SIGKILL}, RunFiles(Path("a run")), hung={1})
     assert "rank 1: it did not answer" in str(error)
+    assert "Try: --resume --out 'a run', which goes on" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_rank_that_hung_and_was_ended_is_not_said_to_have_died():
     ],
 )
 def test_a_rank_says_what_kind_of_end_it_had(error: BaseException, kind: str):
-    assert report_of(error).kind == kind
+    assert report_of(error, Path("run")).kind == kind
 
 
 def test_reports_cross_from_rank_to_launcher(tmp_path: Path):

@@ -98,6 +98,26 @@ def test_a_run_stopped_twice_and_gone_on_with_on_other_ranks_has_the_uninterrupt
     assert "all 20 steps are taken" in again.stdout
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_a_run_at_once_with_its_own_status(number: signal.Signals, status: int, text: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out, "--checkpoint-every", 2) as process:
+        wait_for_step(out, 4)
+        while not list_checkpoints(out / "checkpoints"):
+            time.sleep(0.05)
+        ranks = [rank_process(process.pid, rank) for rank in (0, 1)]
+        # Stopped, they cannot end by the first.
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        process.send_signal(number)
+        time.sleep(1.0)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == status, said + errors
+    assert f"ringspan train --resume --out {out}" in errors and "ended at once; to go on from step-" in errors
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 def test_a_rank_that_dies_ends_the_others_and_is_named(text: Path, tmp_path: Path):
     out = tmp_path / "run"
     with started(*support.TINY, "--data", text, "--steps", 100_000, "--ranks", 2, "--out", out) as process:
@@ -107,6 +127,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(text: Path, tmp_path: Pat
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.startswith("error: rank 1: it was ended by SIGKILL")
+    assert f"Try: --resume --out {out}, which goes on" in errors
     assert "Traceback" not in said + errors
     assert not Path(f"/proc/{other}").exists()
 

@@ -203,10 +203,10 @@ def run(given: dict[str, Any], *, resume: bool) -> int:
         return 0
     try:
         outcome = launch(plan, "ringspan.cli.train_rank", _say)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         whole = list_checkpoints(plan.files.checkpoints)
         _say(f"ended at once; to go on from {whole[-1].name}: {go_on(plan.files.out)}" if whole else "ended at once, before any checkpoint")
-        return _SIGNAL_STATUS["SIGINT"]
+        return _SIGNAL_STATUS[str(end) or "SIGINT"]
     return _SIGNAL_STATUS[outcome.stopped_by] if outcome.stopped_by else 0
 
 

@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
             again = ranks.on_first(lambda: restarted(plan)) if post.attempt else plan
             outcome = run_plan(again, ranks)
     except BaseException as error:
-        report = report_of(error)
+        report = report_of(error, plan.files.out)
         post.write_report(rank, report)
         # The log may lie on the disk whose filling up is the error.
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from ringspan.training.plan import RunFiles
 
 _MARK, _LOCK = ".torchrun", ".lock"
 
-GOING_ON = "--resume, which goes on from the last checkpoint; before there is one, another --out"
-"""What to try after a run ended on its way."""
+
+def going_on(out: Path) -> str:
+    """What to try after the run in `out` ended on its way."""
+    return f"--resume --out {shlex.quote(str(out))}, which goes on from the last checkpoint; before there is one, another --out"
 
 
 def free_folder(wanted: Path) -> Path:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ringspan.errors import RankFailure, RingspanError
-from ringspan.training.folders import GOING_ON
+from ringspan.training.folders import going_on
 from ringspan.training.loop import Outcome
-from ringspan.training.plan import Plan
+from ringspan.training.plan import Plan, RunFiles
 from ringspan.training.post import Post, Report
 from ringspan.transport import start_ranks
 
@@ -51,7 +51,7 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     # What was refused is the reason for the end; else the last start tells it.
     reports = next((each for each in attempts if any(report.kind == "error" for report in each.values())), attempts[-1])
     if was_killed:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.Signals(was_killed[0]).name)
     if agent.error is not None:
         raise RankFailure(
             "starting the ranks", f"{type(agent.error).__name__}: {agent.error}", "torchrun's agent starts them on this machine"
@@ -59,7 +59,7 @@ def launch(plan: Plan, module: str, say: Callable[[str], None]) -> Outcome:
     finished, exits = reports.get(0), agent.exits
     if not exits and finished is not None and finished.outcome is not None:
         return finished.outcome
-    raise diagnose(num_ranks, reports, exits, plan.files.logs, hung)
+    raise diagnose(num_ranks, reports, exits, plan.files, hung)
 
 
 def _wait(agent: threading.Thread, first: Post, plan: Plan, say: Callable[[str], None]) -> set[int]:
@@ -82,13 +82,16 @@ def _wait(agent: threading.Thread, first: Post, plan: Plan, say: Callable[[str],
     return hung
 
 
-def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], logs: Path, hung: Collection[int] = ()) -> RingspanError:
+def diagnose(
+    num_ranks: int, reports: dict[int, Report], exits: dict[int, int], files: RunFiles, hung: Collection[int] = ()
+) -> RingspanError:
     """The one error that explains the others: what a rank refused, else where a rank crashed, else which rank fell silent.
 
     Args:
         exits: exit codes other than 0 by rank, negative for a signal, in the order of the ends.
         hung: ranks that did not answer and were ended for it.
     """
+    logs, nearest = files.logs, going_on(files.out)
     earliest = sorted(reports, key=lambda rank: reports[rank].time)
     for rank in earliest:
         if reports[rank].kind == "error":
@@ -96,12 +99,12 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
     for rank in earliest:
         if reports[rank].kind == "crash":
             return RankFailure(
-                f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", GOING_ON
+                f"rank {rank}", f"it failed with {reports[rank].message}", f"Its traceback is in {logs / f'rank-{rank}.txt'}", nearest
             )
     silent = [rank for rank in dict.fromkeys((*exits, *range(num_ranks))) if rank not in reports]
     for rank in sorted(silent, key=lambda rank: rank in hung):
         if rank in hung:
-            return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", GOING_ON)
+            return RankFailure(f"rank {rank}", "it did not answer, and was ended", f"What it printed is in {logs}", nearest)
         code = exits.get(rank, 0)
         how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code} and without a word"
         rule = (
@@ -109,11 +112,11 @@ def diagnose(num_ranks: int, reports: dict[int, Report], exits: dict[int, int], 
             if code == -signal.SIGKILL
             else f"What it printed is in {logs}"
         )
-        return RankFailure(f"rank {rank}", f"{how}, and the other ranks stopped", rule, GOING_ON)
+        return RankFailure(f"rank {rank}", f"{how}, and the other ranks stopped", rule, nearest)
     lost = [rank for rank in earliest if reports[rank].kind == "lost"]
     if lost:
         return RankFailure(reports[lost[0]].message)
-    return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", GOING_ON)
+    return RankFailure("the ranks", "they ended without a result", f"What they printed is in {logs}", nearest)
 
 
 class _Agent(threading.Thread):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ringspan.errors import RingspanError
-from ringspan.training.folders import GOING_ON
+from ringspan.training.folders import going_on
 from ringspan.training.manifest import write_whole
 
 
@@ -82,7 +82,7 @@ class MetricsFile:
                 f"step {record.step} in {self._path}",
                 str(error.strerror),
                 "A run writes one line a step there",
-                f"making room and {GOING_ON}",
+                f"making room and {going_on(self._path.parent)}",
             ) from None
 
     def __enter__(self) -> MetricsFile:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ringspan.errors import RingspanError
-from ringspan.training.folders import GOING_ON
+from ringspan.training.folders import going_on
 from ringspan.training.loop import Outcome
 from ringspan.training.manifest import write_whole
 from ringspan.training.ranks import is_peer_loss
@@ -112,13 +112,13 @@ class Post:
         )
 
 
-def report_of(error: BaseException) -> Report:
-    """The report that a rank writes about an error that ended it."""
+def report_of(error: BaseException, out: Path) -> Report:
+    """The report that a rank of the run in `out` writes about an error that ended it."""
     if is_peer_loss(error):
         return Report(kind="lost", message=str(error))
     if isinstance(error, RingspanError):
         return Report(kind="error", message=str(error))
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. Try: {GOING_ON}")
+        return Report(kind="error", message=f"writing the run's files: {error.strerror}{where}. Try: {going_on(out)}")
     return Report(kind="crash", message=f"{type(error).__name__}: {error}")
