@@ -39,6 +39,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HOW: dict[str, tuple[object, ...]] = {
+    "accelerate_loop.py": ("--accumulate", 2),
     "hf_trainer.py": ("--accumulate", 2, "--save-every", 2),
     "own_loop.py": ("--accumulate", 2),
     "torchtitan_style.py": ("--global-batch-size", 2, "--checkpoint-every", 2),
@@ -53,8 +54,8 @@ def run_example(name: str, start: Path, out: Path, ranks: int, *more: str) -> di
     """The weights that it leaves."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     options = ["--model", start / "model", "--data", start / "text.txt", "--out", out, "--context", 61, "--steps", 4, *HOW[name], *more]
-    # Hugging Face's Trainer needs no launcher for one rank.
-    launcher = [sys.executable] if ranks == 1 and name == "hf_trainer.py" else torchrun
+    # Hugging Face's Trainer and accelerate need no launcher for one rank.
+    launcher = [sys.executable] if ranks == 1 and name in ("hf_trainer.py", "accelerate_loop.py") else torchrun
     command = [*launcher, EXAMPLES / name, *options]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment())
     assert result.returncode == 0, result.stderr + result.stdout
