@@ -124,7 +124,7 @@ def test_a_run_goes_on_from_its_adapters_as_if_it_had_never_stopped(given: dict[
     whole, _ = take_steps(tmp_path / "whole", 1, schedule="constant", **given)[0]
     taken, trainer = take_steps(tmp_path / "half", 1, schedule="constant", **given, steps=3)[0]
     checkpoint = save(trainer)
-    assert sorted(path.name for path in (checkpoint / "model").iterdir()) == ["config.json"]
+    assert sorted(path.name for path in (checkpoint / "model").iterdir()) == ["config.json", "generation_config.json"]
     plan = prepare({"out": str(tmp_path / "half"), "steps": 5}, resume=True)
     from ringspan.training.trainer import Trainer
 
