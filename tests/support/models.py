@@ -66,6 +66,20 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def split_losses(model: Any, batch: Mapping[str, Tensor], ranks: int = 2, **how: Any) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients on each of some in-process ranks of a copy of `model` that `parallelize` has prepared as `how` says."""
+
+    def run(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        mine = deepcopy(model)
+        parallel = ringspan.parallelize(mine, group, **how)
+        loss = parallel.loss(parallel.shard_batch(batch))
+        loss.backward()
+        parallel.sum_gradients()
+        return loss.detach(), gradients(mine)
+
+    return ringspan.run_in_process(ranks, run, timeout_seconds=60.0)
+
+
 def whole_loss(model: Any, *batches: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean of the unsplit model's losses over `batches`, and the gradients that they leave when accumulated."""
     model = deepcopy(model)

@@ -18,7 +18,7 @@ from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.transformer import Offload, head
 from tests.support.errors import relative
 from tests.support.families import SIZES, family, has_experts
-from tests.support.models import gradients, make_batch, tiny_llama
+from tests.support.models import gradients, make_batch, split_losses, tiny_llama, whole_loss
 from tests.transformer.parallel_ranks import MODELS, Case, step, whole
 
 BUDGET = 2e-6  # as in law 6
@@ -27,22 +27,12 @@ BUDGET = 2e-6  # as in law 6
 @pytest.mark.parametrize("name", head.FAMILIES)
 def test_the_tiled_loss_of_a_family_is_the_models_own_with_its_scales_and_softcaps_on_two_ranks(name: str):
     model, batch = family(name), make_batch(2, 11)
-    plain, experts = copy.deepcopy(model), has_experts(model)
-    expected = plain(**batch, use_cache=False).loss
-    expected.backward()
-
-    def run(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        mine = copy.deepcopy(model)
-        chunk = None if experts else 4
-        parallel = ringspan.parallelize(mine, group, loss_tile=3, feed_forward_chunk=chunk, rematerialise="full", kernel="reference")
-        loss = parallel.loss(parallel.shard_batch(batch))
-        loss.backward()
-        parallel.sum_gradients()
-        return loss.detach(), gradients(mine)
-
-    for loss, found in ringspan.run_in_process(2, run, timeout_seconds=60.0):
-        assert relative(loss, expected.detach()) <= BUDGET
-        for key, gradient in gradients(plain).items():
+    experts = has_experts(model)
+    expected_loss, expected = whole_loss(model, batch)
+    how: dict[str, Any] = {"feed_forward_chunk": None if experts else 4, "rematerialise": "full", "kernel": "reference"}
+    for loss, found in split_losses(model, batch, loss_tile=3, **how):
+        assert relative(loss, expected_loss) <= BUDGET
+        for key, gradient in expected.items():
             assert relative(found[key], gradient) <= (10 if experts else 2) * BUDGET, key
 
 

@@ -32,9 +32,9 @@ def check_no_dropout(model: nn.Module) -> None:
     """
     for name, part in model.named_modules():
         if isinstance(part, nn.Dropout) and part.p > 0:
-            raise _drops(type(model).__name__, f"{name} drops {part.p} of the elements")
+            raise _by_chance(type(model).__name__, f"{name} drops {part.p} of the elements")
         if isinstance(share := getattr(part, "layerdrop", 0), float | int) and share > 0:
-            raise _drops(type(model).__name__, f"{name} leaves out {share} of its layers")
+            raise _by_chance(type(model).__name__, f"{name} leaves out {share} of its layers")
 
 
 def refusing_chance(model: nn.Module) -> AbstractContextManager[object]:
@@ -60,13 +60,13 @@ class _RefusingChance(TorchFunctionMode):
             share = args[1] if len(args) > 1 else words.get("p", 0.5)
             training = args[2] if len(args) > 2 else words.get("training", words.get("train", True))
             if training and share > 0:
-                raise _drops(self._name, f"its forward drops {share} of the elements")
+                raise _by_chance(self._name, f"its forward drops {share} of the elements")
         elif func in _DRAWING:
-            raise _drops(self._name, f"its forward draws random numbers ({func.__name__})")
+            raise _by_chance(self._name, f"its forward draws random numbers ({func.__name__})")
         return func(*args, **words)
 
 
-def _drops(name: str, found: str) -> UnsupportedError:
+def _by_chance(name: str, found: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} with dropout, or with noise",
         found,
