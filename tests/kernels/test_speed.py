@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
 from ringspan.kernels import KERNELS, Capabilities, Kernel, Problem, Scores, Speeds, time_kernel
 from ringspan.kernels.capabilities import Declared
 from ringspan.kernels.speed import shape_class
+from ringspan.transformer.chance import refusing_chance
 
 PROBLEM = Problem(device="cpu", dtype=torch.float32, heads=4, kv_heads=2, head_dim=64)
 
@@ -63,7 +66,8 @@ def test_a_kernel_that_breaks_when_it_is_timed_is_left_out_and_named():
 
 
 def test_where_all_break_the_reference_is_left_and_the_reason_says_so():
-    comparison = compared(speeds({"a": RuntimeError("broken"), "b": ValueError("too")}))
+    with pytest.warns(UserWarning, match=r"reference computes, many times slower \(a: RuntimeError: broken; b: ValueError: too\)"):
+        comparison = compared(speeds({"a": RuntimeError("broken"), "b": ValueError("too")}))
     assert comparison.taken == "reference" and comparison.reason == "a, b failed when they were timed"
 
 
@@ -110,6 +114,12 @@ def test_the_timer_runs_every_form_that_a_kernel_computes(features: tuple[str, .
     assert "reference" in timed
     for name in timed:
         assert 0 < time_kernel(KERNELS[name], problem, 130, repeats=1) < 60
+
+
+@pytest.mark.parametrize("mode", [torch.device("meta"), refusing_chance(torch.nn.Identity())], ids=["default device", "no chance"])
+def test_the_timer_is_in_no_function_mode_of_its_caller(mode: AbstractContextManager[object]):
+    with mode:
+        assert 0 < time_kernel(KERNELS["torch_cpu"], PROBLEM, 130, repeats=1) < 60
 
 
 def test_what_a_kernel_compiles_at_first_use_does_not_count(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,6 +108,8 @@ class Speeds:
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         if not seconds:
             taken = among[-1]
+            said = "; ".join(f"{name}: {error}" for name, error in failed.items())
+            warnings.warn(f"Every fast kernel failed when it was timed, and {taken} computes, many times slower ({said})", stacklevel=2)
             return Comparison(tokens, seconds, failed, taken, f"{', '.join(failed)} failed when they were timed")
         fastest = min(seconds.values())
         taken = next(name for name in candidates if name in seconds and seconds[name] <= fastest * (1 + TIE))
@@ -120,8 +123,14 @@ class Speeds:
 def time_kernel(kernel: Kernel, problem: Problem, tokens: int, repeats: int = 7) -> float:
     """The median seconds of a forward and a backward of one causal sequence; neither launches nor what is compiled at first use count.
 
-    A window leaves a quarter of the sequence, a softcap is 30, and a mask_mod hides each seventh pair.
+    A window leaves a quarter of the sequence, a softcap is 30, and a mask_mod hides each seventh pair. The caller's function modes, such as
+    `torch.set_default_device`, are left for the time.
     """
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        return _median_seconds(kernel, problem, tokens, repeats)
+
+
+def _median_seconds(kernel: Kernel, problem: Problem, tokens: int, repeats: int) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -146,10 +155,9 @@ def time_kernel(kernel: Kernel, problem: Problem, tokens: int, repeats: int = 7)
             kernel.backward(dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out.to(q.dtype), lse, None, scores(part))
 
     seconds = _seconds_on_gpu if problem.device == "cuda" else _seconds
-    with torch.no_grad():
-        for _ in range(2):
-            run()
-        return statistics.median(seconds(run) for _ in range(repeats))
+    for _ in range(2):
+        run()
+    return statistics.median(seconds(run) for _ in range(repeats))
 
 
 def _seconds(run: Callable[[], None]) -> float:
