@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,21 @@ from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
 from ringspan.attention.peer_courier import PeerCourier
 from ringspan.attention.program import RankProgram
 from ringspan.attention.replay import Replays
-from ringspan.attention.reshard import Exchange
+from ringspan.attention.reshard import Coming, Exchange, Gathered
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
-from ringspan.attention.streams import MOST_ROWS, OneStream, Streams, streams_for
+from ringspan.attention.streams import MOST_ROWS, OneStream, Result, Streams, streams_for
 from ringspan.attention.tape import remembered
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.kernels import Kernel, accumulator_dtype, without_autocast
 from ringspan.transport import PeerMemory, Transport
+
+
+class Turn(Protocol):
+    """Does the work of one stage, of which there are several."""
+
+    def __call__(self, index: int, work: Callable[[], Result], /) -> Result:
+        """`work()`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `transport` is of the ranks that the programs speak of, `everyone` of all: they are others where there is an `exchange`, which
-    is there where positions are exchanged for heads around the programs; `materialised` where these are Ring Self-Attention's;
+    is there where positions are exchanged for heads around the programs, and `stages` where some heads after others are, each with a plan
+    and an exchange of its own; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
     of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
@@ -55,12 +64,13 @@ class Plan:
     return_lse: bool = False
     replays: Replays | None = None
     observer: Observer | None = None
+    stages: tuple[Plan, ...] = ()
 
     def launched(self, direction: str, inputs: tuple[Tensor | None, ...], work: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`work(*inputs)`, one direction of this plan, replayed where that is wanted."""
         if self.replays is None:
             return work(*inputs)
-        memory = None if self.peers is None else self.peers[0]
+        memory = None if self.peers is None or not self.peers[1][direction].messages else self.peers[0]
         return self.replays.run(self, direction, inputs, work, self.everyone, memory)
 
     @contextmanager
@@ -93,11 +103,26 @@ class Plan:
 
     def observed(self, observer: Observer) -> Plan:
         """The same, an `observer` looking on."""
-        return replace(self, observer=observer, exchange=self.exchange and replace(self.exchange, observer=observer), replays=None)
+        exchange = self.exchange and replace(self.exchange, observer=observer)
+        stages = tuple(stage.observed(observer) for stage in self.stages)
+        return replace(self, observer=observer, exchange=exchange, stages=stages, replays=None)
 
     def streams(self, q: Tensor, most_rows: float = MOST_ROWS) -> Streams:
         """Where the kernels of one pass run: one after the other where somebody looks on, so that each is seen by itself."""
         return OneStream() if self.observer is not None else streams_for(q, self.kernel, self.peers is not None, most_rows)
+
+    @contextmanager
+    def in_turns(self, q: Tensor) -> Iterator[Turn]:
+        """How stages are computed: given the number of one and its work, every other one beside the one before."""
+        # Graphs share their memory: one after the other.
+        streams = self.streams(q) if self.stages and self.replays is None else OneStream()
+        streams.fork(lambda: None)
+        try:
+            yield lambda index, work: streams.beside(work) if index % 2 else work()
+        except BaseException:
+            streams.leave()
+            raise
+        streams.join()
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""
@@ -119,24 +144,18 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Runs the forward program and keeps q, k, v, out and lse of this rank's heads; lse is None where it is not wanted."""
-        exchange = plan.exchange
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
-        with plan.in_one_piece():
-            if exchange is not None:
-                q, k, v = exchange.inputs_to_heads(q, k, v)
-            weights: list[Tensor] = []
-            if plan.materialised:
-                out, lse, weights = _forward(q, k, v, _own(sinks, plan), plan)
-            else:
-                out, lse = remembered(partial(DistributedAttention._launched_forward, q, k, v, _own(sinks, plan), plan))
-            ctx.save_for_backward(q, k, v, out, lse, sinks, *weights)
-            lse = lse if plan.return_lse else None
-            return (out, lse) if exchange is None else exchange.outputs_to_positions(out, lse, ctx.heads[0])
-
-    @staticmethod
-    def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-        out, lse = plan.launched("forward", (q, k, v, sinks), lambda q, k, v, sinks: _forward(q, k, v, sinks, plan)[:2])
+        stages, into = plan.stages or (plan,), {}
+        with plan.in_one_piece(), plan.in_turns(q) as turns:
+            coming = [_inputs(q, k, v, stage) for stage in stages]
+            done = [
+                turns(index, partial(_attended, inputs, sinks, ctx.heads[0], stage, into))
+                for index, (stage, inputs) in enumerate(zip(stages, coming, strict=True))
+            ]
+            out, lse = [going.wait() for _, going in done][-1]
+        # By stage, as many each.
+        ctx.save_for_backward(sinks, *(tensor for kept, _ in done for tensor in kept))
         return out, lse
 
     @staticmethod
@@ -152,8 +171,12 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def _input_gradients(ctx, saved: tuple[Tensor, ...], *gradients: Tensor | None):
         dout, dlse = gradients
-        q, k, v, out, lse, sinks, *weights = saved
+        sinks, *kept = saved
         plan, exchange = ctx.plan, ctx.plan.exchange
+        stages, into = plan.stages or (plan,), {}
+        each = len(kept) // len(stages)
+        of_stages = [kept[index * each : (index + 1) * each] for index in range(len(stages))]
+        _, _, _, out, lse, *_ = of_stages[0]
         if dlse is not None and plan.lse_gradient_refusal is not None:
             raise UnsupportedError(
                 f"a gradient through lse with kernel {plan.kernel.name!r}",
@@ -167,19 +190,65 @@ class DistributedAttention(torch.autograd.Function):
             dout = out.new_zeros((out.shape[0], rows, ctx.heads[0], out.shape[3]))
         if dlse is None and plan.lse_gradient_travels:
             dlse = lse.new_zeros((dout.shape[0], ctx.heads[0], dout.shape[1]))
-        if exchange is not None:
-            dout, dlse = exchange.output_gradients_to_heads(dout, dlse)
-        work = partial(_backward, weights=weights, plan=plan)
-        dq, dk, dv = plan.launched("backward", (q, k, v, out, lse, dout, dlse), work)
-        if exchange is not None:
-            dq, dk, dv = exchange.input_gradients_to_positions(dq, dk, dv, *ctx.heads)
-        dsinks = None
-        if sinks is not None:
-            # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
-            dsinks = torch.zeros_like(sinks)
-            own = sinks_gradient(dout, out, lse, dlse, sinks if exchange is None else sinks[exchange.q_heads[exchange.place]])
-            (dsinks if exchange is None else dsinks[exchange.q_heads[exchange.place]]).copy_(own)
-        return dq, dk, dv, dsinks, None
+        # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
+        both_sinks = None if sinks is None else (sinks, torch.zeros_like(sinks))
+        with plan.in_turns(dout) as turns:
+            coming = [_output_gradients(dout, dlse, stage) for stage in stages]
+            going = [
+                turns(index, partial(_differentiated, gradients, found, both_sinks, ctx.heads, stage, into))
+                for index, (stage, gradients, found) in enumerate(zip(stages, coming, of_stages, strict=True))
+            ]
+            dq, dk, dv = [each.wait() for each in going][-1]
+        return dq, dk, dv, None if both_sinks is None else both_sinks[1], None
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Coming[tuple[Tensor, Tensor, Tensor]]:
+    return Coming([], lambda: (q, k, v)) if plan.exchange is None else plan.exchange.inputs_to_heads(q, k, v)
+
+
+def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> Coming[tuple[Tensor, Tensor | None]]:
+    return Coming([], lambda: (dout, dlse)) if plan.exchange is None else plan.exchange.output_gradients_to_heads(dout, dlse)
+
+
+def _attended(
+    inputs: Coming[tuple[Tensor, Tensor, Tensor]], sinks: Tensor | None, heads: int, plan: Plan, into: Gathered
+) -> tuple[list[Tensor], Coming[tuple[Tensor, Tensor | None]]]:
+    """What the backward needs of the heads of one stage, and their out and lse on the way to who owns their positions."""
+    q, k, v = inputs.wait()
+    sinks, weights = _own(sinks, plan), []
+    if plan.materialised:
+        out, lse, weights = _forward(q, k, v, sinks, plan)
+    else:
+        out, lse = remembered(partial(_launched_forward, q, k, v, sinks, plan))
+    kept, lse = [q, k, v, out, lse, *weights], lse if plan.return_lse else None
+    if plan.exchange is None:
+        return kept, Coming([], lambda: (out, lse))
+    return kept, plan.exchange.outputs_to_positions(out, lse, heads, into)
+
+
+def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    out, lse = plan.launched("forward", (q, k, v, sinks), lambda q, k, v, sinks: _forward(q, k, v, sinks, plan)[:2])
+    return out, lse
+
+
+def _differentiated(
+    gradients: Coming[tuple[Tensor, Tensor | None]],
+    kept: list[Tensor],
+    sinks: tuple[Tensor, Tensor] | None,
+    heads: tuple[int, int],
+    plan: Plan,
+    into: Gathered,
+) -> Coming[tuple[Tensor, Tensor, Tensor]]:
+    """dq, dk and dv of the heads of one stage on the way to who owns their positions. `sinks`: and where their gradient goes."""
+    dout, dlse = gradients.wait()
+    q, k, v, out, lse, *weights = kept
+    dq, dk, dv = plan.launched("backward", (q, k, v, out, lse, dout, dlse), partial(_backward, weights=weights, plan=plan))
+    if sinks is not None:
+        of_own = [each if plan.exchange is None else each[plan.exchange.q_heads[plan.exchange.place]] for each in sinks]
+        of_own[1].copy_(sinks_gradient(dout, out, lse, dlse, of_own[0]))
+    if plan.exchange is None:
+        return Coming([], lambda: (dq, dk, dv))
+    return plan.exchange.input_gradients_to_positions(dq, dk, dv, *heads, into)
 
 
 class _Stage(NamedTuple):

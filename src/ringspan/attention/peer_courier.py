@@ -86,12 +86,14 @@ class PeerCourier:
         Raises:
             RingspanError: where an error left the pass before: nobody knows which of its signals are still set.
         """
-        self._memory.begin()
+        if self._inbox.messages:
+            self._memory.begin()
         self.give_back(BEFORE)
 
     def end(self) -> None:
         """See `Courier.end`."""
-        self._memory.end()
+        if self._inbox.messages:
+            self._memory.end()
 
     def frees(self, step: int) -> bool:
         """See `Courier.frees`."""

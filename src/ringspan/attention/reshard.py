@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
 from ringspan.attention.observe import AFTER, BEFORE, Observer
-from ringspan.attention.swap import Found, Group, Mail, Message, Swapper, aligned
+from ringspan.attention.swap import Arrived, Found, Group, Mail, Message, Swapper, aligned
 from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
 from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
+from ringspan.transport import Pending
+
+Result = TypeVar("Result")
+Gathered = dict[str, list[Tensor]]
+"""Results of all heads by what they are, each stage of the heads having filled in its own."""
+
+
+class Coming(Generic[Result]):
+    """What an exchange brings."""
+
+    def __init__(self, pending: Sequence[Pending], result: Callable[[], Result]) -> None:
+        self._pending, self._result = pending, result
+
+    def wait(self) -> Result:
+        """Once it is there: what the current stream does from here on comes after it."""
+        for each in self._pending:
+            each.wait()
+        return self._result()
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Who exchanges what within one head group.
+    """Who exchanges what within one head group. Every method begins an exchange; that which `wait`s ends it.
 
     Attributes:
         swapper: carries what the ranks of this rank's head group give each other.
         group: these ranks, by place.
-        shares: each place's heads.
+        shares: each place's heads: all of them, or those of one stage.
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
@@ -67,41 +86,43 @@ class Exchange:
         shared = shared_keys(self.shares)[self.place if place is None else place]
         return accumulator_dtype(dtype) if shared else dtype
 
-    def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Coming[tuple[Tensor, Tensor, Tensor]]:
         """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`: one message a member."""
-        q, k, v = self._to_heads([q, k, v], [self.q_heads, self.kv_heads, self.kv_heads])
-        return q, k, v
+        pending, found = self._to_heads([q, k, v], [self.q_heads, self.kv_heads, self.kv_heads])
+        return Coming([pending], lambda: (found[0], found[1], found[2]))
 
-    def outputs_to_positions(self, out: Tensor, lse: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
+    def outputs_to_positions(self, out: Tensor, lse: Tensor | None, heads: int, into: Gathered) -> Coming[tuple[Tensor, Tensor | None]]:
         """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads."""
-        places = len(self.shares)
-        (out,) = self._to_positions([out], [self.q_heads], [heads], [[out.dtype] * places], [out.dtype])
-        if lse is not None:
-            (lse,) = self._to_positions([lse.transpose(1, 2)], [self.q_heads], [heads], [[lse.dtype] * places], [lse.dtype])
-            lse = lse.transpose(1, 2)
-        return out, lse
+        places, pending = len(self.shares), []
+        results = into.setdefault("out", []), into.setdefault("lse", [])
+        for each, whole in zip((out, None if lse is None else lse.transpose(1, 2)), results, strict=True):
+            if each is not None:
+                pending.append(self._to_positions([each], [self.q_heads], [heads], [[each.dtype] * places], [each.dtype], whole))
+        return Coming(pending, lambda: (results[0][0], None if lse is None else results[1][0].transpose(1, 2)))
 
-    def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> Coming[tuple[Tensor, Tensor | None]]:
         """The gradients of what `outputs_to_positions` returned to those of what it was given."""
-        (dout,) = self._to_heads([dout], [self.q_heads])
+        (pending, found), of_lse = self._to_heads([dout], [self.q_heads]), None
         if dlse is not None:
-            (dlse,) = self._to_heads([dlse.transpose(1, 2)], [self.q_heads])
-            dlse = dlse.transpose(1, 2)
-        return dout, dlse
+            of_lse = self._to_heads([dlse.transpose(1, 2)], [self.q_heads])
+        both = [pending] if of_lse is None else [pending, of_lse[0]]
+        return Coming(both, lambda: (found[0], None if of_lse is None else of_lse[1][0].transpose(1, 2)))
 
-    def input_gradients_to_positions(self, dq: Tensor, dk: Tensor, dv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def input_gradients_to_positions(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, heads: int, kv_heads: int, into: Gathered
+    ) -> Coming[tuple[Tensor, Tensor, Tensor]]:
         """The gradients of what `inputs_to_heads` returned to those of what it was given, all in the dtype of `dq`.
 
         `dk` and `dv` are in `key_gradients_in` that dtype. What several places made of a key head is added.
         """
         keys = [self.key_gradients_in(dq.dtype, place) for place in range(len(self.shares))]
         dtypes = [[dq.dtype] * len(self.shares), keys, keys]
-        split = [self.q_heads, self.kv_heads, self.kv_heads]
-        dq, dk, dv = self._to_positions([dq, dk, dv], split, [heads, kv_heads, kv_heads], dtypes, [dq.dtype] * 3)
-        return dq, dk, dv
+        split, results = [self.q_heads, self.kv_heads, self.kv_heads], into.setdefault("gradients", [])
+        pending = self._to_positions([dq, dk, dv], split, [heads, kv_heads, kv_heads], dtypes, [dq.dtype] * 3, results)
+        return Coming([pending], lambda: (results[0], results[1], results[2]))
 
-    def _to_heads(self, parts: list[Tensor], heads: list[list[slice]]) -> list[Tensor]:
-        """`heads[i][place]`: those of tensor i that a place has. All tensors are of one dtype."""
+    def _to_heads(self, parts: list[Tensor], heads: list[list[slice]]) -> tuple[Pending, list[Tensor]]:
+        """`heads[i][place]`: those of tensor i that a place has. All tensors are of one dtype. The list is filled meanwhile."""
         batch, rest = parts[0].shape[0], parts[0].shape[3:]
 
         def messages(source: int, target: int) -> Sequence[Message]:
@@ -124,13 +145,15 @@ class Exchange:
             wholes.extend(parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads)
             return assembled(self.place, [part[:, :, of_tensor[self.place]] for part, of_tensor in zip(parts, heads, strict=True)])
 
-        found = self._swap(messages, copies, own, parts[0].device, BEFORE)
-        copy_all([copy for place, (came,) in found.items() for copy in assembled(place, came)])
-        return wholes
+        def arrived(found: Found) -> None:
+            copy_all([copy for place, (came,) in found.items() for copy in assembled(place, came)])
+
+        return self._swap(Mail(messages, copies, own), arrived, parts[0].device, BEFORE), wholes
 
     def _to_positions(
-        self, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]], wanted: list[torch.dtype]
-    ) -> list[Tensor]:
+        self, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]], wanted: list[torch.dtype],
+        results: list[Tensor],
+    ) -> Pending:  # fmt: skip
         """The way back: heads that several places have add up.
 
         Args:
@@ -139,6 +162,7 @@ class Exchange:
             totals: how many heads tensor i has in all.
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
             wanted: the dtype of result i.
+            results: where this is the first stage of several none yet, of all heads; they are there before what is returned has waited.
         """
         batch, own_rows, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
@@ -155,57 +179,53 @@ class Exchange:
                 for part_rows, whole_rows in self.rows[target]
             ]
 
-        results: list[Tensor] = []
-
         def of_own(i: int) -> list[tuple[slice, Tensor]]:
             return [(part_rows, wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[self.place]]
 
         def own() -> list[Copy]:
-            results.extend(wholes[0].new_empty((batch, own_rows, of, *rest), dtype=dtype) for of, dtype in zip(totals, wanted, strict=True))
+            if not results:
+                shapes = [(batch, own_rows, of, *rest) for of in totals]
+                results.extend(wholes[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, wanted, strict=True))
             alone = [i for i, of_tensor in enumerate(heads) if _sharers(of_tensor, self.place) == [self.place]]
             return [(results[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
 
-        found = self._swap(messages, copies, own, wholes[0].device, AFTER)
-        late: list[Copy] = []
-        for i, of_tensor in enumerate(heads):
-            came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
-            for place, of_place in enumerate(of_tensor):
-                sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
-                if sharers == [place]:
-                    late += [(into, came[place])] if place != self.place else []
-                elif place == sharers[0] and _width(of_place):
-                    # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
-                    first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
-                    parts: list[tuple[int, Tensor]] = []
-                    for other in others:
-                        parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
-                    add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
-        copy_all(late)
-        return results
+        def arrived(found: Found) -> None:
+            late: list[Copy] = []
+            for i, of_tensor in enumerate(heads):
+                came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
+                for place, of_place in enumerate(of_tensor):
+                    sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
+                    if sharers == [place]:
+                        late += [(into, came[place])] if place != self.place else []
+                    elif place == sharers[0] and _width(of_place):
+                        # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
+                        first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
+                        parts: list[tuple[int, Tensor]] = []
+                        for other in others:
+                            parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
+                        add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
+            copy_all(late)
+
+        return self._swap(Mail(messages, copies, own), arrived, wholes[0].device, AFTER)
 
     @staticmethod
     def _came(i: int, alike: list[list[int]], tensors: list[list[Tensor]]) -> Tensor:
         """What came of tensor i in the messages of one place."""
         return next(of_message[same.index(i)] for same, of_message in zip(alike, tensors, strict=True) if i in same)
 
-    def _swap(
-        self,
-        messages: Callable[[int, int], Sequence[Message]],
-        copies: Callable[[int, int, list[Tensor]], Iterable[Copy]],
-        own: Callable[[], Iterable[Copy]],
-        device: torch.device,
-        step: int,
-    ) -> Found:
-        return self.swapper.swap(Mail(messages, copies, own), device, self.observer, step)
+    def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, step: int) -> Pending:
+        return self.swapper.swap(mail, arrived, device, self.observer, step)
 
 
-def make_exchange(swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, heads: int, kv_heads: int) -> Exchange:
-    """The exchange of the rank of `group`, for `heads` query heads and `kv_heads` key heads."""
+def make_exchange(
+    swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, shares: tuple[HeadShare, ...]
+) -> Exchange:  # fmt: skip
+    """The exchange of the rank of `group`, where each place has the heads in `shares`."""
     mine = grid.group(group.members[group.place])
     return Exchange(
         swapper,
         group,
-        head_shares(heads, kv_heads, grid.degree),
+        shares,
         tuple(tuple(rows_within(layout.shards[rank], merged.shards[mine])) for rank in group.members),
         tuple(layout.shard_length(rank) for rank in group.members),
         merged.shard_length(mine),

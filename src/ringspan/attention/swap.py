@@ -6,15 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
+from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import Observer, Swap, watch
 from ringspan.kernels import Copy, copy_all
-from ringspan.transport import Parcel, PeerMemory, Transport
+from ringspan.transport import Parcel, PeerMemory, Pending, Transport
 
 
 class Message(NamedTuple):
@@ -53,11 +55,15 @@ Found = dict[int, list[list[Tensor]]]
 """By place of the sender the tensors of its messages, to be read before the next swap."""
 
 
+Arrived = Callable[[Found], None]
+"""Reads what came."""
+
+
 class Swapper(Protocol):
     """Carries a `Mail`. Every member of the group comes here."""
 
-    def swap(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
-        """What came for this rank."""
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
+        """Sends off what this rank gives. What it returns waits until what came for this rank has been read by `arrived`."""
         ...
 
 
@@ -93,14 +99,20 @@ class TransportSwapper:
     def __init__(self, transport: Transport, group: Group) -> None:
         self._transport, self._group = transport, group
 
-    def swap(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
         """See `Swapper`. Nothing is sent of what is empty."""
-        found = self._exchanged(mail, device, observer, step)
-        # There is room for it where what was sent has been.
-        copy_all([*mail.own()])
-        return found
+        exchanged = self._exchange(mail, device, observer, step)
 
-    def _exchanged(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
+        def wait() -> None:
+            found = exchanged()
+            # There is room for it where what was sent has been.
+            copy_all([*mail.own()])
+            arrived(found)
+
+        return _Waiting(wait)
+
+    def _exchange(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Callable[[], Found]:
+        """What waits for what came."""
         group = self._group
         found, copies, sends, receives = {}, [], [], []
         for other in group.others:
@@ -116,11 +128,17 @@ class TransportSwapper:
         with watch(observer, step, "post", swap):
             pending = self._transport.exchange(sends, receives)
         token = None if observer is None else observer.begin(step, "transfer", swap, pending)
-        with watch(observer, step, "wait", swap):
-            pending.wait()
-        if observer is not None:
-            observer.end(token)
-        return found
+        # What is sent must not be freed before it has left.
+        under_way = [(sends, pending)]
+
+        def exchanged() -> Found:
+            with watch(observer, step, "wait", swap):
+                under_way.pop()[1].wait()
+            if observer is not None:
+                observer.end(token)
+            return found
+
+        return exchanged
 
 
 class PeerSwapper:
@@ -130,21 +148,33 @@ class PeerSwapper:
         memory: of all ranks of the transport, with room in every inbox for what comes.
         sent: counts the bytes that go to each rank.
         group: who swaps.
+        aside: whether swaps go on beside what is computed meanwhile, one after the other.
     """
 
-    def __init__(self, memory: PeerMemory, sent: Counter[int], group: Group) -> None:
-        self._memory, self._sent, self._group = memory, sent, group
+    def __init__(self, memory: PeerMemory, sent: Counter[int], group: Group, aside: bool = False) -> None:
+        self._memory, self._sent, self._group, self._aside = memory, sent, group, aside
 
-    def swap(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Found:
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
         """See `Swapper`. What others get is written once all are done with what lay there before, and read once all of it is there.
 
         All ranks meet for that, those of other groups too, which swap at the same time: a launch each. To wait for each other rank by
         itself would take one a rank, and the last of them is waited for in any case.
         """
+        # Memory for what came is the caller's stream's, who keeps it.
+        own = [*mail.own()]
+        if self._aside and observer is None:
+            pending = self._memory.beside(partial(self._carry, mail, own, arrived, None, step))
+            # What is read beside must not be freed before.
+            return UnderWay(pending, [mail, own])
+        self._memory.begin()
+        self._carry(mail, own, arrived, observer, step)
+        self._memory.end()
+        return _Waiting(_nothing)
+
+    def _carry(self, mail: Mail, own: list[Copy], arrived: Arrived, observer: Observer | None, step: int) -> None:
         group, memory = self._group, self._memory
         swap = None if observer is None else group.sizes(mail)
-        memory.begin()
-        token = None if observer is None else observer.begin(step, "transfer", swap, _Nothing())
+        token = None if observer is None else observer.begin(step, "transfer", swap, _Waiting(_nothing))
         with watch(observer, step, "post", swap):
             memory.meet()
             copies: list[Copy] = []
@@ -153,13 +183,13 @@ class PeerSwapper:
                     copies += mail.copies(other, index, tensors)
                 if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
                     self._sent[group.members[other]] += nbytes
-            copy_all([*copies, *mail.own()])
+            # Beside a kernel, blocks that a link holds up would keep it from all multiprocessors.
+            copy_all([*copies, *own], few=self._aside)
         with watch(observer, step, "wait", swap):
             memory.meet()
-        memory.end()
         if observer is not None:
             observer.end(token)
-        return {other: self._views(mail, other, group.place) for other in group.others}
+        arrived({other: self._views(mail, other, group.place) for other in group.others})
 
     def _views(self, mail: Mail, source: int, target: int) -> list[list[Tensor]]:
         """What `source` has sent to `target`, where it lies: after what those of lower places have."""
@@ -173,9 +203,17 @@ class PeerSwapper:
         return views
 
 
-class _Nothing:
+class _Waiting:
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Waits."""
+        self._wait()
+
+
+def _nothing() -> None:
+    """Nothing is under way."""
 
 
 def aligned(nbytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from ringspan.geometry.balance import balanced_layout, make_layout
 from ringspan.geometry.grid import PLACEMENTS, Grid, merge_groups, rows_within
-from ringspan.geometry.heads import HeadShare, head_shares, shared_keys
+from ringspan.geometry.heads import HeadShare, head_shares, head_stages, shared_keys
 from ringspan.geometry.layout import LAYOUTS, Layout
 from ringspan.geometry.mask import (
     Mask,
@@ -50,6 +50,7 @@ __all__ = [
     "full",
     "has_window",
     "head_shares",
+    "head_stages",
     "looks_ahead",
     "make_layout",
     "mask_mod",

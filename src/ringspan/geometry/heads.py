@@ -47,6 +47,20 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> tuple[HeadShare, ...]:
     return tuple(shares)
 
 
+def head_stages(shares: tuple[HeadShare, ...], number: int) -> tuple[tuple[HeadShare, ...], ...]:
+    """`number` stages, each with a part of every rank's share: key heads as evenly as they go, with their query heads.
+
+    A rank with fewer key heads than stages has none in the last ones.
+    """
+    stages: list[list[HeadShare]] = [[] for _ in range(number)]
+    for share in shares:
+        group = share.heads // share.kv_heads if share.kv_heads else 0
+        for stage, part in zip(stages, split_evenly(share.kv_heads, number), strict=True):
+            q, kv = share.q_start, share.kv_start
+            stage.append(HeadShare(q + part.start * group, q + part.stop * group, kv + part.start, kv + part.stop))
+    return tuple(tuple(stage) for stage in stages)
+
+
 def shared_keys(shares: tuple[HeadShare, ...]) -> tuple[bool, ...]:
     """For each rank of `shares`, whether other ranks have its key heads too: then what each makes of their gradients is only a part.
 

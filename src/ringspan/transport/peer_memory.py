@@ -69,6 +69,10 @@ class SomePeers:
         """See `PeerMemory.aside`."""
         return self._whole.aside(lane, room, writes, arrive)
 
+    def beside(self, work: Work) -> Pending:
+        """Not offered: it is for all ranks."""
+        raise NotImplementedError("the ranks of all passes come to what goes on beside them")
+
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:
     """The one peer memory of `transport`, or why there is none, the same answer on every rank. Collective at the first call."""

@@ -77,6 +77,13 @@ class PeerMemory(Protocol):
         """
         ...
 
+    def beside(self, work: Work) -> Pending:
+        """Has `work` done beside what follows, after what the current stream has done until here and after all work before it here.
+
+        It is a pass of its own, which every rank comes to in the same order. What it returns waits until the work is done.
+        """
+        ...
+
 
 class Passes:
     """Whether a pass is under way: one that an error has left keeps its signals set, and the next would take them for its own."""

@@ -108,3 +108,10 @@ class SharedMemory:
         for write in writes:
             write()
         return _WhenNeeded(arrive)
+
+    def beside(self, work: Work) -> Pending:
+        """See `PeerMemory.beside`: done at once."""
+        self.begin()
+        work()
+        self.end()
+        return _WhenNeeded(lambda: None)

@@ -179,6 +179,21 @@ class SymmetricMemory:
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
         return _Aside([self._on(f"write {lane}", room, writes, BRANCHES[lane]), self._on(f"arrive {lane}", arrive, [], 1)], self._index)
 
+    def beside(self, work: Work) -> Pending:
+        """See `PeerMemory.beside`: on one stream for all of it."""
+        self._passes.begin()
+        stream, done = self._stream("beside"), torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream(self._index))
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        elif self._before is not None:
+            stream.wait_stream(self._before)
+        with torch.cuda.stream(stream):
+            work()
+            done.record(stream)
+        self._passes.end()
+        return _Aside([done], self._index)
+
     def _on(self, name: str, first: Work, works: Sequence[Work], most: int) -> torch.cuda.Event:
         stream, done, current = self._stream(name), torch.cuda.Event(), torch.cuda.current_stream(self._index)
         stream.wait_stream(current)

@@ -1,0 +1,153 @@
+"""Heads exchanged and computed in stages: what one stage gives, through whatever carries them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ringspan
+from ringspan.attention import planning
+from ringspan.attention.reshard import Exchange
+from ringspan.attention.tape import Tape, recording, replaying
+from ringspan.errors import RingspanError
+from ringspan.geometry import HeadShare, head_shares, head_stages
+from ringspan.strategies import make_schedules
+
+LENGTH = 45
+
+
+def odd_heads_see_less(b, h, q_idx, kv_idx):
+    """Allows what a causal mask does, and of odd heads only every other key: a head's number matters."""
+    return (q_idx >= kv_idx) & ((h % 2 == 0) | ((q_idx - kv_idx) % 2 == 0))
+
+
+def attended(group: Any, transport: str, stages: int, heads: int, kv_heads: int, mask: Any = None, sinks: bool = False) -> list[Any]:
+    same = torch.Generator().manual_seed(0)
+    context = ringspan.ContextParallel(group, transport=transport, kernel="reference", strategy="ulysses", stages=stages)
+    sequence = context.sequence(LENGTH, mask or ringspan.causal())
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=same, dtype=torch.float64)
+
+    leaves = [sequence.shard(normal(2, LENGTH, number, 8)).requires_grad_() for number in (heads, kv_heads, kv_heads)]
+    sink = normal(heads).requires_grad_() if sinks else None
+    out, lse = sequence.attention(*leaves, sinks=sink, return_lse=True)
+    loss = (out * sequence.shard(normal(2, LENGTH, heads, 8))).sum() + lse.square().sum()
+    return [out, lse, *torch.autograd.grad(loss, [*leaves, *([] if sink is None else [sink])])]
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer_memory"])
+@pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(2, 8, 8), (3, 10, 5), (4, 12, 6), (2, 6, 1), (3, 2, 2)])
+def test_any_number_of_stages_gives_what_one_does(transport: str, ranks: int, heads: int, kv_heads: int):
+    expected = ringspan.run_in_process(ranks, lambda group: attended(group, "process_group", 1, heads, kv_heads, sinks=True))
+    for stages in (2, 3, 8):
+        found = ringspan.run_in_process(ranks, lambda group, n=stages: attended(group, transport, n, heads, kv_heads, sinks=True))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_mask_that_knows_heads_is_told_the_number_of_each():
+    mask = ringspan.mask_mod(odd_heads_see_less)
+    expected = ringspan.run_in_process(2, lambda group: attended(group, "process_group", 1, 6, 6, mask))
+    found = ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 3, 6, 6, mask))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_every_stage_is_on_its_way_before_the_first_is_computed_and_leaves_as_soon_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+
+    def tell(owner: Any, name: str, short: str) -> None:
+        right = getattr(owner, name)
+
+        def told(self: Any, *given: Any) -> Any:
+            exchange = getattr(self, "exchange", self)
+            if exchange.place == 0:
+                said.append(f"{short} {exchange.share.kv_start}")
+            return right(self, *given)
+
+        monkeypatch.setattr(owner, name, told)
+
+    tell(Exchange, "inputs_to_heads", "in")
+    tell(Exchange, "outputs_to_positions", "out")
+    tell(Exchange, "output_gradients_to_heads", "dout in")
+    tell(Exchange, "input_gradients_to_positions", "gradients out")
+    tell(planning.Plan, "launched", "compute")
+    ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 2, 8, 4))
+    assert said[:6] == ["in 0", "in 1", "compute 0", "out 0", "compute 1", "out 1"]
+    assert said[6:] == ["dout in 0", "dout in 1", "compute 0", "gradients out 0", "compute 1", "gradients out 1"]
+
+
+def test_a_stage_waits_for_its_own_heads_alone(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    right_forward, right_inputs = planning.Plan.launched, Exchange.inputs_to_heads
+
+    def launched(self: Any, *given: Any) -> Any:
+        said.extend([f"compute {self.exchange.share.kv_start}"] * (self.exchange.place == 0))
+        return right_forward(self, *given)
+
+    def to_heads(self: Exchange, *given: Any) -> Any:
+        coming = right_inputs(self, *given)
+        right_wait = coming.wait
+
+        def wait() -> Any:
+            said.extend([f"wait {self.share.kv_start}"] * (self.place == 0))
+            return right_wait()
+
+        coming.wait = wait  # type: ignore[method-assign]
+        return coming
+
+    monkeypatch.setattr(planning.Plan, "launched", launched)
+    monkeypatch.setattr(Exchange, "inputs_to_heads", to_heads)
+    ringspan.run_in_process(2, lambda group: attended(group, "process_group", 2, 4, 4))
+    assert said[:4] == ["wait 0", "compute 0", "wait 1", "compute 1"]
+
+
+def test_a_tape_keeps_every_stage(monkeypatch: pytest.MonkeyPatch):
+    def run(group: Any) -> bool:
+        context = ringspan.ContextParallel(group, kernel="reference", strategy="ulysses", stages=2)
+        sequence, tape = context.sequence(LENGTH), Tape()
+        x = torch.randn(1, sequence.shard_length, 4, 8)
+        with recording(tape):
+            first = sequence.attention(x, x, x)
+        with monkeypatch.context() as patched:
+            patched.setattr(planning.Plan, "launched", lambda *given: pytest.fail("computed again"))
+            with replaying(tape):
+                return torch.equal(sequence.attention(x, x, x), first)
+
+    assert ringspan.run_in_process(1, run) == [True]
+
+
+def test_stages_part_each_share_by_key_heads():
+    assert head_stages(head_shares(8, 4, 2), 2) == (
+        (HeadShare(0, 2, 0, 1), HeadShare(4, 6, 2, 3)),
+        (HeadShare(2, 4, 1, 2), HeadShare(6, 8, 3, 4)),
+    )
+    # Three key heads on two ranks: the second has one, and nothing in the second stage.
+    assert [share.kv_heads for stage in head_stages(head_shares(6, 3, 2), 2) for share in stage] == [1, 1, 1, 0]
+    for stage in head_stages(head_shares(8, 2, 4), 3)[1:]:
+        assert all(share.heads == share.kv_heads == 0 for share in stage), "one key head cannot be parted"
+
+
+@pytest.mark.parametrize(("asked", "rows", "through_peers", "device", "expected"), [
+    (None, 1 << 20, True, "cuda", planning.HEAD_STAGES),
+    (None, 1 << 10, True, "cuda", 1),
+    (None, 1 << 20, False, "cuda", 1),
+    (None, 1 << 20, True, "cpu", 1),
+    (3, 1 << 10, False, "cpu", 3),
+    (99, 1 << 10, False, "cpu", 8),
+])  # fmt: skip
+def test_how_many_stages_there_are(asked: int | None, rows: int, through_peers: bool, device: str, expected: int):
+    class Shaped:
+        def __init__(self) -> None:
+            self.shape, self.device = (1, rows, 8, 8), torch.device(device)
+
+    sequence = ringspan.ContextParallel(None, strategy="ulysses").sequence(rows)
+    schedules = make_schedules("ulysses", sequence.layout, sequence.mask, **({"stages": asked} if asked else {}))
+    assert planning._head_stages(sequence, Shaped(), Shaped(), schedules, through_peers) == expected  # type: ignore[arg-type]
+
+
+def test_fewer_than_one_stage_is_refused():
+    x = torch.randn(1, 8, 2, 8)
+    with pytest.raises(RingspanError, match=r"strategy 'ulysses' with stages=0.*stages=1"):
+        ringspan.ContextParallel(None, strategy="ulysses", stages=0).sequence(8).attention(x, x, x)
