@@ -33,13 +33,15 @@ def _copy_kernel(copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WI
     rows = rows // 2
     total = batches * rows * heads
     column = tl.arange(0, WIDTH)[None, :]
-    for first in range(tl.program_id(0) * ITEMS, total, tl.num_programs(0) * ITEMS):
+    first = tl.program_id(0) * ITEMS
+    while first < total:
         item = first + tl.arange(0, ITEMS)
         head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
         inside = (item < total)[:, None] & (column < COLUMNS)
         there = (batch * source_batch + row * source_row + head * source_head)[:, None] + column
         here = (batch * target_batch + row * target_row + head * target_head)[:, None] + column
         tl.store(target + here, tl.load(source + there, inside), inside)
+        first += tl.num_programs(0) * ITEMS
 
 
 def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
