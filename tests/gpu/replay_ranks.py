@@ -60,6 +60,32 @@ def exchange(device: torch.device) -> None:
         assert torch.equal(out, expected[0]), "ulysses: out of a graph differs from what NCCL brings"
 
 
+def staged(device: torch.device) -> None:
+    """Heads in stages give the bits of all heads at once through NCCL: launched over long shards, in a graph over short ones."""
+    plain, stages = (
+        ringspan.ContextParallel(kernel="flash2", deterministic=True, strategy="ulysses", transport=way, stages=number)
+        for way, number in (("process_group", 1), ("peer_memory", 2))
+    )
+    for length in (80_001, 3001):
+        expected, found = plain.sequence(length), stages.sequence(length)
+        for _ in range(6):
+            given = tensors(found.shard_length, device, kv_heads=8)
+            for which, mine, right in zip(("out", "dq", "dk", "dv"), both(found, given), both(expected, given), strict=True):
+                assert torch.equal(mine, right), f"ulysses in stages, {length} tokens: {which} differs from what all heads at once give"
+    given = [x.requires_grad_() for x in given[:3]] + given[3:]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = found.attention(*given[:3])
+        captured = [out.detach(), *torch.autograd.grad(out, given[:3], given[3])]
+    for _ in range(5):
+        given = [
+            kept.copy_(new) for kept, new in zip((x.detach() for x in given), tensors(found.shard_length, device, kv_heads=8), strict=True)
+        ]
+        graph.replay()
+        for which, mine, right in zip(("out", "dq", "dk", "dv"), captured, both(expected, given), strict=True):
+            assert torch.equal(mine, right), f"ulysses in stages, of a graph: {which} differs from what all heads at once give"
+
+
 def main() -> None:
     """Raises where a replay differs in a bit from launches, or an exchange of heads from NCCL's."""
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -89,6 +115,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"{name}: {replayed.replays.number} graphs", flush=True)
     exchange(device)
+    staged(device)
     for options in REFUSED.values():
         sequence = ringspan.ContextParallel(kernel="flash2", cuda_graphs=True, **options).sequence(LENGTHS[0])
         with pytest.raises(RingspanError, match="destroy_process_group"):
