@@ -13,7 +13,6 @@ from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
 from ringspan.errors import RingspanError
 from ringspan.geometry import HeadShare, head_shares, head_stages
-from ringspan.strategies import make_schedules
 
 LENGTH = 45
 
@@ -129,22 +128,16 @@ def test_stages_part_each_share_by_key_heads():
         assert all(share.heads == share.kv_heads == 0 for share in stage), "one key head cannot be parted"
 
 
-@pytest.mark.parametrize(("asked", "rows", "through_peers", "device", "expected"), [
-    (None, 1 << 20, True, "cuda", planning.HEAD_STAGES),
-    (None, 1 << 10, True, "cuda", 1),
-    (None, 1 << 20, False, "cuda", 1),
-    (None, 1 << 20, True, "cpu", 1),
-    (3, 1 << 10, False, "cpu", 3),
-    (99, 1 << 10, False, "cpu", 8),
-])  # fmt: skip
-def test_how_many_stages_there_are(asked: int | None, rows: int, through_peers: bool, device: str, expected: int):
-    class Shaped:
-        def __init__(self) -> None:
-            self.shape, self.device = (1, rows, 8, 8), torch.device(device)
+@pytest.mark.parametrize(("asked", "kv_heads", "expected"), [(1, 8, 0), (3, 8, 3), (99, 8, 4), (4, 1, 0)])
+def test_there_are_at_most_as_many_stages_as_a_rank_has_key_heads(asked: int, kv_heads: int, expected: int):
+    def run(group: Any) -> int:
+        sequence = ringspan.ContextParallel(group, strategy="ulysses", stages=asked).sequence(16)
+        q, kv = torch.randn(1, 8, 8, 8), torch.randn(1, 8, kv_heads, 8)
+        sequence.attention(q, kv, kv)
+        (plan,) = sequence._plans._values.values()
+        return len(plan.stages)
 
-    sequence = ringspan.ContextParallel(None, strategy="ulysses").sequence(rows)
-    schedules = make_schedules("ulysses", sequence.layout, sequence.mask, **({"stages": asked} if asked else {}))
-    assert planning._head_stages(sequence, Shaped(), Shaped(), schedules, through_peers) == expected  # type: ignore[arg-type]
+    assert ringspan.run_in_process(2, run) == [expected] * 2
 
 
 def test_fewer_than_one_stage_is_refused():

@@ -9,7 +9,7 @@ from ringspan.attention.reshard import head_group, make_exchange
 from ringspan.attention.swap import TransportSwapper
 from ringspan.bench.case import Shape
 from ringspan.bench.memory import promise, staged
-from ringspan.geometry import make_layout
+from ringspan.geometry import head_shares, make_layout
 from ringspan.strategies import make_schedules
 from ringspan.transformer.memory import LiveBytes
 from ringspan.transport import SingleRank
@@ -54,10 +54,12 @@ def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
     assert schedules.grid is not None
     q, k, v = (torch.randn(1, rows, number, width) for number in (heads, kv_heads, kv_heads))
     group = head_group(schedules.grid, 0)
-    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, heads, kv_heads)
+    shares = head_shares(heads, kv_heads, 2)
+    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, shares)
     with LiveBytes() as live:
         live.ignore(q, k, v)
-        exchange.inputs_to_heads(q, k, v)
+        coming = exchange.inputs_to_heads(q, k, v).wait()
+    assert [x.shape for x in coming] == [(1, 2 * rows, each, width) for each in (heads // 2, kv_heads // 2, kv_heads // 2)]
     # Half is this rank's own: half leaves while half arrives, and then half lies beside the whole.
     assert live.peak <= 1.5 * sum(x.numel() * x.element_size() for x in (q, k, v)) + 4096
 

@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, Callable[[int], Options]]] = {
     "direct, several at once": ("direct", lambda ranks: {"shards_at_once": 1 + ranks // 2}),
     "tree": ("tree", lambda ranks: {}),
     "ulysses": ("ulysses", lambda ranks: {}),
-    "ulysses in stages": ("ulysses", lambda ranks: {"stages": 1 + ranks // 2}),
+    "ulysses in stages": ("ulysses", lambda ranks: {"stages": 2}),
     "two_dimensional": ("two_dimensional", lambda ranks: {}),
     "two_dimensional around direct": ("two_dimensional", lambda ranks: {"ulysses": _smallest_divisor(ranks), "inner": "direct"}),
     "two_dimensional, context first": (

@@ -13,11 +13,11 @@ from ringspan.attention.autograd import Plan
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.materialised import check_materialised
+from ringspan.attention.observe import AFTER, BEFORE
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import head_group, inbox_bytes, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
-from ringspan.attention.streams import LEAST_ROWS
 from ringspan.attention.swap import PeerSwapper, TransportSwapper
 from ringspan.errors import UnsupportedError
 from ringspan.geometry import HeadShare, head_shares, head_stages
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from ringspan.attention.sequence import Sequence
 
 Peers = tuple[PeerMemory, dict[str, Inbox]]
-
-HEAD_STAGES = 4
-"""Where it is left open and they are worth it: of what an exchange takes a fourth is waited for, or what a rank's key heads allow."""
 
 
 class Planned(NamedTuple):
@@ -110,15 +107,16 @@ def make_plan(
         group = head_group(grid, context.transport.rank)
         memory = None if peers is None else peers[0]
         shares = head_shares(q.shape[2], k.shape[2], grid.degree)
-        number = _head_stages(sequence, q, k, schedules, memory is not None)
-        if memory is None:
-            swapper = TransportSwapper(context.transport, group)
-        else:
-            swapper = PeerSwapper(memory, context.transport.bytes_sent, group, aside=number > 1)
-        exchanges = [
-            make_exchange(swapper, group, grid, sequence.layout, schedules.layout, of_stage)
-            for of_stage in (head_stages(shares, number) if number > 1 else [shares])
-        ]
+        # A rank without key heads would have nothing in any of them.
+        number = max(1, min(schedules.head_stages, max(share.kv_heads for share in shares)))
+        for stage, of_stage in enumerate(head_stages(shares, number) if number > 1 else [shares]):
+            if memory is None:
+                swapper = TransportSwapper(context.transport, group)
+            else:
+                # Nothing is computed while the first comes, and when the last leaves.
+                alone = [BEFORE] * (stage == 0) + [AFTER] * (stage == number - 1)
+                swapper = PeerSwapper(memory, context.transport.bytes_sent, group, number > 1, alone)
+            exchanges.append(make_exchange(swapper, group, grid, sequence.layout, schedules.layout, of_stage))
         peers = peers and (SomePeers(peers[0], members), peers[1])
     if context.replays is not None:
         refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
@@ -143,18 +141,6 @@ def make_plan(
         stages = [replace(plan, exchange=each, scores=plan.scores.from_head(each.share.q_start - first_head)) for each in exchanges]
         plan = replace(plan, stages=tuple(stages))
     return Planned(plan, schedules, choice, peer_bytes)
-
-
-def _head_stages(sequence: Sequence, q: Tensor, k: Tensor, schedules: Schedules, through_peers: bool) -> int:
-    """In how many stages heads are exchanged: several only where the schedules send nothing themselves. The same on every rank."""
-    assert schedules.grid is not None
-    number = schedules.head_stages
-    if number is None:
-        # Each is launched by itself, which takes Python longer than it is worth over a short shard.
-        rows = q.shape[0] * min(sequence.layout.shard_lengths) * q.shape[2]
-        is_quicker = through_peers and q.device.type == "cuda" and (rows >= LEAST_ROWS or sequence.context.replays is not None)
-        number = HEAD_STAGES if is_quicker else 1
-    return max(1, min(number, max(share.kv_heads for share in head_shares(q.shape[2], k.shape[2], schedules.grid.degree))))
 
 
 def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_peers: bool) -> tuple[Schedules, Choice | None]:

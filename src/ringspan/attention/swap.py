@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
 from ringspan.attention.mail import UnderWay
-from ringspan.attention.observe import Observer, Swap, watch
+from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.kernels import Copy, copy_all
 from ringspan.transport import Parcel, PeerMemory, Pending, Transport
 
@@ -148,11 +148,14 @@ class PeerSwapper:
         memory: of all ranks of the transport, with room in every inbox for what comes.
         sent: counts the bytes that go to each rank.
         group: who swaps.
-        aside: whether swaps go on beside what is computed meanwhile, one after the other.
+        aside: whether swaps go on beside what is done meanwhile, one after the other.
+        alone: the steps (`BEFORE`, `AFTER`) in which nothing is computed meanwhile.
     """
 
-    def __init__(self, memory: PeerMemory, sent: Counter[int], group: Group, aside: bool = False) -> None:
-        self._memory, self._sent, self._group, self._aside = memory, sent, group, aside
+    def __init__(
+        self, memory: PeerMemory, sent: Counter[int], group: Group, aside: bool = False, alone: Container[int] = (BEFORE, AFTER)
+    ) -> None:  # fmt: skip
+        self._memory, self._sent, self._group, self._aside, self._alone = memory, sent, group, aside, alone
 
     def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
         """See `Swapper`. What others get is written once all are done with what lay there before, and read once all of it is there.
@@ -184,7 +187,7 @@ class PeerSwapper:
                 if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
                     self._sent[group.members[other]] += nbytes
             # Beside a kernel, blocks that a link holds up would keep it from all multiprocessors.
-            copy_all([*copies, *own], few=self._aside)
+            copy_all([*copies, *own], few=step not in self._alone)
         with watch(observer, step, "wait", swap):
             memory.meet()
         if observer is not None:

@@ -20,7 +20,23 @@ MOST = 48
 
 
 @triton.jit
-def _copy_kernel(copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+def _copy_items(
+    target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, first, total,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    item = first + tl.arange(0, ITEMS)
+    head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (item < total)[:, None] & (column < COLUMNS)
+    there = (batch * source_batch + row * source_row + head * source_head)[:, None] + column
+    here = (batch * target_batch + row * target_row + head * target_head)[:, None] + column
+    tl.store(target + here, tl.load(source + there, inside), inside)
+
+
+@triton.jit
+def _copy_kernel(
+    copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr, ROUNDS: tl.constexpr
+):  # fmt: skip
     # Which copy it is, is chosen first: one piece of code for all is fetched once.
     target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads = copies[0]
     for i in tl.static_range(1, COUNT):
@@ -31,17 +47,19 @@ def _copy_kernel(copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WI
         target_head, source_head = tl.where(mine, copies[i][3], target_head), tl.where(mine, copies[i][7], source_head)
         rows, heads = tl.where(mine, copies[i][8], rows), tl.where(mine, copies[i][9], heads)
     rows = rows // 2
-    total = batches * rows * heads
-    column = tl.arange(0, WIDTH)[None, :]
-    first = tl.program_id(0) * ITEMS
-    while first < total:
-        item = first + tl.arange(0, ITEMS)
-        head, row, batch = (item % heads).to(tl.int64), (item // heads % rows).to(tl.int64), (item // heads // rows).to(tl.int64)
-        inside = (item < total)[:, None] & (column < COLUMNS)
-        there = (batch * source_batch + row * source_row + head * source_head)[:, None] + column
-        here = (batch * target_batch + row * target_row + head * target_head)[:, None] + column
-        tl.store(target + here, tl.load(source + there, inside), inside)
-        first += tl.num_programs(0) * ITEMS
+    first, total = tl.program_id(0) * ITEMS, batches * rows * heads
+    if ROUNDS:
+        while first < total:
+            _copy_items(
+                target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, first, total,
+                COLUMNS, WIDTH, ITEMS,
+            )  # fmt: skip
+            first += tl.num_programs(0) * ITEMS
+    else:
+        _copy_items(
+            target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, first, total,
+            COLUMNS, WIDTH, ITEMS,
+        )  # fmt: skip
 
 
 def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
@@ -72,5 +90,5 @@ def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
                     (target, *target.stride()[:3], source, *source.stride()[:3], 2 * target.shape[1] + 1, target.shape[2])
                     for target, source in some
                 ),
-                batch, COUNT=len(some), COLUMNS=columns, WIDTH=width, ITEMS=items, num_warps=8 * wider,
+                batch, COUNT=len(some), COLUMNS=columns, WIDTH=width, ITEMS=items, ROUNDS=few, num_warps=8 * wider,
             )  # fmt: skip

@@ -21,14 +21,14 @@ class Schedules:
         layout: whose shards the schedules speak of.
         grid: for two-dimensional attention, the head groups that exchange positions for heads before and after; a head group is one rank
             of the schedules.
-        head_stages: in how many stages heads are exchanged and computed, one while another travels; None where whoever runs them decides.
+        head_stages: in how many stages heads are exchanged and computed, one while another travels, as far as a rank's key heads go.
     """
 
     forward: Schedule
     backward: Schedule
     layout: Layout
     grid: Grid | None = None
-    head_stages: int | None = 1
+    head_stages: int = 1
 
 
 class Visit(NamedTuple):

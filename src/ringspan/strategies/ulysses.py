@@ -18,19 +18,18 @@ from ringspan.strategies.common import Schedules
 from ringspan.strategies.two_dimensional import two_dimensional
 
 
-def ulysses(layout: Layout, mask: Mask, stages: int | None = None) -> Schedules:
+def ulysses(layout: Layout, mask: Mask, stages: int = 1) -> Schedules:
     """Two-dimensional attention with a single head group: all ranks.
 
     Args:
         layout: who owns which positions.
         mask: what a query sees.
-        stages: in how many the heads are exchanged and computed, at most as many as a rank has key heads; if not given, several where that
-            is quicker, see `ringspan.attention.planning`.
+        stages: in how many the heads are exchanged and computed, at most as many as a rank has key heads.
 
     Raises:
         RingspanError: for fewer than one stage.
     """
-    if stages is not None and stages < 1:
+    if stages < 1:
         raise RingspanError(f"strategy 'ulysses' with stages={stages}", "", "Heads are exchanged in one stage or more", "stages=1")
     schedules = two_dimensional(layout, mask, ulysses=layout.num_ranks, placement="context_first")
     return replace(schedules, head_stages=stages)
