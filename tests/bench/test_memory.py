@@ -58,7 +58,9 @@ def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
     exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, shares)
     with LiveBytes() as live:
         live.ignore(q, k, v)
-        coming = exchange.inputs_to_heads(q, k, v).wait()
+        exchanged = exchange.inputs_to_heads(q, k, v)
+        coming = exchanged.wait()
+        assert live.now() == sum(x.numel() * x.element_size() for x in coming), "what came has been put together, and is gone"
     assert [x.shape for x in coming] == [(1, 2 * rows, each, width) for each in (heads // 2, kv_heads // 2, kv_heads // 2)]
     # Half is this rank's own: half leaves while half arrives, and then half lies beside the whole.
     assert live.peak <= 1.5 * sum(x.numel() * x.element_size() for x in (q, k, v)) + 4096

@@ -29,8 +29,9 @@ class Coming(Generic[Result]):
         self._pending, self._result = pending, result
 
     def wait(self) -> Result:
-        """Once it is there: what the current stream does from here on comes after it."""
-        for each in self._pending:
+        """Once it is there: what the current stream does from here on comes after it. What it travelled in is let go."""
+        pending, self._pending = self._pending, ()
+        for each in pending:
             each.wait()
         return self._result()
 
