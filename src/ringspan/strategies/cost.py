@@ -20,18 +20,17 @@ _DIRECTIONS = ("forward", "backward")
 MACHINES = {
     "cuda": Machine(
         name="NVLink GPUs",
-        flops_per_second=8.9e14,
+        flops_per_second=8.8e14,
         softmax_width=40,
         link_bytes_per_second=2.9e11,
         latency_seconds=1e-5,
         launch_seconds=5e-6,
-        backward_launches=2.6,
-        sum_seconds=5e-6,
-        signal_seconds=4e-6,
+        sum_seconds=2e-6,
+        signal_seconds=1.5e-6,
         backward_factor=2.6,
         memory_bytes_per_second=3.3e12,
-        exchange_bytes_per_second=2.2e11,
-        exchange_seconds=3.3e-5,
+        exchange_bytes_per_second=2.85e11,
+        exchange_seconds=1.5e-5,
         host_seconds=3e-4,
     ),
     "cpu": Machine(
@@ -43,7 +42,7 @@ MACHINES = {
         memory_bytes_per_second=1e10,
     ),
 }
-"""By device: what was measured on H100 over NVLink (2026-11), and what gloo does on one host.
+"""By device: what was measured on H100 and H200 over NVLink (2026-11), and what gloo does on one host.
 
 The GPUs' launches and signals are the device's, where a graph is replayed or Python is ahead; Python's are `host_seconds`. Positions are
 exchanged for heads through peer memory.
@@ -119,11 +118,8 @@ def forecast_layer(schedules: Schedules, layout: Layout, mask: Mask, sizes: Piec
         # q, k and v there, out back; dO there, dq, dk and dv back.
         volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
         rate = machine.exchange_bytes_per_second or machine.link_bytes_per_second
-        overhead = (
-            machine.latency_seconds + machine.launch_seconds
-            if machine.exchange_seconds is None
-            else (grid.degree - 1) * machine.exchange_seconds
-        )
+        alone = machine.exchange_seconds
+        overhead = machine.latency_seconds + machine.launch_seconds if alone is None else alone
         there, back, there_again, back_again = (overhead + volume / rate for volume in volumes)
         exchanges = (there, back, there_again, back_again)
         # Both ends of a message to every other rank.

@@ -31,14 +31,13 @@ class Machine:
         softmax_width: a pair's exponential takes as long as this many elements of its width do.
         link_bytes_per_second: of a rank's port, in each direction.
         latency_seconds: from posting a small transfer to its arrival, without signals.
-        launch_seconds: of one kernel call forward.
-        backward_launches: how many of these a backward's call is, of several kernels.
+        launch_seconds: of one kernel call.
         sum_seconds: of adding up, besides its bytes, where a launch of a kernel call does not include it.
         backward_factor: how many times as long as the forward of a tile its backward takes; 2.5 by the number of its matrix products.
         memory_bytes_per_second: at which results are added up; None where that is counted in the other rates.
         exchange_bytes_per_second: of a rank's port where positions are exchanged for heads, copies on both ends included; None for the
             link's.
-        exchange_seconds: of an exchange of nothing, for each other rank that takes part; None for a latency and a launch in all.
+        exchange_seconds: of an exchange of nothing; None for a latency and a launch.
         signal_seconds: of a rank's time to say that a transfer may come, and to read that it has; None for a fourth of a launch, which
             an end of a transfer takes where it is posted.
         host_seconds: of Python, for a kernel call that it launches while the device waits for nothing else; half of it for an end of a
@@ -55,7 +54,6 @@ class Machine:
     exchange_bytes_per_second: float | None = None
     exchange_seconds: float | None = None
     softmax_width: float = 0.0
-    backward_launches: float = 1.0
     sum_seconds: float = 0.0
     signal_seconds: float | None = None
     host_seconds: float = 0.0
@@ -160,8 +158,7 @@ class Prices:
         if isinstance(action, Attend):
             _, calls = _work(self.layout, self.mask, action.q, action.kvs)
             width = 1.0 + machine.softmax_width / self.sizes.head_dim
-            several = 1.0 if self.factor == 1.0 else machine.backward_launches
-            seconds = self.flops(action) * width / machine.flops_per_second + len(calls) * several * machine.launch_seconds
+            seconds = self.flops(action) * width / machine.flops_per_second + len(calls) * machine.launch_seconds
             seconds += 0.0 if rate is None else sum(self.call_bytes(*call) for call in calls) / rate
         if rate is not None and (added := self.sums.get(action)):
             seconds += machine.sum_seconds + added / rate
