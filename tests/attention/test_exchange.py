@@ -55,9 +55,9 @@ def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeyp
     expected = ringspan.run_in_process(4, lambda group: exchanged(group, "process_group"))
     right, slow = late.copy_all, threading.local()
 
-    def copy_all(copies, few=False):
+    def copy_all(copies):
         time.sleep(0.1 if vars(slow) else 0.0)
-        right(copies, few)
+        right(copies)
 
     def run(group):
         vars(slow).update(here=True) if group.rank == 0 else None
@@ -75,9 +75,9 @@ def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pyt
     def count(owner: Any, name: str) -> None:
         right = getattr(owner, name)
 
-        def counted(*arguments, **keywords):
+        def counted(*arguments):
             vars(done).setdefault("names", []).append(name)
-            right(*arguments, **keywords)
+            right(*arguments)
 
         monkeypatch.setattr(owner, name, counted)
 

@@ -149,7 +149,7 @@ class PeerSwapper:
         sent: counts the bytes that go to each rank.
         group: who swaps.
         aside: whether swaps go on beside what is done meanwhile, one after the other.
-        alone: the steps (`BEFORE`, `AFTER`) in which nothing is computed meanwhile.
+        alone: the steps (`BEFORE`, `AFTER`) in which nothing is computed meanwhile: in the others a sender packs first, for copy engines.
     """
 
     def __init__(
@@ -166,44 +166,62 @@ class PeerSwapper:
         # Memory for what came is the caller's stream's, who keeps it.
         own = [*mail.own()]
         if self._aside and observer is None:
-            pending = self._memory.beside(partial(self._carry, mail, own, arrived, None, step))
+            pending = self._memory.beside(partial(self._carry, mail, own, arrived, device, None, step))
             # What is read beside must not be freed before.
             return UnderWay(pending, [mail, own])
         self._memory.begin()
-        self._carry(mail, own, arrived, observer, step)
+        self._carry(mail, own, arrived, device, observer, step)
         self._memory.end()
         return _Waiting(_nothing)
 
-    def _carry(self, mail: Mail, own: list[Copy], arrived: Arrived, observer: Observer | None, step: int) -> None:
+    def _carry(
+        self, mail: Mail, own: list[Copy], arrived: Arrived, device: torch.device, observer: Observer | None, step: int
+    ) -> None:  # fmt: skip
         group, memory = self._group, self._memory
         swap = None if observer is None else group.sizes(mail)
         token = None if observer is None else observer.begin(step, "transfer", swap, _Waiting(_nothing))
         with watch(observer, step, "post", swap):
-            memory.meet()
+            rooms = {other: self._room(mail, group.place, other) for other in group.others}
+            # Beside a kernel, blocks that a link holds up would keep it from the multiprocessors: packed, copy engines can carry it.
+            packed = rooms
+            if step not in self._alone:
+                packed = {other: torch.empty(room.numel(), dtype=torch.uint8, device=device) for other, room in rooms.items()}
             copies: list[Copy] = []
-            for other in group.others:
-                for index, tensors in enumerate(self._views(mail, group.place, other)):
+            for other, memory_of_other in packed.items():
+                for index, tensors in enumerate(_views(mail, group.place, other, memory_of_other)):
                     copies += mail.copies(other, index, tensors)
                 if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
                     self._sent[group.members[other]] += nbytes
-            # Beside a kernel, blocks that a link holds up would keep it from all multiprocessors.
-            copy_all([*copies, *own], few=step not in self._alone)
+            if packed is rooms:
+                memory.meet()
+                copy_all([*copies, *own])
+            else:
+                copy_all([*copies, *own])
+                memory.meet()
+                for other, room in rooms.items():
+                    if room.numel():
+                        room.copy_(packed[other])
         with watch(observer, step, "wait", swap):
             memory.meet()
         if observer is not None:
             observer.end(token)
-        arrived({other: self._views(mail, other, group.place) for other in group.others})
+        arrived({other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others})
 
-    def _views(self, mail: Mail, source: int, target: int) -> list[list[Tensor]]:
-        """What `source` has sent to `target`, where it lies: after what those of lower places have."""
-        inbox, offset, views = self._memory.inbox(self._group.members[target]), 0, []
-        for place in range(source + 1):
-            for message in mail.messages(place, target) if place != target else ():
-                if place == source:
-                    views.append(message.views(inbox[offset:]))
-                offset += aligned(message.nbytes)
-        assert offset <= inbox.numel(), f"{offset} bytes in an inbox of {inbox.numel()}"
-        return views
+    def _room(self, mail: Mail, source: int, target: int) -> Tensor:
+        """For what `source` sends to `target`, where it is to lie: after what those of lower places send."""
+        sizes = [sum(aligned(message.nbytes) for message in mail.messages(place, target)) for place in range(source + 1) if place != target]
+        inbox, stop = self._memory.inbox(self._group.members[target]), sum(sizes)
+        assert stop <= inbox.numel(), f"{stop} bytes in an inbox of {inbox.numel()}"
+        return inbox[stop - sizes[-1] : stop]
+
+
+def _views(mail: Mail, source: int, target: int, memory: Tensor) -> list[list[Tensor]]:
+    """The tensors of what `source` sends to `target`, one message after the other in `memory`."""
+    offset, views = 0, []
+    for message in mail.messages(source, target):
+        views.append(message.views(memory[offset:]))
+        offset += aligned(message.nbytes)
+    return views
 
 
 class _Waiting:
