@@ -2,7 +2,7 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|units|correct|queues|speed|eager|many|many_heads|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|
+# usage: gpu_check.sh OUT_FOLDER [exact|units|correct|queues|speed|eager|many|many_heads|stages|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|
 #   alone|host|timeline|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
@@ -98,6 +98,10 @@ for part in $parts; do
     many_heads)
       SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
       SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+    stages)
+      # Heads in stages beside all at once, and where the time of the stages goes.
+      SAMPLES=${SAMPLES:-10} bench stages 240 --kernel "$kernel" --strategy ulysses:stages=1,ulysses:stages=2,ulysses:stages=4 \
+        --length 2048,8192,32768 --heads "${HEADS:-32/32}" --launch graph --peers none ;;
     long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
@@ -118,8 +122,8 @@ for part in $parts; do
     soak) timeout 150 torchrun --nproc-per-node "$gpus" benchmarks/soak.py --steps "${STEPS:-1000}" 2>&1 | grep -v -i warn | tail -4 ;;
     steps)
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --context 32768 --offload --steps 3
-      step 200 --context 131072 --offload --steps 2 ;;
+      step 240 --context 32768 --offload --steps 3
+      step 240 --context 131072 --offload --steps 2 ;;
     account)
       # Where the time of a step goes, by kind of kernel, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
@@ -132,12 +136,12 @@ for part in $parts; do
       IFS=';' read -ra ways <<< "${WAYS-$all}"
       for how in "${ways[@]}"; do
         # shellcheck disable=SC2086
-        step 150 --layers "${LAYERS:-32}" --context "${CONTEXT:-8192,16384,32768,65536,131072}" --gpu-gib "${GPU_GIB:-76}" --offload --steps 1 $how
+        step 240 --layers "${LAYERS:-32}" --context "${CONTEXT:-8192,16384,32768,65536,131072}" --gpu-gib "${GPU_GIB:-76}" --offload --steps 1 $how
       done ;;
     reach)
       # What plain transformers, FSDP2 and gradient checkpointing reach with the same model on the same GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1 ;;
+      step 240 --plain --context 4096,8192,16384,32768 --gpu-gib "${GPU_GIB:-76}" --steps 1 ;;
     alone)
       # How far one GPU goes.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -20,6 +20,7 @@ import resource
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -285,6 +286,8 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU: 989 for H100 and H200 in bfloat16")
     parser.add_argument("--json", help="a file to which the line is added")
     arguments = parser.parse_args()
+    # Steps with the reference kernel would not end.
+    warnings.filterwarnings("error", message="Every fast kernel failed")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
