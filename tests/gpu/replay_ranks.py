@@ -73,6 +73,21 @@ def staged(device: torch.device) -> None:
             given = tensors(found.shard_length, device, kv_heads=8)
             for which, mine, right in zip(("out", "dq", "dk", "dv"), both(found, given), both(expected, given), strict=True):
                 assert torch.equal(mine, right), f"ulysses in stages, {length} tokens: {which} differs from what all heads at once give"
+    # After another pass through the same memory, on another stream, and before one.
+    ring, stream = ringspan.ContextParallel(kernel="flash2", deterministic=True).sequence(80_001), torch.cuda.Stream()
+    given = tensors(ring.shard_length, device, kv_heads=8)
+    alone, long = both(ring, given), stages.sequence(80_001)
+    right_stages = both(long, given)
+    for _ in range(4):
+        torch.cuda.synchronize()
+        first = both(ring, given)
+        with torch.cuda.stream(stream):
+            second = both(long, given)
+        third = both(ring, given)
+        torch.cuda.synchronize()
+        for mine, right in zip([*first, *second, *third], [*alone, *right_stages, *alone], strict=True):
+            assert torch.equal(mine, right), "passes on two streams meet in one inbox"
+    given = tensors(found.shard_length, device, kv_heads=8)
     given = [x.requires_grad_() for x in given[:3]] + given[3:]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

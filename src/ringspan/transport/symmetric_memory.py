@@ -22,6 +22,8 @@ BRANCHES = (2, 1)
 """How many messages of each lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With what
 arrives on both, attention's own and the calls beside it there are seven branches; they share eight queues of the hardware, and one that
 queues before what it waits for waits for ever."""
+_BESIDE = "beside"
+"""The stream of passes beside others."""
 
 
 class _Aside:
@@ -126,6 +128,8 @@ class SymmetricMemory:
         current = torch.cuda.current_stream(self._index)
         if self._before is not None and self._before != current:
             current.wait_stream(self._before)
+        if _BESIDE in self._streams:
+            current.wait_stream(self._streams[_BESIDE])
         self._before = current
 
     def end(self) -> None:
@@ -182,7 +186,7 @@ class SymmetricMemory:
     def beside(self, work: Work) -> Pending:
         """See `PeerMemory.beside`: on one stream for all of it."""
         self._passes.begin()
-        stream, done = self._stream("beside"), torch.cuda.Event()
+        stream, done = self._stream(_BESIDE), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream(self._index))
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
