@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import ringspan
 from ringspan.attention import inbox as inbox_module
 from ringspan.attention import peer_courier
-from ringspan.attention.autograd import Plan
 from ringspan.attention.inbox import Inbox, Message, inbox
+from ringspan.attention.plan import Plan
 from ringspan.errors import RankFailure, RingspanError, UnsupportedError
 from ringspan.geometry import make_layout
 from ringspan.schedule import Piece, Schedule, lifetimes

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ringspan.attention import checks
-from ringspan.attention.autograd import Plan
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.observe import AFTER, BEFORE
 from ringspan.attention.peer_courier import row_bytes
+from ringspan.attention.plan import Plan
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import head_group, inbox_bytes, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores

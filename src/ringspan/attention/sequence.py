@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ringspan.attention import checks, handed
-from ringspan.attention.autograd import Plan, attend
+from ringspan.attention.autograd import attend
 from ringspan.attention.batch import agree_on_batch, shard_batch
 from ringspan.attention.graphs import stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.observe import Observer
+from ringspan.attention.plan import Plan
 from ringspan.attention.planning import make_plan, plan_key, whole_scale
 from ringspan.attention.positions import KnownTensors, may_count_from_0
 from ringspan.attention.sharding import Unshard, take_shard
