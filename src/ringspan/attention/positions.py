@@ -78,8 +78,8 @@ def position_problem(sequence: Sequence, position_ids: object, asked: str) -> Ri
 
 def may_count_from_0(mask: Mask, positions: Tensor) -> bool:
     """Whether 0, 1, 2 … may be right for tokens at `positions`: they stand there, or documents of `mask` begin where they would have to."""
-    begins = positions - torch.arange(len(positions))
-    borders = torch.tensor([0, *sorted(document_borders(mask))])
+    begins = positions - torch.arange(len(positions), device=positions.device)
+    borders = torch.tensor([0, *sorted(document_borders(mask))], device=positions.device)
     return bool(torch.isin(begins, borders).all())
 
 

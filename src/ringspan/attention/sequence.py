@@ -85,7 +85,7 @@ class Sequence:
         """Global positions of this rank's tokens, `[shard]`, int64, on the CPU, rising."""
         # Kept for whoever trains after an evaluation: autograd saves no tensor that was made in inference mode.
         with torch.inference_mode(False):
-            return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64)
+            return torch.tensor(self.layout.positions(self.rank), dtype=torch.int64, device="cpu")
 
     @cached_property
     def may_count_from_0(self) -> bool:

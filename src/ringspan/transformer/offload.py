@@ -64,7 +64,7 @@ class PlainCopier:
 
     def host_buffer(self, size: int) -> Tensor:
         """See `Copier`."""
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def out(self, tensor: Tensor, host: Tensor) -> None:
         """See `Copier`."""
@@ -90,7 +90,7 @@ class CudaCopier:
     def host_buffer(self, size: int) -> Tensor:
         """See `Copier`."""
         # Not pin_memory=True: torch's allocator rounds up to a power of two, which at gigabytes a layer is a second model's worth.
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), size, 0))
         # A process that ends gives back all of it.
