@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import autograd, executor
+from ringspan.attention import executor, plan
 from ringspan.attention.program import resolve
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.attention.turns import Turns
@@ -134,7 +134,7 @@ def test_calls_beside_each_other_give_the_bits_of_calls_in_turn(
         for transport in ("process_group", "peer_memory"):
             with monkeypatch.context() as patch:
                 expected = results(ranks, variant, mask, layout, dtype, transport)
-                patch.setattr(autograd, "streams_for", Late)
+                patch.setattr(plan, "streams_for", Late)
                 found = results(ranks, variant, mask, layout, dtype, transport)
             for ours, right in zip(found, expected, strict=True):
                 assert all(map(torch.equal, ours, right)), (dtype, transport)
@@ -143,14 +143,14 @@ def test_calls_beside_each_other_give_the_bits_of_calls_in_turn(
 @pytest.mark.parametrize("sums", ["Partial", "Accumulator"])
 def test_what_is_read_before_the_calls_are_joined_is_found(sums: str, monkeypatch: pytest.MonkeyPatch):
     right = getattr(executor, sums)
-    monkeypatch.setattr(autograd, "streams_for", Late)
+    monkeypatch.setattr(plan, "streams_for", Late)
     monkeypatch.setattr(executor, sums, lambda *args, before, **options: right(*args, **options))
     found = results(3, "ring", "window", "zigzag", torch.float64, "process_group")
     assert any(tensor.isnan().any() for each in found for tensor in each)
 
 
 def test_results_that_a_call_in_its_turn_has_added_to_do_not_leave_aside(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(autograd, "streams_for", Late)
+    monkeypatch.setattr(plan, "streams_for", Late)
     monkeypatch.setattr(executor.Pass, "leaves_aside", lambda self, piece: True)
     with pytest.raises(AssertionError, match="is not computed aside"):
         results(4, "tree", "documents", "contiguous", torch.bfloat16, "peer_memory")
@@ -164,7 +164,7 @@ def test_gradients_of_a_visitor_go_home_while_the_own_block_is_computed(strategy
     left: list[bool] = []
     right = Late.aside
     monkeypatch.setattr(Late, "aside", lambda self: left.append(bool(self.forked and self._calls)) or right(self))
-    monkeypatch.setattr(autograd, "streams_for", Late)
+    monkeypatch.setattr(plan, "streams_for", Late)
     results(ranks, strategy, "causal", "zigzag", torch.bfloat16, "peer_memory")
     # The reference gives wide results, which are added at once: a third call then waits for the others.
     assert sum(left) >= 2
@@ -205,7 +205,7 @@ def test_between_a_call_and_the_one_beside_it_nothing_is_freed_or_taken_in(varia
 
 def test_a_forward_of_any_length_runs_beside_and_a_backward_up_to_the_memory_that_a_second_call_works_in(monkeypatch: pytest.MonkeyPatch):
     asked: list[float] = []
-    monkeypatch.setattr(autograd, "streams_for", lambda q, kernel, lends, most_rows: asked.append(most_rows) or OneStream())
+    monkeypatch.setattr(plan, "streams_for", lambda q, kernel, lends, most_rows: asked.append(most_rows) or OneStream())
     results(1, "ring", "causal", "zigzag", torch.float64, "process_group")
     assert asked == [math.inf, MOST_ROWS]
 
