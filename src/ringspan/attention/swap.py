@@ -187,8 +187,8 @@ class PeerSwapper:
             if step not in self._alone:
                 packed = {other: torch.empty(room.numel(), dtype=torch.uint8, device=device) for other, room in rooms.items()}
             copies: list[Copy] = []
-            for other, memory_of_other in packed.items():
-                for index, tensors in enumerate(_views(mail, group.place, other, memory_of_other)):
+            for other, there in packed.items():
+                for index, tensors in enumerate(_views(mail, group.place, other, there)):
                     copies += mail.copies(other, index, tensors)
                 if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
                     self._sent[group.members[other]] += nbytes
