@@ -1,4 +1,4 @@
-"""Positions are exchanged for heads through peer memory as by messages: the same bits, in two meetings and two launches."""
+"""Positions are exchanged for heads through peer memory as by messages: the same bits, and a pass is three meetings and three launches."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeyp
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "two_dimensional"])
-def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pytest.MonkeyPatch, strategy: str):
+def test_a_pass_is_three_meetings_and_three_launches_of_copies(monkeypatch: pytest.MonkeyPatch, strategy: str):
     done = threading.local()
 
     def count(owner: Any, name: str) -> None:
@@ -89,7 +89,29 @@ def test_an_exchange_is_two_meetings_and_two_launches_of_copies(monkeypatch: pyt
         return done.names
 
     for names in ringspan.run_in_process(4, run):
-        assert names == ["meet", "copy_all", "meet", "copy_all"] * 4, "q, k and v; out; and their gradients, the other way"
+        pass_ = ["meet", "copy_all", "meet", "copy_all", "meet", "copy_all"]
+        assert names == pass_ * 2, "may be written; to where it is computed; is there; back; is there; from the inbox: forward and backward"
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_a_backward_needs_outlives_the_passes_after_its_forward(stages: int):
+    """What lands is overwritten by the next pass: two layers, and forwards whose backward never comes."""
+
+    def run(group, transport: str) -> list[torch.Tensor]:
+        same = torch.Generator().manual_seed(0)
+        context = ringspan.ContextParallel(group, transport=transport, kernel="reference", strategy="ulysses", stages=stages)
+        sequence = context.sequence(45)
+        leaves = [sequence.shard(torch.randn(1, 45, heads, 8, generator=same)).requires_grad_() for heads in (8, 8, 8)]
+        first = sequence.attention(*leaves)
+        with torch.no_grad():
+            alone = sequence.attention(*(2 * x for x in leaves))
+        second = sequence.attention(first, *leaves[1:])
+        sequence.attention(*(3 * x.detach() for x in leaves))
+        return [first, alone, second, *torch.autograd.grad(second.square().sum(), leaves)]
+
+    ways = (ringspan.run_in_process(2, lambda group, way=way: run(group, way)) for way in ("process_group", "peer_memory"))
+    for expected, found in zip(*ways, strict=True):
+        assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

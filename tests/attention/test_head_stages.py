@@ -59,11 +59,11 @@ def test_every_stage_is_on_its_way_before_the_first_is_computed_and_leaves_as_so
     def tell(owner: Any, name: str, short: str) -> None:
         right = getattr(owner, name)
 
-        def told(self: Any, *given: Any) -> Any:
-            exchange = getattr(self, "exchange", self)
-            if exchange.place == 0:
-                said.append(f"{short} {exchange.share.kv_start}")
-            return right(self, *given)
+        def told(self: Any, *given: Any, **named: Any) -> Any:
+            if getattr(self, "exchange", self).place == 0:
+                stage = self.stage if isinstance(self, planning.Plan) else given[0] if isinstance(given[0], int) else "all"
+                said.append(f"{short} {stage}")
+            return right(self, *given, **named)
 
         monkeypatch.setattr(owner, name, told)
 
@@ -73,8 +73,8 @@ def test_every_stage_is_on_its_way_before_the_first_is_computed_and_leaves_as_so
     tell(Exchange, "input_gradients_to_positions", "gradients out")
     tell(planning.Plan, "launched", "compute")
     ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 2, 8, 4))
-    assert said[:6] == ["in 0", "in 1", "compute 0", "out 0", "compute 1", "out 1"]
-    assert said[6:] == ["dout in 0", "dout in 1", "compute 0", "gradients out 0", "compute 1", "gradients out 1"]
+    assert said[:5] == ["in all", "compute 0", "out 0", "compute 1", "out 1"]
+    assert said[5:] == ["dout in all", "compute 0", "gradients out 0", "compute 1", "gradients out 1"]
 
 
 def test_a_stage_waits_for_its_own_heads_alone(monkeypatch: pytest.MonkeyPatch):
@@ -82,19 +82,22 @@ def test_a_stage_waits_for_its_own_heads_alone(monkeypatch: pytest.MonkeyPatch):
     right_forward, right_inputs = planning.Plan.launched, Exchange.inputs_to_heads
 
     def launched(self: Any, *given: Any) -> Any:
-        said.extend([f"compute {self.exchange.share.kv_start}"] * (self.exchange.place == 0))
+        said.extend([f"compute {self.stage}"] * (self.exchange.place == 0))
         return right_forward(self, *given)
 
     def to_heads(self: Exchange, *given: Any) -> Any:
-        coming = right_inputs(self, *given)
-        right_wait = coming.wait
+        stages = right_inputs(self, *given)
 
-        def wait() -> Any:
-            said.extend([f"wait {self.share.kv_start}"] * (self.place == 0))
-            return right_wait()
+        def tell(stage: int, right_wait: Any) -> Any:
+            def wait() -> Any:
+                said.extend([f"wait {stage}"] * (self.place == 0))
+                return right_wait()
 
-        coming.wait = wait  # type: ignore[method-assign]
-        return coming
+            return wait
+
+        for stage, coming in enumerate(stages):
+            coming.wait = tell(stage, coming.wait)  # type: ignore[method-assign]
+        return stages
 
     monkeypatch.setattr(planning.Plan, "launched", launched)
     monkeypatch.setattr(Exchange, "inputs_to_heads", to_heads)

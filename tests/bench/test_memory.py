@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import ringspan
+from ringspan.attention.landing import make_rooms
 from ringspan.attention.reshard import head_group, make_exchange
 from ringspan.attention.swap import TransportSwapper
 from ringspan.bench.case import Shape
@@ -55,11 +56,12 @@ def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
     q, k, v = (torch.randn(1, rows, number, width) for number in (heads, kv_heads, kv_heads))
     group = head_group(schedules.grid, 0)
     shares = head_shares(heads, kv_heads, 2)
-    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, shares)
+    rooms, _ = make_rooms(schedules.grid, layout, schedules.layout, q, [shares])
+    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, (shares,), rooms)
     with LiveBytes() as live:
         live.ignore(q, k, v)
-        exchanged = exchange.inputs_to_heads(q, k, v)
-        coming = exchanged.wait()
+        (exchanged,) = exchange.inputs_to_heads(q, k, v, keep=True)
+        coming = [x for x in exchanged.wait() if x is not None]
         assert live.now() == sum(x.numel() * x.element_size() for x in coming), "what came has been put together, and is gone"
     assert [x.shape for x in coming] == [(1, 2 * rows, each, width) for each in (heads // 2, kv_heads // 2, kv_heads // 2)]
     # Half is this rank's own: half leaves while half arrives, and then half lies beside the whole.

@@ -15,7 +15,7 @@ from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.observe import AFTER, BEFORE, watch
 from ringspan.attention.plan import Plan
-from ringspan.attention.reshard import Coming, Gathered
+from ringspan.attention.reshard import Coming, Gathered, Heads, Inputs, OutputGradients, at_hand
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
@@ -30,20 +30,24 @@ class DistributedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """Runs the forward program and keeps q, k, v, out and lse of this rank's heads; lse is None where it is not wanted."""
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Runs the forward program and keeps q, k, v, out and lse of this rank's heads if `keep`; lse is None where it is not wanted."""
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         stages, into = plan.stages or (plan,), {}
         with plan.in_one_piece(), plan.in_turns(q) as turns:
-            coming = [_inputs(q, k, v, stage) for stage in stages]
+            coming = _inputs(q, k, v, plan, keep)
             done = [
-                turns(index, partial(_attended, inputs, sinks, ctx.heads[0], stage, into))
-                for index, (stage, inputs) in enumerate(zip(stages, coming, strict=True))
+                turns(stage.stage, partial(_attended, inputs, sinks, ctx.heads[0], stage, into))
+                for stage, inputs in zip(stages, coming, strict=True)
             ]
             out, lse = [going.wait() for _, going in done][-1]
-        # By stage, as many each.
-        ctx.save_for_backward(sinks, *(tensor for kept, _ in done for tensor in kept))
+            for inputs in coming:
+                inputs.settle()
+        if keep:
+            # By stage, as many each.
+            of_stages = ([*inputs.kept(), *results] for inputs, (results, _) in zip(coming, done, strict=True))
+            ctx.save_for_backward(sinks, *(tensor for kept in of_stages for tensor in kept))
         return out, lse
 
     @staticmethod
@@ -81,37 +85,37 @@ class DistributedAttention(torch.autograd.Function):
         # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
         both_sinks = None if sinks is None else (sinks, torch.zeros_like(sinks))
         with plan.in_turns(dout) as turns:
-            coming = [_output_gradients(dout, dlse, stage) for stage in stages]
+            coming = _output_gradients(dout, dlse, plan)
             going = [
-                turns(index, partial(_differentiated, gradients, found, both_sinks, ctx.heads, stage, into))
-                for index, (stage, gradients, found) in enumerate(zip(stages, coming, of_stages, strict=True))
+                turns(stage.stage, partial(_differentiated, gradients, found, both_sinks, ctx.heads, stage, into))
+                for stage, gradients, found in zip(stages, coming, of_stages, strict=True)
             ]
             dq, dk, dv = [each.wait() for each in going][-1]
-        return dq, dk, dv, None if both_sinks is None else both_sinks[1], None
+        return dq, dk, dv, None if both_sinks is None else both_sinks[1], None, None
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Coming[tuple[Tensor, Tensor, Tensor]]:
-    return Coming([], lambda: (q, k, v)) if plan.exchange is None else plan.exchange.inputs_to_heads(q, k, v)
+def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keep: bool) -> list[Heads[Inputs]]:
+    return [at_hand((q, k, v), [q, k, v])] if plan.exchange is None else plan.exchange.inputs_to_heads(q, k, v, keep)
 
 
-def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> Coming[tuple[Tensor, Tensor | None]]:
-    return Coming([], lambda: (dout, dlse)) if plan.exchange is None else plan.exchange.output_gradients_to_heads(dout, dlse)
+def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> list[Heads[OutputGradients]]:
+    return [at_hand((dout, dlse), [])] if plan.exchange is None else plan.exchange.output_gradients_to_heads(dout, dlse)
 
 
 def _attended(
-    inputs: Coming[tuple[Tensor, Tensor, Tensor]], sinks: Tensor | None, heads: int, plan: Plan, into: Gathered
+    inputs: Heads[Inputs], sinks: Tensor | None, heads: int, plan: Plan, into: Gathered
 ) -> tuple[list[Tensor], Coming[tuple[Tensor, Tensor | None]]]:
-    """What the backward needs of the heads of one stage, and their out and lse on the way to who owns their positions."""
+    """What the backward needs of the results of one stage's heads, and their out and lse on the way to who owns their positions."""
     q, k, v = inputs.wait()
     sinks, weights = _own(sinks, plan), []
     if plan.materialised:
         out, lse, weights = _forward(q, k, v, sinks, plan)
     else:
         out, lse = remembered(partial(_launched_forward, q, k, v, sinks, plan))
-    kept, lse = [q, k, v, out, lse, *weights], lse if plan.return_lse else None
+    kept, lse = [out, lse, *weights], lse if plan.return_lse else None
     if plan.exchange is None:
         return kept, Coming([], lambda: (out, lse))
-    return kept, plan.exchange.outputs_to_positions(out, lse, heads, into)
+    return kept, plan.exchange.outputs_to_positions(plan.stage, out, lse, heads, into)
 
 
 def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -120,7 +124,7 @@ def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pla
 
 
 def _differentiated(
-    gradients: Coming[tuple[Tensor, Tensor | None]],
+    gradients: Heads[OutputGradients],
     kept: list[Tensor],
     sinks: tuple[Tensor, Tensor] | None,
     heads: tuple[int, int],
@@ -132,11 +136,11 @@ def _differentiated(
     q, k, v, out, lse, *weights = kept
     dq, dk, dv = plan.launched("backward", (q, k, v, out, lse, dout, dlse), partial(_backward, weights=weights, plan=plan))
     if sinks is not None:
-        of_own = [each if plan.exchange is None else each[plan.exchange.q_heads[plan.exchange.place]] for each in sinks]
+        of_own = [each if plan.exchange is None else each[plan.exchange.q_heads[plan.stage][plan.exchange.place]] for each in sinks]
         of_own[1].copy_(sinks_gradient(dout, out, lse, dlse, of_own[0]))
     if plan.exchange is None:
         return Coming([], lambda: (dq, dk, dv))
-    return plan.exchange.input_gradients_to_positions(dq, dk, dv, *heads, into)
+    return plan.exchange.input_gradients_to_positions(plan.stage, dq, dk, dv, *heads, into)
 
 
 class _Stage(NamedTuple):
@@ -195,7 +199,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, weights: list[Tensor], plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of these heads, rounded to the inputs' dtype but for dk and dv that are only parts (`Exchange.key_gradients_in`)."""
-    dtype = k.dtype if plan.exchange is None else plan.exchange.key_gradients_in(k.dtype)
+    dtype = k.dtype if plan.exchange is None else plan.exchange.key_gradients_in(k.dtype, plan.stage)
     stages = list(_stages(plan, q.shape[2], k.shape[2]))
     # Of Ring Self-Attention each stage has left a block of weights for each owner of keys.
     blocks = len(plan.scores.shard_lengths)
@@ -229,10 +233,11 @@ def _backward(
 
 
 def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
-    return sinks if sinks is None or plan.exchange is None else sinks[plan.exchange.q_heads[plan.exchange.place]]
+    return sinks if sinks is None or plan.exchange is None else sinks[plan.exchange.q_heads[plan.stage][plan.exchange.place]]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
     with watch(plan.observer, BEFORE, "whole"), without_autocast(q.device):
-        return DistributedAttention.apply(q, k, v, sinks, plan)
+        keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, sinks))
+        return DistributedAttention.apply(q, k, v, sinks, plan, keep)

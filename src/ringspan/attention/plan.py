@@ -37,8 +37,8 @@ class Plan:
     """Everything that attention needs besides tensors: resolved once, used at every call.
 
     `transport` is of the ranks that the programs speak of, `everyone` of all: they are others where there is an `exchange`, which
-    is there where positions are exchanged for heads around the programs (that of the first stage where there are several), and `stages`
-    where some heads after others are, each with a plan and an exchange of its own; `materialised` where these are Ring Self-Attention's;
+    is there where positions are exchanged for heads around the programs, and `stages` where some heads after others are, each with a plan
+    of its own, which is number `stage`; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
     of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
@@ -59,6 +59,7 @@ class Plan:
     replays: Replays | None = None
     observer: Observer | None = None
     stages: tuple[Plan, ...] = ()
+    stage: int = 0
 
     def launched(self, direction: str, inputs: tuple[Tensor | None, ...], work: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`work(*inputs)`, one direction of this plan, replayed where that is wanted."""

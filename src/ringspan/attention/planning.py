@@ -11,12 +11,12 @@ from torch import Tensor
 from ringspan.attention import checks
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.inbox import Inbox, inbox
+from ringspan.attention.landing import make_rooms
 from ringspan.attention.materialised import check_materialised
-from ringspan.attention.observe import AFTER, BEFORE
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.plan import Plan
 from ringspan.attention.program import resolve
-from ringspan.attention.reshard import head_group, inbox_bytes, make_exchange
+from ringspan.attention.reshard import head_group, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.swap import PeerSwapper, TransportSwapper
 from ringspan.errors import UnsupportedError
@@ -101,23 +101,17 @@ def make_plan(
         scale=float(scale or 0.0), softcap=softcap, mask_mod=sequence.mask.mod, first_head=first_head, deterministic=deterministic
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
-    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, found, return_lse and lse_refusal is None)
-    exchanges = []
+    stages = _head_stages(schedules, q, k)
+    rooms, first = ((), 0) if grid is None else make_rooms(grid, sequence.layout, schedules.layout, q, stages)
+    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, found, return_lse and lse_refusal is None, first)
+    exchange = None
     if grid is not None:
         group = head_group(grid, context.transport.rank)
-        memory = None if peers is None else peers[0]
-        shares = head_shares(q.shape[2], k.shape[2], grid.degree)
-        # A rank without key heads would have nothing in any of them.
-        number = max(1, min(schedules.head_stages, max(share.kv_heads for share in shares)))
-        for stage, of_stage in enumerate(head_stages(shares, number) if number > 1 else [shares]):
-            if memory is None:
-                swapper = TransportSwapper(context.transport, group)
-            else:
-                # Nothing is computed while the first comes, and when the last leaves.
-                alone = [BEFORE] * (stage == 0) + [AFTER] * (stage == number - 1)
-                swapper = PeerSwapper(memory, context.transport.bytes_sent, group, number > 1, alone)
-            exchanges.append(make_exchange(swapper, group, grid, sequence.layout, schedules.layout, of_stage))
-        peers = peers and (SomePeers(peers[0], members), peers[1])
+        swapper = TransportSwapper(context.transport, group)
+        if peers is not None:
+            swapper = PeerSwapper(peers[0], context.transport.bytes_sent, group)
+            peers = SomePeers(peers[0], members, first), peers[1]
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms)
     if context.replays is not None:
         refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
         if refused is not None:
@@ -129,7 +123,7 @@ def make_plan(
         transport,
         context.transport,
         TileScores(scoring, schedules.layout, q.device),
-        exchanges[0] if exchanges else None,
+        exchange,
         materialised,
         context.kv_heads_per_stage,
         lse_refusal,
@@ -137,10 +131,21 @@ def make_plan(
         return_lse,
         context.replays,
     )
-    if len(exchanges) > 1:
-        stages = [replace(plan, exchange=each, scores=plan.scores.from_head(each.share.q_start - first_head)) for each in exchanges]
-        plan = replace(plan, stages=tuple(stages))
+    if len(stages) > 1:
+        starts = [shares[place].q_start - first_head for shares in stages]
+        of_stages = (replace(plan, stage=stage, scores=plan.scores.from_head(start)) for stage, start in enumerate(starts))
+        plan = replace(plan, stages=tuple(of_stages))
     return Planned(plan, schedules, choice, peer_bytes)
+
+
+def _head_stages(schedules: Schedules, q: Tensor, k: Tensor) -> tuple[tuple[HeadShare, ...], ...]:
+    """By stage and by place within a head group, who computes which heads."""
+    if schedules.grid is None:
+        return ()
+    shares = head_shares(q.shape[2], k.shape[2], schedules.grid.degree)
+    # A rank without key heads would have nothing in any of them.
+    number = max(1, min(schedules.head_stages, max(share.kv_heads for share in shares)))
+    return tuple(head_stages(shares, number)) if number > 1 else (shares,)
 
 
 def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_peers: bool) -> tuple[Schedules, Choice | None]:
@@ -185,27 +190,29 @@ def _peers(
     kernel: Kernel,
     memory: PeerMemory | str | None,
     lse_gradient: bool,
+    first: int,
 ) -> tuple[Peers | None, int]:
-    """`memory` and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank."""
+    """`memory` and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank.
+
+    In an inbox the pieces of the schedule lie from the byte `first` on, after what an exchange of heads brings.
+    """
     context = sequence.context
     if memory is None:
         return None, 0
     if not isinstance(memory, str):
-        grid, nbytes = schedules.grid, 0
+        grid, pieces = schedules.grid, 0
         shares = [HeadShare(0, q.shape[2], 0, k.shape[2])] if grid is None else head_shares(q.shape[2], k.shape[2], grid.degree)
         mine = shares[0 if grid is None else grid.place(context.transport.rank)]
-        if grid is not None:
-            nbytes = inbox_bytes(grid, sequence.layout, q, k.shape[2])
         inboxes: dict[str, Inbox] = {}
         # All inboxes are alike, also where some ranks have more heads than others.
         for share in (*set(shares), mine):
             tensors = q[:, :, : share.heads], k[:, :, : share.kv_heads]
             sizes, singles = (row_bytes(*tensors, rounded, lse_gradient) for rounded in (False, kernel.rounds))
             inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
-            nbytes = max(nbytes, *(each.nbytes for each in inboxes.values()))
+            pieces = max(pieces, *(each.nbytes for each in inboxes.values()))
         if 2 * max(1, *(each.messages for each in inboxes.values())) <= memory.channels:
-            memory.reserve(nbytes)
-            return (memory, inboxes), nbytes
+            memory.reserve(first + pieces)
+            return (memory, inboxes), first + pieces
         memory = f"it has {memory.channels} signals from a rank to another, and this schedule needs more"
     if context.carrier == "peer_memory":
         raise UnsupportedError(

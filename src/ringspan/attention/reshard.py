@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ringspan.attention.inbox import ALIGNMENT
-from ringspan.attention.observe import AFTER, BEFORE, Observer
-from ringspan.attention.swap import Arrived, Found, Group, Mail, Message, Swapper, aligned
-from ringspan.geometry import Grid, HeadShare, Layout, head_shares, rows_within, shared_keys
+from ringspan.attention.landing import Landing, Message, Rooms, width
+from ringspan.attention.observe import Observer
+from ringspan.attention.swap import Found, Group, Landed, Mail, Swapper, nothing
+from ringspan.geometry import Grid, HeadShare, Layout, rows_within, shared_keys
 from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
 from ringspan.transport import Pending
 
 Result = TypeVar("Result")
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q, k and v."""
+OutputGradients = tuple[Tensor, Tensor | None]
+"""dO, and that of lse where there is one."""
 Gathered = dict[str, list[Tensor]]
 """Results of all heads by what they are, each stage of the heads having filled in its own."""
 
@@ -36,6 +40,28 @@ class Coming(Generic[Result]):
         return self._result()
 
 
+class Heads(Coming[Result]):
+    """Tensors of a rank's heads and everyone's rows. They lie where they landed, and may be overwritten once the pass is over."""
+
+    def __init__(self, landed: Sequence[Landed], tensors: Callable[[], Result]) -> None:
+        super().__init__([each.pending for each in landed], tensors)
+        self._landed = [replace(each, pending=nothing) for each in landed]
+
+    def kept(self) -> list[Tensor]:
+        """The same in this rank's own memory, from the pass's end on, if that was asked for. They are there once `settle` was called."""
+        return [tensor for each in self._landed for tensor in each.kept]
+
+    def settle(self) -> None:
+        """What the current stream does from here on may overwrite what landed."""
+        for each in self._landed:
+            each.keeping.wait()
+
+
+def at_hand(tensors: Result, kept: list[Tensor]) -> Heads[Result]:
+    """What nobody exchanges."""
+    return Heads([Landed(kept, kept, nothing, nothing)], lambda: tensors)
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Who exchanges what within one head group. Every method begins an exchange; that which `wait`s ends it.
@@ -43,7 +69,8 @@ class Exchange:
     Attributes:
         swapper: carries what the ranks of this rank's head group give each other.
         group: these ranks, by place.
-        shares: each place's heads: all of them, or those of one stage.
+        stages: of each stage of the heads each place's share.
+        rooms: of each stage, where in peer memory what travels lies.
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
@@ -52,7 +79,8 @@ class Exchange:
 
     swapper: Swapper
     group: Group
-    shares: tuple[HeadShare, ...]
+    stages: tuple[tuple[HeadShare, ...], ...]
+    rooms: tuple[Rooms, ...]
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
@@ -63,115 +91,106 @@ class Exchange:
         """This rank's in its head group."""
         return self.group.place
 
-    @property
-    def share(self) -> HeadShare:
-        """This rank's heads."""
-        return self.shares[self.place]
+    @cached_property
+    def q_heads(self) -> list[list[slice]]:
+        """Of each stage each place's query heads."""
+        return [[slice(share.q_start, share.q_stop) for share in shares] for shares in self.stages]
 
     @cached_property
-    def q_heads(self) -> list[slice]:
-        """Each place's query heads."""
-        return [slice(share.q_start, share.q_stop) for share in self.shares]
+    def kv_heads(self) -> list[list[slice]]:
+        """Of each stage each place's key heads."""
+        return [[slice(share.kv_start, share.kv_stop) for share in shares] for shares in self.stages]
 
-    @cached_property
-    def kv_heads(self) -> list[slice]:
-        """Each place's key heads."""
-        return [slice(share.kv_start, share.kv_stop) for share in self.shares]
-
-    def key_gradients_in(self, dtype: torch.dtype, place: int | None = None) -> torch.dtype:
+    def key_gradients_in(self, dtype: torch.dtype, stage: int, place: int | None = None) -> torch.dtype:
         """What dk and dv of keys in `dtype` travel in from `place` (this rank's, if not given) to their owners.
 
         A place that alone has its key heads has their whole gradient, and rounds it. Of a head that several places share each has a part,
         which the owner adds up: parts stay in the accumulator's precision, so that the sum alone is rounded.
         """
-        shared = shared_keys(self.shares)[self.place if place is None else place]
+        shared = shared_keys(self.stages[stage])[self.place if place is None else place]
         return accumulator_dtype(dtype) if shared else dtype
 
-    def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Coming[tuple[Tensor, Tensor, Tensor]]:
-        """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`: one message a member."""
-        pending, found = self._to_heads([q, k, v], [self.q_heads, self.kv_heads, self.kv_heads])
-        return Coming([pending], lambda: (found[0], found[1], found[2]))
+    def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> list[Heads[Inputs]]:
+        """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`, stage by stage; `keep`: to be kept."""
+        stages = [
+            [self._landing([q, k, v], [queries, keys, keys], rooms.inputs)]
+            for queries, keys, rooms in zip(self.q_heads, self.kv_heads, self.rooms, strict=True)
+        ]
 
-    def outputs_to_positions(self, out: Tensor, lse: Tensor | None, heads: int, into: Gathered) -> Coming[tuple[Tensor, Tensor | None]]:
+        def all_three(tensors: list[Tensor]) -> Inputs:
+            return tensors[0], tensors[1], tensors[2]
+
+        return [Heads(landed, partial(all_three, landed[0].tensors)) for landed in self.swapper.land(stages, keep, self.observer)]
+
+    def outputs_to_positions(
+        self, stage: int, out: Tensor, lse: Tensor | None, heads: int, into: Gathered
+    ) -> Coming[tuple[Tensor, Tensor | None]]:  # fmt: skip
         """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads."""
-        places, pending = len(self.shares), []
+        places, pending, rooms = len(self.stages[stage]), [], self.rooms[stage]
         results = into.setdefault("out", []), into.setdefault("lse", [])
-        for each, whole in zip((out, None if lse is None else lse.transpose(1, 2)), results, strict=True):
+        every = (out, rooms.outputs), (None if lse is None else lse.transpose(1, 2), rooms.lse)
+        for (each, room), whole in zip(every, results, strict=True):
             if each is not None:
-                pending.append(self._to_positions([each], [self.q_heads], [heads], [[each.dtype] * places], [each.dtype], whole))
+                sent = [[each.dtype] * places]
+                pending.append(self._to_positions(stage, [each], [self.q_heads[stage]], [heads], sent, [each.dtype], whole, room))
         return Coming(pending, lambda: (results[0][0], None if lse is None else results[1][0].transpose(1, 2)))
 
-    def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> Coming[tuple[Tensor, Tensor | None]]:
-        """The gradients of what `outputs_to_positions` returned to those of what it was given."""
-        (pending, found), of_lse = self._to_heads([dout], [self.q_heads]), None
-        if dlse is not None:
-            of_lse = self._to_heads([dlse.transpose(1, 2)], [self.q_heads])
-        both = [pending] if of_lse is None else [pending, of_lse[0]]
-        return Coming(both, lambda: (found[0], None if of_lse is None else of_lse[1][0].transpose(1, 2)))
+    def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> list[Heads[OutputGradients]]:
+        """The gradients of what `outputs_to_positions` returned to those of what it was given, stage by stage."""
+        stages = [
+            [self._landing([dout], [queries], rooms.output_gradients)]
+            + ([] if dlse is None else [self._landing([dlse.transpose(1, 2)], [queries], rooms.lse_gradients)])
+            for queries, rooms in zip(self.q_heads, self.rooms, strict=True)
+        ]
+
+        def both(of_dout: list[Tensor], *of_dlse: list[Tensor]) -> OutputGradients:
+            return of_dout[0], of_dlse[0][0].transpose(1, 2) if of_dlse else None
+
+        landed = self.swapper.land(stages, False, self.observer)
+        return [Heads(of_stage, partial(both, *(each.tensors for each in of_stage))) for of_stage in landed]
 
     def input_gradients_to_positions(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, heads: int, kv_heads: int, into: Gathered
+        self, stage: int, dq: Tensor, dk: Tensor, dv: Tensor, heads: int, kv_heads: int, into: Gathered
     ) -> Coming[tuple[Tensor, Tensor, Tensor]]:
-        """The gradients of what `inputs_to_heads` returned to those of what it was given, all in the dtype of `dq`.
+        """The gradients of what `inputs_to_heads` brought to those of what it was given, all in the dtype of `dq`.
 
         `dk` and `dv` are in `key_gradients_in` that dtype. What several places made of a key head is added.
         """
-        keys = [self.key_gradients_in(dq.dtype, place) for place in range(len(self.shares))]
-        dtypes = [[dq.dtype] * len(self.shares), keys, keys]
-        split, results = [self.q_heads, self.kv_heads, self.kv_heads], into.setdefault("gradients", [])
-        pending = self._to_positions([dq, dk, dv], split, [heads, kv_heads, kv_heads], dtypes, [dq.dtype] * 3, results)
+        places = len(self.stages[stage])
+        keys = [self.key_gradients_in(dq.dtype, stage, place) for place in range(places)]
+        split, results = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]], into.setdefault("gradients", [])
+        pending = self._to_positions(
+            stage, [dq, dk, dv], split, [heads, kv_heads, kv_heads], [[dq.dtype] * places, keys, keys], [dq.dtype] * 3, results,
+            self.rooms[stage].gradients,
+        )  # fmt: skip
         return Coming([pending], lambda: (results[0], results[1], results[2]))
 
-    def _to_heads(self, parts: list[Tensor], heads: list[list[slice]]) -> tuple[Pending, list[Tensor]]:
-        """`heads[i][place]`: those of tensor i that a place has. All tensors are of one dtype. The list is filled meanwhile."""
-        batch, rest = parts[0].shape[0], parts[0].shape[3:]
-
-        def messages(source: int, target: int) -> Sequence[Message]:
-            shapes = tuple((batch, self.part_lengths[source], _width(of_tensor[target]), *rest) for of_tensor in heads)
-            return (Message(shapes, parts[0].dtype),)
-
-        def copies(target: int, index: int, segments: list[Tensor]) -> list[Copy]:
-            return [(segment, part[:, :, of_tensor[target]]) for segment, part, of_tensor in zip(segments, parts, heads, strict=True)]
-
-        wholes: list[Tensor] = []
-
-        def assembled(place: int, came: list[Tensor]) -> list[Copy]:
-            return [
-                (whole[:, whole_rows], part[:, part_rows])
-                for whole, part in zip(wholes, came, strict=True)
-                for part_rows, whole_rows in self.rows[place]
-            ]
-
-        def own() -> list[Copy]:
-            wholes.extend(parts[0].new_empty((batch, self.length, _width(of_tensor[self.place]), *rest)) for of_tensor in heads)
-            return assembled(self.place, [part[:, :, of_tensor[self.place]] for part, of_tensor in zip(parts, heads, strict=True)])
-
-        def arrived(found: Found) -> None:
-            copy_all([copy for place, (came,) in found.items() for copy in assembled(place, came)])
-
-        return self._swap(Mail(messages, copies, own), arrived, parts[0].device, BEFORE), wholes
+    def _landing(self, mine: list[Tensor], heads: list[list[slice]], room: int) -> Landing:
+        return Landing(mine, heads, self.rows, self.part_lengths, self.length, room)
 
     def _to_positions(
-        self, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]], wanted: list[torch.dtype],
-        results: list[Tensor],
+        self, stage: int, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]],
+        wanted: list[torch.dtype], results: list[Tensor], room: int,
     ) -> Pending:  # fmt: skip
         """The way back: heads that several places have add up.
 
         Args:
+            stage: whose heads these are.
             wholes: `[batch, group's rows, own heads, …]` each.
             heads: `heads[i][place]`, those of tensor i that a place has.
             totals: how many heads tensor i has in all.
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
             wanted: the dtype of result i.
             results: where this is the first stage of several none yet, of all heads; they are there before what is returned has waited.
+            room: where it travels in peer memory.
         """
         batch, own_rows, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
-        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.shares))]
+        alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.group.members))]
 
         def messages(source: int, target: int) -> Sequence[Message]:
             rows = batch, self.part_lengths[target]
-            return [Message(tuple((*rows, _width(heads[i][source]), *rest) for i in same), sent[same[0]][source]) for same in alike[source]]
+            return [Message(tuple((*rows, width(heads[i][source]), *rest) for i in same), sent[same[0]][source]) for same in alike[source]]
 
         def copies(target: int, index: int, segments: list[Tensor]) -> list[Copy]:
             return [
@@ -198,7 +217,7 @@ class Exchange:
                     sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
                     if sharers == [place]:
                         late += [(into, came[place])] if place != self.place else []
-                    elif place == sharers[0] and _width(of_place):
+                    elif place == sharers[0] and width(of_place):
                         # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
                         first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
                         parts: list[tuple[int, Tensor]] = []
@@ -207,26 +226,26 @@ class Exchange:
                         add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
             copy_all(late)
 
-        return self._swap(Mail(messages, copies, own), arrived, wholes[0].device, AFTER)
+        last = stage == len(self.stages) - 1
+        return self.swapper.swap(Mail(messages, copies, own, room), arrived, wholes[0].device, self.observer, last)
 
     @staticmethod
     def _came(i: int, alike: list[list[int]], tensors: list[list[Tensor]]) -> Tensor:
         """What came of tensor i in the messages of one place."""
         return next(of_message[same.index(i)] for same, of_message in zip(alike, tensors, strict=True) if i in same)
 
-    def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, step: int) -> Pending:
-        return self.swapper.swap(mail, arrived, device, self.observer, step)
-
 
 def make_exchange(
-    swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, shares: tuple[HeadShare, ...]
+    swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, stages: tuple[tuple[HeadShare, ...], ...],
+    rooms: tuple[Rooms, ...],
 ) -> Exchange:  # fmt: skip
-    """The exchange of the rank of `group`, where each place has the heads in `shares`."""
+    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others."""
     mine = grid.group(group.members[group.place])
     return Exchange(
         swapper,
         group,
-        shares,
+        stages,
+        rooms,
         tuple(tuple(rows_within(layout.shards[rank], merged.shards[mine])) for rank in group.members),
         tuple(layout.shard_length(rank) for rank in group.members),
         merged.shard_length(mine),
@@ -236,22 +255,6 @@ def make_exchange(
 def head_group(grid: Grid, rank: int) -> Group:
     """Who `rank` exchanges with."""
     return Group(grid.head_group(grid.group(rank)), grid.place(rank))
-
-
-def inbox_bytes(grid: Grid, layout: Layout, q: Tensor, kv_heads: int) -> int:
-    """Room for all that any rank is sent in any exchange of q `[batch, shard, heads, head_dim]`: the same on every rank."""
-    batch, _, heads, head_dim = q.shape
-    shares = head_shares(heads, kv_heads, grid.degree)
-    element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
-    query, key = max(share.heads for share in shares), max(share.kv_heads for share in shares)
-    rows = batch * max(layout.shard_lengths)
-    # q, k and v there, or their gradients back, those of keys in the accumulator's precision where several places share a head; or lse.
-    most = max(rows * head_dim * (query * element + 2 * key * (wide if any(shared_keys(shares)) else element)), rows * query * wide)
-    return (grid.degree - 1) * (aligned(most) + ALIGNMENT)
-
-
-def _width(heads: slice) -> int:
-    return heads.stop - heads.start
 
 
 def _sharers(heads: list[slice], place: int) -> list[int]:

@@ -1,40 +1,24 @@
-"""Every rank of a group gives messages to every other, all at once: by sends and receives, or written into the receiver's memory."""
+"""Every rank of a group gives something to every other, all at once: by sends and receives, or written into the receiver's memory."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ringspan.attention.inbox import ALIGNMENT
+from ringspan.attention.landing import Landing, Message, aligned
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.kernels import Copy, copy_all
 from ringspan.transport import Parcel, PeerMemory, Pending, Transport
 
-
-class Message(NamedTuple):
-    """What one message holds: tensors of `shapes`, one after the other, all of `dtype`."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Of all of them."""
-        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
-
-    def views(self, memory: Tensor) -> list[Tensor]:
-        """The tensors in the first bytes of `memory`, uint8."""
-        flat = memory[: self.nbytes].view(self.dtype)
-        sizes = [math.prod(shape) for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+CARRIERS = 3
+"""Copies to others under way beside the computing: one alone leaves the link idle between two. In a CUDA graph each is a branch."""
 
 
 class Mail(NamedTuple):
@@ -44,11 +28,13 @@ class Mail(NamedTuple):
         messages: (source, target) to what goes from one to the other, by their places in the group: known to all of them.
         copies: (target, index, tensors) to what fills these with what this rank sends there, its index-th message.
         own: to what this rank gives itself: copied along with what others get.
+        room: the first byte in every inbox.
     """
 
     messages: Callable[[int, int], Sequence[Message]]
     copies: Callable[[int, int, list[Tensor]], Iterable[Copy]]
     own: Callable[[], Iterable[Copy]]
+    room: int
 
 
 Found = dict[int, list[list[Tensor]]]
@@ -59,11 +45,37 @@ Arrived = Callable[[Found], None]
 """Reads what came."""
 
 
-class Swapper(Protocol):
-    """Carries a `Mail`. Every member of the group comes here."""
+@dataclass
+class Landed:
+    """What a `Landing` has put together.
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
-        """Sends off what this rank gives. What it returns waits until what came for this rank has been read by `arrived`."""
+    Attributes:
+        tensors: where they lie until the pass is over; there once `pending` has been waited for.
+        kept: the same in this rank's own memory, where that was asked for; there once `keeping` has been waited for.
+        pending: what it waits for.
+        keeping: what the copies wait for.
+        held: lives until the pass is over.
+    """
+
+    tensors: list[Tensor]
+    kept: list[Tensor]
+    pending: Pending
+    keeping: Pending
+    held: object = None
+
+
+class Swapper(Protocol):
+    """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails."""
+
+    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+        """Sends off what this rank has, what is in the first of `stages` first of all. `keep`: what lands is kept as well."""
+        ...
+
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
+        """Sends off what this rank gives. What it returns waits until what came for this rank has been read by `arrived`.
+
+        `last`: nothing is computed any more meanwhile.
+        """
         ...
 
 
@@ -84,10 +96,10 @@ class Group:
         """The places of all others, beginning with the next: lest all write to one at a time."""
         return [(self.place + hops) % len(self.members) for hops in range(1, len(self.members))]
 
-    def sizes(self, mail: Mail) -> Swap:
-        """What a swap moves, for who looks on."""
+    def sizes(self, messages: Callable[[int, int], Sequence[Message]]) -> Swap:
+        """What is moved, for who looks on."""
         ways = (
-            [(self.members[other], message.nbytes) for other in self.others for message in mail.messages(*pair(other)) if message.nbytes]
+            [(self.members[other], message.nbytes) for other in self.others for message in messages(*pair(other)) if message.nbytes]
             for pair in (lambda other: (self.place, other), lambda other: (other, self.place))
         )
         return Swap(*map(tuple, ways))
@@ -99,8 +111,35 @@ class TransportSwapper:
     def __init__(self, transport: Transport, group: Group) -> None:
         self._transport, self._group = transport, group
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
+    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+        """See `Swapper`. What lands is this rank's own."""
+        return [[self._land(landing, observer) for landing in stage] for stage in stages]
+
+    def _land(self, landing: Landing, observer: Observer | None) -> Landed:
+        place, device, wholes = self._group.place, landing.mine[0].device, []
+
+        def own() -> list[Copy]:
+            message = landing.whole(place)
+            wholes.extend(torch.empty(shape, dtype=message.dtype, device=device) for shape in message.shapes)
+            return landing.put(wholes, place, landing.pieces(place))
+
+        def arrived(found: Found) -> None:
+            copy_all([copy for source, (came,) in found.items() for copy in landing.put(wholes, source, came)])
+
+        mail = Mail(
+            lambda source, target: (landing.part(source, target),),
+            lambda target, _, segments: list(zip(segments, landing.pieces(target), strict=True)),
+            own,
+            landing.room,
+        )
+        pending = self._swap(mail, arrived, device, observer, BEFORE)
+        return Landed(wholes, wholes, pending, nothing)
+
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
         """See `Swapper`. Nothing is sent of what is empty."""
+        return self._swap(mail, arrived, device, observer, AFTER)
+
+    def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
         exchanged = self._exchange(mail, device, observer, step)
 
         def wait() -> None:
@@ -124,7 +163,7 @@ class TransportSwapper:
                 copies += mail.copies(other, index, message.views(room))
                 sends += [Parcel(room, group.members[other])] if room.numel() else []
         copy_all(copies)
-        swap = None if observer is None else group.sizes(mail)
+        swap = None if observer is None else group.sizes(mail.messages)
         with watch(observer, step, "post", swap):
             pending = self._transport.exchange(sends, receives)
         token = None if observer is None else observer.begin(step, "transfer", swap, pending)
@@ -141,76 +180,150 @@ class TransportSwapper:
         return exchanged
 
 
+@dataclass
 class PeerSwapper:
-    """Through peer memory: a sender writes into the receiver's inbox, and packs nothing.
+    """Through peer memory: a sender writes into the receiver's inbox, and what lands there is read there.
 
-    Args:
+    A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter;
+    beside a kernel they would keep it from the multiprocessors, and copy engines write: what lands later is packed for them along with what
+    is written first. All ranks meet when all that lay in their inboxes may be overwritten, once a pass, and when all is there, those of
+    other groups too, which swap at the same time: a launch each. To wait for each other rank by itself would take one a rank, and the last
+    of them is waited for in any case.
+
+    Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
         sent: counts the bytes that go to each rank.
         group: who swaps.
-        aside: whether swaps go on beside what is done meanwhile, one after the other.
-        alone: the steps (`BEFORE`, `AFTER`) in which nothing is computed meanwhile: in the others a sender packs first, for copy engines.
     """
 
-    def __init__(
-        self, memory: PeerMemory, sent: Counter[int], group: Group, aside: bool = False, alone: Container[int] = (BEFORE, AFTER)
-    ) -> None:  # fmt: skip
-        self._memory, self._sent, self._group, self._aside, self._alone = memory, sent, group, aside, alone
+    memory: PeerMemory
+    sent: Counter[int]
+    group: Group
+    _beside: list[Pending] = field(default_factory=list)
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
-        """See `Swapper`. What others get is written once all are done with what lay there before, and read once all of it is there.
+    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+        """See `Swapper`. All but the first stage comes beside what is computed."""
+        self._beside.clear()
+        self.memory.begin()
+        # Whoever looks on sees one after the other.
+        together = [[stage] for stage in stages] if observer is not None else [stages]
+        landed = [each for some in together for each in self._land(some, keep, observer)]
+        self.memory.end()
+        return landed
 
-        All ranks meet for that, those of other groups too, which swap at the same time: a launch each. To wait for each other rank by
-        itself would take one a rank, and the last of them is waited for in any case.
-        """
-        # Memory for what came is the caller's stream's, who keeps it.
-        own = [*mail.own()]
-        if self._aside and observer is None:
-            pending = self._memory.beside(partial(self._carry, mail, own, arrived, device, None, step))
-            # What is read beside must not be freed before.
-            return UnderWay(pending, [mail, own])
-        self._memory.begin()
-        self._carry(mail, own, arrived, device, observer, step)
-        self._memory.end()
-        return _Waiting(_nothing)
-
-    def _carry(
-        self, mail: Mail, own: list[Copy], arrived: Arrived, device: torch.device, observer: Observer | None, step: int
-    ) -> None:  # fmt: skip
-        group, memory = self._group, self._memory
-        swap = None if observer is None else group.sizes(mail)
-        token = None if observer is None else observer.begin(step, "transfer", swap, _Waiting(_nothing))
-        with watch(observer, step, "post", swap):
-            rooms = {other: self._room(mail, group.place, other) for other in group.others}
-            # Beside a kernel, blocks that a link holds up would keep it from the multiprocessors: packed, copy engines can carry it.
-            packed = rooms
-            if step not in self._alone:
-                packed = {other: torch.empty(room.numel(), dtype=torch.uint8, device=device) for other, room in rooms.items()}
-            copies: list[Copy] = []
-            for other, there in packed.items():
-                for index, tensors in enumerate(_views(mail, group.place, other, there)):
-                    copies += mail.copies(other, index, tensors)
-                if nbytes := sum(message.nbytes for message in mail.messages(group.place, other)):
-                    self._sent[group.members[other]] += nbytes
-            if packed is rooms:
-                memory.meet()
-                copy_all([*copies, *own])
-            else:
-                copy_all([*copies, *own])
-                memory.meet()
-                for other, room in rooms.items():
-                    if room.numel():
-                        room.copy_(packed[other])
-        with watch(observer, step, "wait", swap):
+    def _land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+        memory, group, (first, *later) = self.memory, self.group, stages
+        mine = [[landing.whole(group.place).views(self._at(landing, group.place)) for landing in stage] for stage in stages]
+        # The caller's stream's, as all that is read after the pass.
+        kept = [[[torch.empty_like(each) for each in wholes] * keep for wholes in of_stage] for of_stage in mine]
+        packed = [{other: [_packed(landing.pieces(other)) for landing in stage] for other in group.others} for stage in later]
+        copies = [copy for landing in first for other in group.others for copy in self._put(landing, other, landing.pieces(other))]
+        for of_stage, stage in zip(mine, stages, strict=True):
+            for wholes, landing in zip(of_stage, stage, strict=True):
+                copies += landing.put(wholes, group.place, landing.pieces(group.place))
+        for of_stage, stage in zip(packed, later, strict=True):
+            for other, parts in of_stage.items():
+                for into, landing in zip(parts, stage, strict=True):
+                    copies += zip(into, landing.pieces(other), strict=True)
+        swap = None
+        if observer is not None:
+            swap = group.sizes(lambda source, target: [landing.part(source, target) for landing in first])
+        token = None if observer is None else observer.begin(BEFORE, "transfer", swap, nothing)
+        with watch(observer, BEFORE, "post", swap):
+            memory.meet()
+            copy_all(copies)
+        with watch(observer, BEFORE, "wait", swap):
             memory.meet()
         if observer is not None:
             observer.end(token)
-        arrived({other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others})
+        for other in group.others:
+            self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
+        pending: list[Pending] = [nothing]
+        for of_stage, stage in zip(packed, later, strict=True):
+            by_target = [
+                [copy for landing, into in zip(stage, parts, strict=True) for copy in self._put(landing, other, into)]
+                for other, parts in of_stage.items()
+            ]
+            pending.append(memory.beside("arrive", memory.meet, self._carried(by_target)))
+        keeping = [self._kept(*each, observer) if keep else nothing for each in zip(mine, kept, pending, strict=True)]
+        return [
+            [Landed(wholes, copies_of, ready, done, packed) for wholes, copies_of in zip(of_stage, kept_of_stage, strict=True)]
+            for of_stage, kept_of_stage, ready, done in zip(mine, kept, pending, keeping, strict=True)
+        ]
+
+    def _kept(self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, observer: Observer | None) -> Pending:
+        def keep() -> None:
+            for wholes, copies in zip(mine, kept, strict=True):
+                for whole, copy in zip(wholes, copies, strict=True):
+                    copy.copy_(whole)
+
+        if observer is None:
+            return self.memory.beside("keep", keep, [ready])
+        keep()
+        return nothing
+
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
+        """See `Swapper`."""
+        group, memory = self.group, self.memory
+        # Memory for what came is the caller's stream's, who keeps it.
+        own = [*mail.own()]
+        by_target: list[list[Copy]] = []
+        for other in group.others:
+            views = _views(mail, group.place, other, self._room(mail, group.place, other))
+            by_target.append([copy for index, tensors in enumerate(views) for copy in mail.copies(other, index, tensors)])
+            self._count(other, mail.messages(group.place, other))
+        found = {other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others}
+        if observer is None and not last:
+
+            def arrive() -> None:
+                memory.meet()
+                copy_all(own)
+                arrived(found)
+
+            pending = memory.beside("arrive", arrive, self._carried(by_target))
+            self._beside.append(pending)
+            # What is read beside must not be freed before.
+            return UnderWay(pending, [mail, own, by_target])
+        swap = None if observer is None else group.sizes(mail.messages)
+        token = None if observer is None else observer.begin(AFTER, "transfer", swap, nothing)
+        with watch(observer, AFTER, "post", swap):
+            copy_all([copy for copies in by_target for copy in copies] + own)
+        with watch(observer, AFTER, "wait", swap):
+            # Ranks meet in the same order.
+            for each in self._beside:
+                each.wait()
+            memory.meet()
+        if observer is not None:
+            observer.end(token)
+        arrived(found)
+        return nothing
+
+    def _carried(self, by_target: Sequence[Sequence[Copy]]) -> list[Pending]:
+        """The copies to each target, begun beside what is computed: some targets in turn, others at the same time."""
+
+        def carry(copies: list[Copy]) -> None:
+            for target, source in copies:
+                target.copy_(source)
+
+        some = ([copy for copies in by_target[first::CARRIERS] for copy in copies] for first in range(CARRIERS))
+        return [self.memory.beside(f"carry {lane}", partial(carry, copies)) for lane, copies in enumerate(some) if copies]
+
+    def _put(self, landing: Landing, target: int, parts: list[Tensor]) -> list[Copy]:
+        return landing.put(landing.whole(target).views(self._at(landing, target)), self.group.place, parts)
+
+    def _at(self, landing: Landing, target: int) -> Tensor:
+        inbox, stop = self.memory.inbox(self.group.members[target]), landing.room + landing.whole(target).nbytes
+        assert stop <= inbox.numel(), f"{stop} bytes in an inbox of {inbox.numel()}"
+        return inbox[landing.room : stop]
+
+    def _count(self, target: int, messages: Sequence[Message]) -> None:
+        if nbytes := sum(message.nbytes for message in messages):
+            self.sent[self.group.members[target]] += nbytes
 
     def _room(self, mail: Mail, source: int, target: int) -> Tensor:
         """For what `source` sends to `target`, where it is to lie: after what those of lower places send."""
         sizes = [sum(aligned(message.nbytes) for message in mail.messages(place, target)) for place in range(source + 1) if place != target]
-        inbox, stop = self._memory.inbox(self._group.members[target]), sum(sizes)
+        inbox, stop = self.memory.inbox(self.group.members[target]), mail.room + sum(sizes)
         assert stop <= inbox.numel(), f"{stop} bytes in an inbox of {inbox.numel()}"
         return inbox[stop - sizes[-1] : stop]
 
@@ -233,13 +346,13 @@ class _Waiting:
         self._wait()
 
 
-def _nothing() -> None:
-    """Nothing is under way."""
+nothing = _Waiting(lambda: None)
+"""Nothing is under way."""
 
 
-def aligned(nbytes: int) -> int:
-    """Where the next message begins."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _packed(pieces: list[Tensor]) -> list[Tensor]:
+    """Room for them, each contiguous."""
+    return [torch.empty_like(piece, memory_format=torch.contiguous_format) for piece in pieces]
 
 
 def _room(message: Message, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from ringspan.transport import Transport
 
-SHORTEST_SAMPLE_MS = 5.0
+SHORTEST_SAMPLE_MS = 20.0
 """Shorter work is repeated within a sample, back to back, so that neither the clock nor the ranks' common start is what is timed."""
 
 MOST_REPEATS = 50
@@ -86,10 +86,9 @@ class Clock:
         return min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
 
     def _sample(self, work: Callable[[], object], repeats: int) -> float:
-        """Milliseconds of a call. The ranks start together; what each does after that is its own."""
+        """Milliseconds of a call. The ranks start together, devices as soon as all are there; what each does after that is its own."""
         self.synchronize()
         self.transport.all_reduce(torch.zeros(1, device=self.device))
-        self.synchronize()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -24,10 +24,11 @@ class SomePeers:
     Args:
         whole: of all ranks.
         members: ranks of `whole`, this one among them, in the order in which they are counted.
+        first: where in the inboxes theirs begin, in bytes.
     """
 
-    def __init__(self, whole: PeerMemory, members: Sequence[int]) -> None:
-        self._whole, self._members, self.channels = whole, tuple(members), whole.channels
+    def __init__(self, whole: PeerMemory, members: Sequence[int], first: int = 0) -> None:
+        self._whole, self._members, self._first, self.channels = whole, tuple(members), first, whole.channels
 
     def reserve(self, nbytes: int) -> None:
         """Not offered: every inbox is as large as all others."""
@@ -35,7 +36,7 @@ class SomePeers:
 
     def inbox(self, rank: int) -> Tensor:
         """See `PeerMemory.inbox`."""
-        return self._whole.inbox(self._members[rank])
+        return self._whole.inbox(self._members[rank])[self._first :]
 
     def rank_of(self, member: int) -> int:
         """See `PeerMemory.rank_of`."""
@@ -69,9 +70,9 @@ class SomePeers:
         """See `PeerMemory.aside`."""
         return self._whole.aside(lane, room, writes, arrive)
 
-    def beside(self, work: Work) -> Pending:
-        """Not offered: it is for all ranks."""
-        raise NotImplementedError("the ranks of all passes come to what goes on beside them")
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
+        """See `PeerMemory.beside`."""
+        return self._whole.beside(lane, work, after)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:

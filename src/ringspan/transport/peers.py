@@ -77,10 +77,10 @@ class PeerMemory(Protocol):
         """
         ...
 
-    def beside(self, work: Work) -> Pending:
-        """Has `work` done beside what follows, after what the current stream has done until here and after all work before it here.
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
+        """Has `work` done beside what follows, on every rank in the same order. What it returns waits until it is done.
 
-        It is a pass of its own, which every rank comes to in the same order. What it returns waits until the work is done.
+        It comes after what the current stream has done until here, `after`, and all work before it on the same lane.
         """
         ...
 

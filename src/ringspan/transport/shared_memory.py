@@ -109,9 +109,9 @@ class SharedMemory:
             write()
         return _WhenNeeded(arrive)
 
-    def beside(self, work: Work) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
         """See `PeerMemory.beside`: done at once."""
-        self.begin()
+        for pending in after:
+            pending.wait()
         work()
-        self.end()
         return _WhenNeeded(lambda: None)

@@ -22,8 +22,6 @@ BRANCHES = (2, 1)
 """How many messages of each lane are written at a time in a CUDA graph: while one waits for its signals the link carries another. With what
 arrives on both, attention's own and the calls beside it there are seven branches; they share eight queues of the hardware, and one that
 queues before what it waits for waits for ever."""
-_BESIDE = "beside"
-"""The stream of passes beside others."""
 
 
 class _Aside:
@@ -128,8 +126,6 @@ class SymmetricMemory:
         current = torch.cuda.current_stream(self._index)
         if self._before is not None and self._before != current:
             current.wait_stream(self._before)
-        if _BESIDE in self._streams:
-            current.wait_stream(self._streams[_BESIDE])
         self._before = current
 
     def end(self) -> None:
@@ -183,19 +179,15 @@ class SymmetricMemory:
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
         return _Aside([self._on(f"write {lane}", room, writes, BRANCHES[lane]), self._on(f"arrive {lane}", arrive, [], 1)], self._index)
 
-    def beside(self, work: Work) -> Pending:
-        """See `PeerMemory.beside`: on one stream for all of it."""
-        self._passes.begin()
-        stream, done = self._stream(_BESIDE), torch.cuda.Event()
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
+        """See `PeerMemory.beside`: each lane is a stream."""
+        stream, done = self._stream(f"beside, {lane}"), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream(self._index))
-        if torch.cuda.is_current_stream_capturing():
-            self._captured = True
-        elif self._before is not None:
-            stream.wait_stream(self._before)
         with torch.cuda.stream(stream):
+            for pending in after:
+                pending.wait()
             work()
             done.record(stream)
-        self._passes.end()
         return _Aside([done], self._index)
 
     def _on(self, name: str, first: Work, works: Sequence[Work], most: int) -> torch.cuda.Event:
