@@ -108,9 +108,13 @@ class Plan:
 
     @contextmanager
     def in_turns(self, q: Tensor) -> Iterator[Turn]:
-        """How stages are computed: given the number of one and its work, every other one beside the one before."""
+        """How stages are computed: given the number of one and its work, every other one beside the one before, and after its blocks.
+
+        They fill up what the last blocks of the one before leave of a GPU, and what that one gave leaves as early as it can.
+        """
         # Graphs share their memory: one after the other.
-        streams = self.streams(q) if self.stages and self.replays is None else OneStream()
+        two = self.stages and self.replays is None and self.observer is None
+        streams = streams_for(q, self.kernel, self.peers is not None, first=False) if two else OneStream()
         streams.fork(lambda: None)
         try:
             yield lambda index, work: streams.beside(work) if index % 2 else work()

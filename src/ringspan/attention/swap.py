@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,9 +16,6 @@ from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.kernels import Copy, copy_all
 from ringspan.transport import Parcel, PeerMemory, Pending, Transport
-
-CARRIERS = 3
-"""Copies to others under way beside the computing: one alone leaves the link idle between two. In a CUDA graph each is a branch."""
 
 
 class Mail(NamedTuple):
@@ -62,6 +59,21 @@ class Landed:
     pending: Pending
     keeping: Pending
     held: object = None
+
+
+class _Lying(NamedTuple):
+    """Tensors that lie in `wholes`: each in one of its own, or all in one, side by side in every row."""
+
+    wholes: list[Tensor]
+    parts: list[Tensor]
+
+    @classmethod
+    def by_row(cls, whole: Tensor, message: Message) -> _Lying:
+        """The tensors of `message` side by side in `whole`."""
+        return cls([whole], _by_heads(whole, [shape[2] for shape in message.shapes]))
+
+
+_NO_TENSORS = _Lying([], [])
 
 
 class Swapper(Protocol):
@@ -185,10 +197,10 @@ class PeerSwapper:
     """Through peer memory: a sender writes into the receiver's inbox, and what lands there is read there.
 
     A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter;
-    beside a kernel they would keep it from the multiprocessors, and copy engines write: what lands later is packed for them along with what
-    is written first. All ranks meet when all that lay in their inboxes may be overwritten, once a pass, and when all is there, those of
-    other groups too, which swap at the same time: a launch each. To wait for each other rank by itself would take one a rank, and the last
-    of them is waited for in any case.
+    beside a kernel they would keep it from the multiprocessors, and copy engines write. These take microseconds for any copy, one after the
+    other: what lands later is packed for them, along with what is written first, so that a row's q, k and v are one. All ranks meet when
+    all that lay in their inboxes may be overwritten, once a pass, and when all is there, those of other groups too, which swap at the same
+    time: a launch each. To wait for each other rank by itself would take one a rank, and the last of them is waited for in any case.
 
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
@@ -213,25 +225,29 @@ class PeerSwapper:
 
     def _land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         memory, group, (first, *later) = self.memory, self.group, stages
-        mine = [[landing.whole(group.place).views(self._at(landing, group.place)) for landing in stage] for stage in stages]
+        by_row = len(stages) > 1
+        mine = [[self._lying(landing, group.place, by_row) for landing in stage] for stage in stages]
         # The caller's stream's, as all that is read after the pass.
-        kept = [[[torch.empty_like(each) for each in wholes] * keep for wholes in of_stage] for of_stage in mine]
-        packed = [{other: [_packed(landing.pieces(other)) for landing in stage] for other in group.others} for stage in later]
-        copies = [copy for landing in first for other in group.others for copy in self._put(landing, other, landing.pieces(other))]
+        kept = [[_like(each) if keep else _NO_TENSORS for each in of_stage] for of_stage in mine]
+        packed = [[{other: _packed(landing, group.place, other) for other in group.others} for landing in stage] for stage in later]
+        remote, local = [], []
+        for landing in first:
+            for other in group.others:
+                remote += landing.put(self._lying(landing, other, by_row).parts, group.place, landing.pieces(other))
         for of_stage, stage in zip(mine, stages, strict=True):
-            for wholes, landing in zip(of_stage, stage, strict=True):
-                copies += landing.put(wholes, group.place, landing.pieces(group.place))
+            for whole, landing in zip(of_stage, stage, strict=True):
+                local += landing.put(whole.parts, group.place, landing.pieces(group.place))
         for of_stage, stage in zip(packed, later, strict=True):
-            for other, parts in of_stage.items():
-                for into, landing in zip(parts, stage, strict=True):
-                    copies += zip(into, landing.pieces(other), strict=True)
+            for by_target, landing in zip(of_stage, stage, strict=True):
+                for other, pack in by_target.items():
+                    local += zip(pack.parts, landing.pieces(other), strict=True)
         swap = None
         if observer is not None:
             swap = group.sizes(lambda source, target: [landing.part(source, target) for landing in first])
         token = None if observer is None else observer.begin(BEFORE, "transfer", swap, nothing)
         with watch(observer, BEFORE, "post", swap):
             memory.meet()
-            copy_all(copies)
+            copy_all(_mixed(remote, local))
         with watch(observer, BEFORE, "wait", swap):
             memory.meet()
         if observer is not None:
@@ -240,25 +256,27 @@ class PeerSwapper:
             self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
         pending: list[Pending] = [nothing]
         for of_stage, stage in zip(packed, later, strict=True):
-            by_target = [
-                [copy for landing, into in zip(stage, parts, strict=True) for copy in self._put(landing, other, into)]
-                for other, parts in of_stage.items()
-            ]
-            pending.append(memory.beside("arrive", memory.meet, self._carried(by_target)))
+            carried = self._carried(
+                copy
+                for other in group.others
+                for by_target, landing in zip(of_stage, stage, strict=True)
+                for copy in landing.put(self._lying(landing, other, by_row).wholes, group.place, by_target[other].wholes)
+            )
+            pending.append(memory.beside("arrive", memory.meet, carried))
         keeping = [self._kept(*each, observer) if keep else nothing for each in zip(mine, kept, pending, strict=True)]
         return [
-            [Landed(wholes, copies_of, ready, done, packed) for wholes, copies_of in zip(of_stage, kept_of_stage, strict=True)]
+            [Landed(whole.parts, copy.parts, ready, done, packed) for whole, copy in zip(of_stage, kept_of_stage, strict=True)]
             for of_stage, kept_of_stage, ready, done in zip(mine, kept, pending, keeping, strict=True)
         ]
 
-    def _kept(self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, observer: Observer | None) -> Pending:
+    def _kept(self, mine: list[_Lying], kept: list[_Lying], ready: Pending, observer: Observer | None) -> Pending:
         def keep() -> None:
-            for wholes, copies in zip(mine, kept, strict=True):
-                for whole, copy in zip(wholes, copies, strict=True):
-                    copy.copy_(whole)
+            for whole, copy in zip(mine, kept, strict=True):
+                for target, source in zip(copy.wholes, whole.wholes, strict=True):
+                    target.copy_(source)
 
         if observer is None:
-            return self.memory.beside("keep", keep, [ready])
+            return self.memory.beside("keep", keep, [ready], urgent=False)
         keep()
         return nothing
 
@@ -267,10 +285,10 @@ class PeerSwapper:
         group, memory = self.group, self.memory
         # Memory for what came is the caller's stream's, who keeps it.
         own = [*mail.own()]
-        by_target: list[list[Copy]] = []
+        remote: list[Copy] = []
         for other in group.others:
             views = _views(mail, group.place, other, self._room(mail, group.place, other))
-            by_target.append([copy for index, tensors in enumerate(views) for copy in mail.copies(other, index, tensors)])
+            remote += [copy for index, tensors in enumerate(views) for copy in mail.copies(other, index, tensors)]
             self._count(other, mail.messages(group.place, other))
         found = {other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others}
         if observer is None and not last:
@@ -280,41 +298,43 @@ class PeerSwapper:
                 copy_all(own)
                 arrived(found)
 
-            pending = memory.beside("arrive", arrive, self._carried(by_target))
+            pending = memory.beside("arrive", arrive, self._carried(remote))
             self._beside.append(pending)
             # What is read beside must not be freed before.
-            return UnderWay(pending, [mail, own, by_target])
+            return UnderWay(pending, [mail, own, remote])
+        # Ranks meet in the same order; and the memory of results may be what another stream computed in before they were made.
+        for each in self._beside:
+            each.wait()
         swap = None if observer is None else group.sizes(mail.messages)
         token = None if observer is None else observer.begin(AFTER, "transfer", swap, nothing)
         with watch(observer, AFTER, "post", swap):
-            copy_all([copy for copies in by_target for copy in copies] + own)
+            copy_all(_mixed(remote, own))
         with watch(observer, AFTER, "wait", swap):
-            # Ranks meet in the same order.
-            for each in self._beside:
-                each.wait()
             memory.meet()
         if observer is not None:
             observer.end(token)
         arrived(found)
         return nothing
 
-    def _carried(self, by_target: Sequence[Sequence[Copy]]) -> list[Pending]:
-        """The copies to each target, begun beside what is computed: some targets in turn, others at the same time."""
+    def _carried(self, copies: Iterable[Copy]) -> list[Pending]:
+        """The copies, begun beside what is computed."""
+        # Rows that follow each other are contiguous within a batch, and then a copy engine's.
+        of_batches = [pair for target, source in copies for pair in zip(target.unbind(), source.unbind(), strict=True) if target.numel()]
 
-        def carry(copies: list[Copy]) -> None:
-            for target, source in copies:
+        def carry() -> None:
+            for target, source in of_batches:
                 target.copy_(source)
 
-        some = ([copy for copies in by_target[first::CARRIERS] for copy in copies] for first in range(CARRIERS))
-        return [self.memory.beside(f"carry {lane}", partial(carry, copies)) for lane, copies in enumerate(some) if copies]
+        return [self.memory.beside("carry", carry)] if of_batches else []
 
-    def _put(self, landing: Landing, target: int, parts: list[Tensor]) -> list[Copy]:
-        return landing.put(landing.whole(target).views(self._at(landing, target)), self.group.place, parts)
-
-    def _at(self, landing: Landing, target: int) -> Tensor:
-        inbox, stop = self.memory.inbox(self.group.members[target]), landing.room + landing.whole(target).nbytes
+    def _lying(self, landing: Landing, target: int, by_row: bool) -> _Lying:
+        """Where it lands, at `target`."""
+        inbox, message = self.memory.inbox(self.group.members[target]), landing.whole(target)
+        stop = landing.room + message.nbytes
         assert stop <= inbox.numel(), f"{stop} bytes in an inbox of {inbox.numel()}"
-        return inbox[landing.room : stop]
+        if not by_row:
+            return _Lying(*[message.views(inbox[landing.room : stop])] * 2)
+        return _Lying.by_row(landing.side_by_side(message).views(inbox[landing.room : stop])[0], message)
 
     def _count(self, target: int, messages: Sequence[Message]) -> None:
         if nbytes := sum(message.nbytes for message in messages):
@@ -350,9 +370,26 @@ nothing = _Waiting(lambda: None)
 """Nothing is under way."""
 
 
-def _packed(pieces: list[Tensor]) -> list[Tensor]:
-    """Room for them, each contiguous."""
-    return [torch.empty_like(piece, memory_format=torch.contiguous_format) for piece in pieces]
+def _packed(landing: Landing, source: int, target: int) -> _Lying:
+    """Room for what `source` packs for `target`."""
+    message = landing.part(source, target)
+    (shape,) = landing.side_by_side(message).shapes
+    return _Lying.by_row(torch.empty(shape, dtype=message.dtype, device=landing.mine[0].device), message)
+
+
+def _like(lying: _Lying) -> _Lying:
+    """Room for as much, lying alike."""
+    wholes = [torch.empty_like(each) for each in lying.wholes]
+    return _Lying(wholes, wholes if lying.parts is lying.wholes else _by_heads(wholes[0], [part.shape[2] for part in lying.parts]))
+
+
+def _by_heads(whole: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    return [*whole.split(list(widths), dim=2)]
+
+
+def _mixed(remote: list[Copy], local: list[Copy]) -> list[Copy]:
+    """One of each in turn: blocks that a link holds up leave room for others."""
+    return [copy for pair in zip_longest(remote, local) for copy in pair if copy is not None]
 
 
 def _room(message: Message, device: torch.device) -> Tensor:

@@ -109,7 +109,7 @@ class SharedMemory:
             write()
         return _WhenNeeded(arrive)
 
-    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
         """See `PeerMemory.beside`: done at once."""
         for pending in after:
             pending.wait()
