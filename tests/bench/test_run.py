@@ -59,11 +59,11 @@ def test_what_is_timed_in_turns_is_called_in_turns():
         time.sleep(milliseconds / 1e3)
 
     clock = Clock(torch.device("cpu"), SingleRank(), warmup=2, samples=3)
-    long, short = clock.in_turns(lambda: take("long", 25.0), lambda: take("short", 8.0))
-    # Two calls each before; then samples of 20 ms at least.
+    long, short = clock.in_turns(lambda: take("long", 6.0), lambda: take("short", 2.0))
+    # Two calls each before; then samples of 5 ms at least.
     assert called[:4] == ["long"] * 2 + ["short"] * 2 and long.repeats == 1 and short.repeats > 1
     assert called[4:] == (["long"] + ["short"] * short.repeats) * 3
-    assert len(long.samples_ms) == len(short.samples_ms) == 3 and min(long.samples_ms) >= 25.0 > 8.0 <= min(short.samples_ms)
+    assert len(long.samples_ms) == len(short.samples_ms) == 3 and min(long.samples_ms) >= 6.0 > 2.0 <= min(short.samples_ms)
 
 
 def test_only_kernels_that_nothing_was_timed_beside_have_their_other_half_after_it_all(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,15 @@ def exchange(device: torch.device) -> None:
         assert torch.equal(out, expected[0]), "ulysses: out of a graph differs from what NCCL brings"
 
 
+def assert_same(what: str, found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """The same bits, but of dq: how many parts the backward of flash2 adds it up from depends on how many heads it is given."""
+    for which, mine, right in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        if which == "dq":
+            torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2 * right.abs().max().item(), msg=f"{what}: dq differs")
+        else:
+            assert torch.equal(mine, right), f"{what}: {which} differs from what all heads at once give"
+
+
 def staged(device: torch.device) -> None:
     """Heads in stages give the bits of all heads at once through NCCL: launched over long shards, in a graph over short ones."""
     plain, stages = (
@@ -71,8 +80,7 @@ def staged(device: torch.device) -> None:
         expected, found = plain.sequence(length), stages.sequence(length)
         for _ in range(6):
             given = tensors(found.shard_length, device, kv_heads=8)
-            for which, mine, right in zip(("out", "dq", "dk", "dv"), both(found, given), both(expected, given), strict=True):
-                assert torch.equal(mine, right), f"ulysses in stages, {length} tokens: {which} differs from what all heads at once give"
+            assert_same(f"ulysses in stages, {length} tokens", both(found, given), both(expected, given))
     # After another pass through the same memory, on another stream, and before one.
     ring, stream = ringspan.ContextParallel(kernel="flash2", deterministic=True).sequence(80_001), torch.cuda.Stream()
     given = tensors(ring.shard_length, device, kv_heads=8)
@@ -98,8 +106,7 @@ def staged(device: torch.device) -> None:
             kept.copy_(new) for kept, new in zip((x.detach() for x in given), tensors(found.shard_length, device, kv_heads=8), strict=True)
         ]
         graph.replay()
-        for which, mine, right in zip(("out", "dq", "dk", "dv"), captured, both(expected, given), strict=True):
-            assert torch.equal(mine, right), f"ulysses in stages, of a graph: {which} differs from what all heads at once give"
+        assert_same("ulysses in stages, of a graph", captured, both(expected, given))
 
 
 def main() -> None:

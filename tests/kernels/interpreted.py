@@ -5,10 +5,13 @@ A GPU, or with TRITON_INTERPRET=1 a CPU.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 
 from ringspan.kernels import copy_all
+from ringspan.kernels import fused_copies as fused
 from ringspan.kernels.fused_copies import MOST, fused_copies
 from ringspan.kernels.fused_merge import fused_add_, fused_merge_
 from ringspan.kernels.fused_signals import fused_await, fused_set
@@ -104,6 +107,11 @@ def check_copies(dtype: torch.dtype, head_dim: int, more: int) -> None:
         there = right[target.data_ptr() - room.data_ptr() :].view(target.dtype)
         there.as_strided(target.shape, target.stride()).copy_(source.cpu())
     fused_copies(all_of_it)
+    assert torch.equal(room.cpu(), right)
+    room.fill_(123)
+    # Programs that come round several times.
+    with mock.patch.object(fused, "MOST_ITEMS", 8):
+        fused_copies(all_of_it, few=True)
     assert torch.equal(room.cpu(), right)
     room.fill_(123)
     copy_all([*all_of_it, (room[:0].view(1, 0, 1), room[:0].view(1, 0, 1))])

@@ -65,11 +65,6 @@ class Landing:
         """What this rank has of it."""
         return [tensor[:, :, of_tensor[target]] for tensor, of_tensor in zip(self.mine, self.heads, strict=True)]
 
-    def side_by_side(self, message: Message) -> Message:
-        """What a `message` holds as one tensor, of all heads of the first and then all of the next."""
-        batch, rows, _, *rest = message.shapes[0]
-        return Message(((batch, rows, sum(shape[2] for shape in message.shapes), *rest),), message.dtype)
-
     def put(self, wholes: Sequence[Tensor], source: int, parts: Sequence[Tensor]) -> list[Copy]:
         """Copies of the parts of `source` to where they belong."""
         return [

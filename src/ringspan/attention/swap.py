@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
@@ -51,29 +52,12 @@ class Landed:
         kept: the same in this rank's own memory, where that was asked for; there once `keeping` has been waited for.
         pending: what it waits for.
         keeping: what the copies wait for.
-        held: lives until the pass is over.
     """
 
     tensors: list[Tensor]
     kept: list[Tensor]
     pending: Pending
     keeping: Pending
-    held: object = None
-
-
-class _Lying(NamedTuple):
-    """Tensors that lie in `wholes`: each in one of its own, or all in one, side by side in every row."""
-
-    wholes: list[Tensor]
-    parts: list[Tensor]
-
-    @classmethod
-    def by_row(cls, whole: Tensor, message: Message) -> _Lying:
-        """The tensors of `message` side by side in `whole`."""
-        return cls([whole], _by_heads(whole, [shape[2] for shape in message.shapes]))
-
-
-_NO_TENSORS = _Lying([], [])
 
 
 class Swapper(Protocol):
@@ -196,11 +180,13 @@ class TransportSwapper:
 class PeerSwapper:
     """Through peer memory: a sender writes into the receiver's inbox, and what lands there is read there.
 
-    A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter;
-    beside a kernel they would keep it from the multiprocessors, and copy engines write. These take microseconds for any copy, one after the
-    other: what lands later is packed for them, along with what is written first, so that a row's q, k and v are one. All ranks meet when
-    all that lay in their inboxes may be overwritten, once a pass, and when all is there, those of other groups too, which swap at the same
-    time: a launch each. To wait for each other rank by itself would take one a rank, and the last of them is waited for in any case.
+    All ranks meet when all that lay in their inboxes may be overwritten, once a pass, and when all is there, those of other groups too,
+    which swap at the same time: a launch each. To wait for each other rank by itself would take one a rank, and the last of them is waited
+    for in any case.
+
+    A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter.
+    Beside a kernel few blocks write what is to be found among other heads, from before that kernel begins: a copy engine would need it
+    packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then.
 
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
@@ -212,10 +198,12 @@ class PeerSwapper:
     sent: Counter[int]
     group: Group
     _beside: list[Pending] = field(default_factory=list)
+    _own: list[Copy] = field(default_factory=list)
 
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. All but the first stage comes beside what is computed."""
         self._beside.clear()
+        self._own.clear()
         self.memory.begin()
         # Whoever looks on sees one after the other.
         together = [[stage] for stage in stages] if observer is not None else [stages]
@@ -224,55 +212,42 @@ class PeerSwapper:
         return landed
 
     def _land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
-        memory, group, (first, *later) = self.memory, self.group, stages
-        by_row = len(stages) > 1
-        mine = [[self._lying(landing, group.place, by_row) for landing in stage] for stage in stages]
+        memory, group = self.memory, self.group
+        mine = [[self._lying(landing, group.place) for landing in stage] for stage in stages]
         # The caller's stream's, as all that is read after the pass.
-        kept = [[_like(each) if keep else _NO_TENSORS for each in of_stage] for of_stage in mine]
-        packed = [[{other: _packed(landing, group.place, other) for other in group.others} for landing in stage] for stage in later]
-        remote, local = [], []
-        for landing in first:
-            for other in group.others:
-                remote += landing.put(self._lying(landing, other, by_row).parts, group.place, landing.pieces(other))
-        for of_stage, stage in zip(mine, stages, strict=True):
-            for whole, landing in zip(of_stage, stage, strict=True):
-                local += landing.put(whole.parts, group.place, landing.pieces(group.place))
-        for of_stage, stage in zip(packed, later, strict=True):
-            for by_target, landing in zip(of_stage, stage, strict=True):
-                for other, pack in by_target.items():
-                    local += zip(pack.parts, landing.pieces(other), strict=True)
+        kept = [[[torch.empty_like(each) for each in wholes] * keep for wholes in of_stage] for of_stage in mine]
+        own = [
+            copy
+            for of_stage, stage in zip(mine, stages, strict=True)
+            for wholes, landing in zip(of_stage, stage, strict=True)
+            for copy in landing.put(wholes, group.place, landing.pieces(group.place))
+        ]
+        first, *later = ([copy for other in group.others for landing in stage for copy in self._put(landing, other)] for stage in stages)
+        for other in group.others:
+            self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
         swap = None
         if observer is not None:
-            swap = group.sizes(lambda source, target: [landing.part(source, target) for landing in first])
+            swap = group.sizes(lambda source, target: [landing.part(source, target) for landing in stages[0]])
         token = None if observer is None else observer.begin(BEFORE, "transfer", swap, nothing)
         with watch(observer, BEFORE, "post", swap):
             memory.meet()
-            copy_all(_mixed(remote, local))
+            copy_all(_mixed(first, own))
+        carried = [memory.beside("carry", partial(copy_all, copies, few=True)) for copies in later]
         with watch(observer, BEFORE, "wait", swap):
             memory.meet()
         if observer is not None:
             observer.end(token)
-        for other in group.others:
-            self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
-        pending: list[Pending] = [nothing]
-        for of_stage, stage in zip(packed, later, strict=True):
-            carried = self._carried(
-                copy
-                for other in group.others
-                for by_target, landing in zip(of_stage, stage, strict=True)
-                for copy in landing.put(self._lying(landing, other, by_row).wholes, group.place, by_target[other].wholes)
-            )
-            pending.append(memory.beside("arrive", memory.meet, carried))
+        pending = [nothing, *(memory.beside("arrive", memory.meet, [each]) for each in carried)]
         keeping = [self._kept(*each, observer) if keep else nothing for each in zip(mine, kept, pending, strict=True)]
         return [
-            [Landed(whole.parts, copy.parts, ready, done, packed) for whole, copy in zip(of_stage, kept_of_stage, strict=True)]
+            [Landed(wholes, copies, ready, done) for wholes, copies in zip(of_stage, kept_of_stage, strict=True)]
             for of_stage, kept_of_stage, ready, done in zip(mine, kept, pending, keeping, strict=True)
         ]
 
-    def _kept(self, mine: list[_Lying], kept: list[_Lying], ready: Pending, observer: Observer | None) -> Pending:
+    def _kept(self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, observer: Observer | None) -> Pending:
         def keep() -> None:
-            for whole, copy in zip(mine, kept, strict=True):
-                for target, source in zip(copy.wholes, whole.wholes, strict=True):
+            for wholes, copies in zip(mine, kept, strict=True):
+                for target, source in zip(copies, wholes, strict=True):
                     target.copy_(source)
 
         if observer is None:
@@ -295,9 +270,10 @@ class PeerSwapper:
 
             def arrive() -> None:
                 memory.meet()
-                copy_all(own)
                 arrived(found)
 
+            # What this rank gives itself waits until a link is waited for.
+            self._own += own
             pending = memory.beside("arrive", arrive, self._carried(remote))
             self._beside.append(pending)
             # What is read beside must not be freed before.
@@ -308,7 +284,8 @@ class PeerSwapper:
         swap = None if observer is None else group.sizes(mail.messages)
         token = None if observer is None else observer.begin(AFTER, "transfer", swap, nothing)
         with watch(observer, AFTER, "post", swap):
-            copy_all(_mixed(remote, own))
+            copy_all(_mixed(remote, [*self._own, *own]))
+            self._own.clear()
         with watch(observer, AFTER, "wait", swap):
             memory.meet()
         if observer is not None:
@@ -327,14 +304,15 @@ class PeerSwapper:
 
         return [self.memory.beside("carry", carry)] if of_batches else []
 
-    def _lying(self, landing: Landing, target: int, by_row: bool) -> _Lying:
+    def _lying(self, landing: Landing, target: int) -> list[Tensor]:
         """Where it lands, at `target`."""
         inbox, message = self.memory.inbox(self.group.members[target]), landing.whole(target)
         stop = landing.room + message.nbytes
         assert stop <= inbox.numel(), f"{stop} bytes in an inbox of {inbox.numel()}"
-        if not by_row:
-            return _Lying(*[message.views(inbox[landing.room : stop])] * 2)
-        return _Lying.by_row(landing.side_by_side(message).views(inbox[landing.room : stop])[0], message)
+        return message.views(inbox[landing.room : stop])
+
+    def _put(self, landing: Landing, target: int) -> list[Copy]:
+        return landing.put(self._lying(landing, target), self.group.place, landing.pieces(target))
 
     def _count(self, target: int, messages: Sequence[Message]) -> None:
         if nbytes := sum(message.nbytes for message in messages):
@@ -368,23 +346,6 @@ class _Waiting:
 
 nothing = _Waiting(lambda: None)
 """Nothing is under way."""
-
-
-def _packed(landing: Landing, source: int, target: int) -> _Lying:
-    """Room for what `source` packs for `target`."""
-    message = landing.part(source, target)
-    (shape,) = landing.side_by_side(message).shapes
-    return _Lying.by_row(torch.empty(shape, dtype=message.dtype, device=landing.mine[0].device), message)
-
-
-def _like(lying: _Lying) -> _Lying:
-    """Room for as much, lying alike."""
-    wholes = [torch.empty_like(each) for each in lying.wholes]
-    return _Lying(wholes, wholes if lying.parts is lying.wholes else _by_heads(wholes[0], [part.shape[2] for part in lying.parts]))
-
-
-def _by_heads(whole: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    return [*whole.split(list(widths), dim=2)]
 
 
 def _mixed(remote: list[Copy], local: list[Copy]) -> list[Copy]:

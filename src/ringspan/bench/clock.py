@@ -12,7 +12,7 @@ import torch
 
 from ringspan.transport import Transport
 
-SHORTEST_SAMPLE_MS = 20.0
+SHORTEST_SAMPLE_MS = 5.0
 """Shorter work is repeated within a sample, back to back, so that neither the clock nor the ranks' common start is what is timed."""
 
 MOST_REPEATS = 50

@@ -16,15 +16,15 @@ Copy = tuple[Tensor, Tensor]
 """(target, source), `[batch, rows, heads]` or `[batch, rows, heads, head_dim]`, of one shape and dtype and any strides."""
 
 
-def copy_all(copies: Sequence[Copy]) -> None:
+def copy_all(copies: Sequence[Copy], few: bool = False) -> None:
     """`target.copy_(source)` for every (target, source): the very bits, in any order, on CUDA in one launch.
 
-    No target overlaps with another, or with a source.
+    No target overlaps with another, or with a source. `few`: on few multiprocessors, since the others compute meanwhile.
     """
     copies = [(target, source) for target, source in copies if target.numel()]
     assert all((target.shape, target.dtype) == (source.shape, source.dtype) for target, source in copies), "copied as they are"
     if copies and copies[0][0].is_cuda and (fused := _fused()) is not None:
-        fused.fused_copies(copies)
+        fused.fused_copies(copies, few)
         return
     for target, source in copies:
         target, source = in_eights(target, source)

@@ -4,7 +4,8 @@ The rule: every strategy that the layout, the mask and the heads allow is priced
 that hold more visitors at once than `memory_bytes` are out, and so are those that Python would take twice as long to launch as another: a
 caller may capture what he calls in a graph or may not. Of the others the quickest on the device wins, where a forward and backward count,
 and a forward once more, since it is called alone as well; of those within half a percent of it the first in the order of `candidates`,
-which begins with the strategies that hold least. Where queries travel a forecast is less sure: a few percent are no reason.
+which begins with the strategies that hold least. Where queries travel, or heads in stages, a forecast is less sure: a few percent are no
+reason.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ CLOSE = 1.005
 """Predictions nearer than this are not told apart."""
 
 SURE = 1.03
-"""By as much strategies whose queries travel must be better: partial outputs go home under little computing, and none was timed on GPUs."""
+"""By as much must be better what a forecast is less sure of: strategies whose queries travel (partial outputs go home under little
+computing, and none was timed on GPUs), and exchanges in stages, whose share of what they go on beside is an average."""
 
 LAUNCHING = 2.0
 """As many times as long as the least may launching from Python take."""
@@ -58,6 +60,7 @@ def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
     found: list[tuple[str, dict[str, int | str]]] = [("ring", {}), ("direct", {})]
     found.extend(("direct", {"shards_at_once": shards}) for shards in (2, 4, 8) if 2 < num_ranks >= shards)
     found.extend([("all_gather", {}), ("balanced", {}), ("pass_query", {}), ("ulysses", {})])
+    found.extend(("ulysses", {"stages": stages}) for stages in (2, 4))
     degrees = [degree for degree in range(2, num_ranks) if num_ranks % degree == 0]
     found.extend(("two_dimensional", {"ulysses": degree}) for degree in degrees)
     return found
@@ -141,7 +144,7 @@ def choose(
         )
     least = min(costs[name].launched_seconds for name in fitting)
     near = [name for name in fitting if replayed or costs[name].launched_seconds <= LAUNCHING * least]
-    weighed = {name: _weighed(named[name][0], costs[name]) for name in near}
+    weighed = {name: _weighed(*named[name], costs[name]) for name in near}
     picked = next(name for name in near if weighed[name] <= CLOSE * min(weighed.values()))
     mine, slowest = costs[picked], max(fitting, key=lambda name: costs[name].seconds)
     slower = not replayed and mine.launched_seconds > CLOSE * mine.seconds
@@ -156,6 +159,6 @@ def choose(
     return Choice(strategy, tuple(options.items()), reason, costs)
 
 
-def _weighed(strategy: str, priced: Cost) -> float:
+def _weighed(strategy: str, options: dict[str, int | str], priced: Cost) -> float:
     """What is compared: seconds, those of the forward once more."""
-    return (priced.seconds + priced.forward_seconds) * (SURE if strategy in _QUERIES_TRAVEL else 1.0)
+    return (priced.seconds + priced.forward_seconds) * (SURE if strategy in _QUERIES_TRAVEL or "stages" in options else 1.0)

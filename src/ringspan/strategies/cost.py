@@ -31,6 +31,8 @@ MACHINES = {
         memory_bytes_per_second=3.3e12,
         exchange_bytes_per_second=2.85e11,
         exchange_seconds=1.5e-5,
+        exchange_beside=0.4,
+        stage_seconds=2e-5,
         host_seconds=3e-4,
     ),
     "cpu": Machine(
@@ -48,7 +50,7 @@ The GPUs' launches and signals are the device's, where a graph is replayed or Py
 exchanged for heads through peer memory.
 """
 
-SENDING = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, exchange_bytes_per_second=1e11)}
+SENDING = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, exchange_bytes_per_second=1e11, exchange_beside=None)}
 """The same where a process group sends and receives: exchanges are packed and unpacked."""
 
 
@@ -81,8 +83,10 @@ class LayerForecast:
         forward: the forward schedule, begun by all ranks together.
         backward: the backward schedule, likewise.
         sizes: of the tensors that a rank of the schedules computes: with its share of the heads where positions are exchanged for heads.
-        exchanges: seconds of each exchange of positions for heads: before and after the forward, before and after the backward.
+        exchanges: seconds of each exchange of positions for heads: before and after the forward, before and after the backward. In stages,
+            of what is not hidden.
         exchange_host_seconds: what Python takes to launch one of them.
+        stages: in how many the heads are computed.
     """
 
     forward: Forecast
@@ -90,6 +94,7 @@ class LayerForecast:
     sizes: PieceBytes
     exchanges: tuple[float, float, float, float]
     exchange_host_seconds: float = 0.0
+    stages: int = 1
 
     @property
     def seconds(self) -> float:
@@ -100,7 +105,8 @@ class LayerForecast:
     def launched_seconds(self) -> float:
         """The same where Python launches each pass, which then takes no less than Python does."""
         parts = ((self.forward, self.exchanges[:2]), (self.backward, self.exchanges[2:]))
-        return sum(max(half.seconds + sum(around), half.host_seconds + 2 * self.exchange_host_seconds) for half, around in parts)
+        launching = (self.stages * half.host_seconds + 2 * self.exchange_host_seconds for half, _ in parts)
+        return sum(max(half.seconds + sum(around), python) for (half, around), python in zip(parts, launching, strict=True))
 
 
 def share_sizes(schedules: Schedules, sizes: PieceBytes) -> PieceBytes:
@@ -113,19 +119,34 @@ def share_sizes(schedules: Schedules, sizes: PieceBytes) -> PieceBytes:
 
 def forecast_layer(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> LayerForecast:
     """Forward and backward of `schedules` for `layout` (of all ranks) and `mask`, with tensors of `sizes`, on `machine`."""
-    inner, exchanges, launching = share_sizes(schedules, sizes), (0.0, 0.0, 0.0, 0.0), 0.0
+    inner, exchanges, launching, stages = share_sizes(schedules, sizes), (0.0, 0.0, 0.0, 0.0), 0.0, 1
+    forward, backward = (forecast(schedule, schedules.layout, mask, inner, machine) for schedule in (schedules.forward, schedules.backward))
     if (grid := schedules.grid) is not None and grid.degree > 1:
         # q, k and v there, out back; dO there, dq, dk and dv back.
         volumes = (_busiest(links) for direction in _DIRECTIONS for links in exchanges_bytes(grid, layout, sizes, direction))
-        rate = machine.exchange_bytes_per_second or machine.link_bytes_per_second
-        alone = machine.exchange_seconds
-        overhead = machine.latency_seconds + machine.launch_seconds if alone is None else alone
-        there, back, there_again, back_again = (overhead + volume / rate for volume in volumes)
-        exchanges = (there, back, there_again, back_again)
+        there, back, there_again, back_again = volumes
+        stages = max(1, min(schedules.head_stages, inner.kv_heads))
+        halves = (there, back, forward.seconds), (there_again, back_again, backward.seconds)
+        exchanges = (*_exchanged(*halves[0], stages, machine), *_exchanged(*halves[1], stages, machine))
         # Both ends of a message to every other rank.
         launching = (grid.degree - 1) * machine.host_seconds
-    forward, backward = (forecast(schedule, schedules.layout, mask, inner, machine) for schedule in (schedules.forward, schedules.backward))
-    return LayerForecast(forward=forward, backward=backward, sizes=inner, exchanges=exchanges, exchange_host_seconds=launching)
+    return LayerForecast(
+        forward=forward, backward=backward, sizes=inner, exchanges=exchanges, exchange_host_seconds=launching, stages=stages
+    )
+
+
+def _exchanged(there: int, back: int, computing: float, stages: int, machine: Machine) -> tuple[float, float]:
+    """Seconds of the exchanges of so many bytes around a pass that computes for `computing` seconds: those in which it does not compute."""
+    rate = machine.exchange_bytes_per_second or machine.link_bytes_per_second
+    alone = machine.latency_seconds + machine.launch_seconds if machine.exchange_seconds is None else machine.exchange_seconds
+    if stages == 1 or machine.exchange_beside is None:
+        return stages * alone + there / rate, stages * alone + back / rate
+    # The first stage on its way there, and the last on its way back: of the others there is time for what is computed meanwhile.
+    hidden = (1 - 1 / stages) * max(there, back) / rate
+    late = max(0.0, hidden - (1 - 1 / stages) * computing)
+    shares = ((1 / stages + machine.exchange_beside * (1 - 1 / stages)) * volume / rate for volume in (there, back))
+    first, last = (alone + seconds + (stages - 1) * machine.stage_seconds / 2 for seconds in shares)
+    return first + late, last
 
 
 def cost(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, machine: Machine) -> Cost:

@@ -38,6 +38,9 @@ class Machine:
         exchange_bytes_per_second: of a rank's port where positions are exchanged for heads, copies on both ends included; None for the
             link's.
         exchange_seconds: of an exchange of nothing; None for a latency and a launch.
+        exchange_beside: what an exchange that goes on beside the computing takes of that, as a share of its own time; None where nothing
+            is known of exchanges in stages.
+        stage_seconds: of a pass, for each stage of the heads after the first.
         signal_seconds: of a rank's time to say that a transfer may come, and to read that it has; None for a fourth of a launch, which
             an end of a transfer takes where it is posted.
         host_seconds: of Python, for a kernel call that it launches while the device waits for nothing else; half of it for an end of a
@@ -53,6 +56,8 @@ class Machine:
     memory_bytes_per_second: float | None = None
     exchange_bytes_per_second: float | None = None
     exchange_seconds: float | None = None
+    exchange_beside: float | None = None
+    stage_seconds: float = 0.0
     softmax_width: float = 0.0
     sum_seconds: float = 0.0
     signal_seconds: float | None = None
