@@ -14,7 +14,8 @@ import torch
 from ringspan.attention import planning
 from ringspan.geometry import Layout, Mask, causal, make_layout
 from ringspan.schedule import PieceBytes
-from ringspan.strategies import MACHINES, SENDING, Choice, auto, choose, make_schedules
+from ringspan.strategies import MACHINES, SENDING, Choice, Machine, Schedules, auto, choose, make_schedules
+from ringspan.strategies.cost import forecast_layer
 
 Case = tuple[int, int, int, int, int]
 """Ranks, query heads, key heads, width of a head, tokens a rank."""
@@ -41,14 +42,19 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "all_gather": (55.402, 209.259),
         "ring": (56.267, 212.601),
     },
+    # What is exchanged in stages: 2026-11-27 at cd9296f, benchmarks/reports/2026-11-27-heads-in-stages-four-h200.md.
     (4, 32, 32, 128, 2048): {
         "two_dimensional ulysses=2": (0.388, 1.236),
         "ulysses": (0.407, 1.272),
+        "ulysses stages=2": (0.337, 1.124),
+        "ulysses stages=4": (0.317, 1.079),
         "all_gather": (0.597, 1.864),
     },
     (4, 32, 32, 128, 8192): {
-        "ring": (3.570, 14.650),
+        "ring": (3.500, 14.339),
         "ulysses": (4.097, 14.592),
+        "ulysses stages=2": (3.707, 14.142),
+        "ulysses stages=4": (3.586, 13.648),
         "all_gather": (4.037, 14.833),
     },
     (4, 32, 32, 128, 32768): {
@@ -169,7 +175,9 @@ def test_what_takes_python_twice_as_long_to_launch_is_taken_where_it_is_replayed
 
 
 def test_a_forward_alone_counts_beside_a_forward_and_backward():
-    choice = choose(*question((4, 32, 32, 128, 8192)), MACHINES["cuda"], make_schedules)
+    in_one_stage = [(name, options) for name, options in auto.candidates(4) if "stages" not in options]
+    with patch.object(auto, "candidates", lambda num_ranks: in_one_stage):
+        choice = unwrap(choose)(*question((4, 32, 32, 128, 8192)), MACHINES["cuda"], make_schedules)
     costs = choice.costs
     both = min(costs, key=lambda name: costs[name].seconds)
     forward = min(cost.forward_seconds for cost in costs.values())
@@ -178,10 +186,35 @@ def test_a_forward_alone_counts_beside_a_forward_and_backward():
     assert costs[picked(choice)].seconds < 1.02 * costs[both].seconds
 
 
+def test_stages_whose_forward_is_slow_are_not_taken_for_their_backward():
+    case = (4, 64, 8, 128, 2048)
+    choice = choose(*question(case), MACHINES["cuda"], make_schedules)
+    staged, forward = choice.costs["ulysses stages=2"], min(cost.forward_seconds for cost in choice.costs.values())
+    mine = choice.costs[picked(choice)]
+    assert staged.seconds + staged.forward_seconds < (mine.seconds + mine.forward_seconds) / auto.SURE, "it would be taken"
+    assert staged.forward_seconds > auto.FORWARD * forward and "stages" not in dict(choice.options)
+
+
+def test_an_exchange_in_stages_takes_the_longer_the_less_there_is_to_compute_meanwhile():
+    (layout, mask, sizes), machine = question((4, 32, 32, 128, 2048)), MACHINES["cuda"]
+    one, four = (make_schedules("ulysses", layout, mask, stages=stages) for stages in (1, 4))
+
+    def exchanged(schedules: Schedules, on: Machine = machine) -> tuple[float, ...]:
+        return forecast_layer(schedules, layout, mask, sizes, on).exchanges
+
+    assert all(mine < whole for mine, whole in zip(exchanged(four), exchanged(one), strict=True))
+    assert exchanged(four, replace(machine, exchange_beside=None))[0] > exchanged(one)[0], "where nothing is known of it nothing is hidden"
+    quick = replace(machine, flops_per_second=1e20, memory_bytes_per_second=None, launch_seconds=0.0)
+    assert sum(exchanged(four, quick)) > sum(exchanged(one, quick)), "beside nothing nothing is hidden"
+    with_one_key_head = PieceBytes(heads=32, kv_heads=4, head_dim=128, element_bytes=2, accumulator_bytes=4, single_bytes=2)
+    alone = (forecast_layer(schedules, layout, mask, with_one_key_head, machine).exchanges for schedules in (one, four))
+    assert next(alone) == next(alone), "one key head a rank is one stage"
+
+
 def test_exchanges_through_a_process_group_are_dearer_than_through_peer_memory():
     case = (4, 32, 32, 128, 2048)
     by_peers, by_sending = (choose(*question(case), machines["cuda"], make_schedules) for machines in (MACHINES, SENDING))
-    assert picked(by_peers) == "ulysses"
+    assert picked(by_peers) == "ulysses stages=4"
     assert by_sending.strategy not in ("ulysses", "two_dimensional")
     assert by_sending.costs["ulysses"].seconds > 1.2 * by_peers.costs["ulysses"].seconds
     assert by_sending.costs["direct"].seconds < 1.05 * by_peers.costs["direct"].seconds

@@ -4,8 +4,8 @@ The rule: every strategy that the layout, the mask and the heads allow is priced
 that hold more visitors at once than `memory_bytes` are out, and so are those that Python would take twice as long to launch as another: a
 caller may capture what he calls in a graph or may not. Of the others the quickest on the device wins, where a forward and backward count,
 and a forward once more, since it is called alone as well; of those within half a percent of it the first in the order of `candidates`,
-which begins with the strategies that hold least. Where queries travel, or heads in stages, a forecast is less sure: a few percent are no
-reason.
+which begins with the strategies that hold least. Where queries travel, or heads are exchanged in stages, a forecast is less sure: a
+few percent are no reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ CLOSE = 1.005
 SURE = 1.03
 """By as much must be better what a forecast is less sure of: strategies whose queries travel (partial outputs go home under little
 computing, and none was timed on GPUs), and exchanges in stages, whose share of what they go on beside is an average."""
+
+FORWARD = 1.05
+"""As many times as long as the quickest forward may one take whose heads are exchanged in stages: where it is slower nothing was timed."""
 
 LAUNCHING = 2.0
 """As many times as long as the least may launching from Python take."""
@@ -144,6 +147,8 @@ def choose(
         )
     least = min(costs[name].launched_seconds for name in fitting)
     near = [name for name in fitting if replayed or costs[name].launched_seconds <= LAUNCHING * least]
+    forward = FORWARD * min(costs[name].forward_seconds for name in near)
+    near = [name for name in near if "stages" not in named[name][1] or costs[name].forward_seconds <= forward]
     weighed = {name: _weighed(*named[name], costs[name]) for name in near}
     picked = next(name for name in near if weighed[name] <= CLOSE * min(weighed.values()))
     mine, slowest = costs[picked], max(fitting, key=lambda name: costs[name].seconds)

@@ -31,8 +31,8 @@ MACHINES = {
         memory_bytes_per_second=3.3e12,
         exchange_bytes_per_second=2.85e11,
         exchange_seconds=1.5e-5,
-        exchange_beside=0.4,
-        stage_seconds=2e-5,
+        exchange_beside=0.1,
+        stage_seconds=1e-5,
         host_seconds=3e-4,
     ),
     "cpu": Machine(
@@ -142,8 +142,7 @@ def _exchanged(there: int, back: int, computing: float, stages: int, machine: Ma
     if stages == 1 or machine.exchange_beside is None:
         return stages * alone + there / rate, stages * alone + back / rate
     # The first stage on its way there, and the last on its way back: of the others there is time for what is computed meanwhile.
-    hidden = (1 - 1 / stages) * max(there, back) / rate
-    late = max(0.0, hidden - (1 - 1 / stages) * computing)
+    late = (1 - 1 / stages) * max(0.0, (there + back) / rate - computing)
     shares = ((1 / stages + machine.exchange_beside * (1 - 1 / stages)) * volume / rate for volume in (there, back))
     first, last = (alone + seconds + (stages - 1) * machine.stage_seconds / 2 for seconds in shares)
     return first + late, last
