@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import ringspan
-from ringspan.attention import planning
+from ringspan.attention import planning, swap
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
 from ringspan.errors import RingspanError
 from ringspan.geometry import HeadShare, head_shares, head_stages
+from ringspan.transport.shared_memory import SharedMemory
 
 LENGTH = 45
 
@@ -103,6 +105,47 @@ def test_a_stage_waits_for_its_own_heads_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Exchange, "inputs_to_heads", to_heads)
     ringspan.run_in_process(2, lambda group: attended(group, "process_group", 2, 4, 4))
     assert said[:4] == ["wait 0", "compute 0", "wait 1", "compute 1"]
+
+
+def test_results_are_written_after_what_was_computed_where_they_lie(monkeypatch: pytest.MonkeyPatch):
+    """Memory for them was asked for behind the first stage's kernel, which may still compute there when another stream has its own."""
+    said, mine = [], threading.local()
+    right_copy, right_launched, right_beside = swap.copy_all, planning.Plan.launched, SharedMemory.beside
+
+    def say(what: str) -> None:
+        said.extend([what] * hasattr(mine, "here"))
+
+    def copy_all(*given: Any, **named: Any) -> None:
+        say("copy")
+        right_copy(*given, **named)
+
+    def launched(self: Any, *given: Any) -> Any:
+        say(f"compute {self.stage}")
+        return right_launched(self, *given)
+
+    class Told:
+        def __init__(self, lane: str) -> None:
+            self._lane = lane
+
+        def wait(self) -> None:
+            say(f"wait {self._lane}")
+
+    def beside(self: Any, lane: str, *given: Any, **named: Any) -> Any:
+        right_beside(self, lane, *given, **named)
+        return Told(lane)
+
+    def run(group: Any) -> None:
+        vars(mine).update(here=True) if group.rank == 0 else None
+        attended(group, "peer_memory", 2, 8, 4)
+
+    monkeypatch.setattr(swap, "copy_all", copy_all)
+    monkeypatch.setattr(planning.Plan, "launched", launched)
+    monkeypatch.setattr(SharedMemory, "beside", beside)
+    ringspan.run_in_process(2, run)
+    ends = [index for index, what in enumerate(said) if what == "compute 1"]
+    for end, swaps in zip(ends, (2, 1), strict=True):
+        # Forward out and lse, backward the gradients: what the first stage gave has left before the last one's is written.
+        assert said[end + 1 : said.index("copy", end)] == ["wait arrive"] * swaps
 
 
 def test_a_tape_keeps_every_stage(monkeypatch: pytest.MonkeyPatch):
