@@ -86,7 +86,7 @@ for part in $parts; do
       # A captured pass has as many branches as a GPU has hardware queues by default, and ends with one queue too.
       for connections in 8 1 32; do
         export CUDA_DEVICE_MAX_CONNECTIONS=$connections
-        bench "queues_$connections" 60 --kernel "$kernel" --strategy direct:shards_at_once=4,all_gather,ulysses,ring --length 2048 --launch graph --peers none
+        bench "queues_$connections" 80 --kernel "$kernel" --strategy direct:shards_at_once=4,all_gather,ulysses,ulysses:stages=4,ring --length 2048 --heads 32/32 --launch graph --peers none
       done
       unset CUDA_DEVICE_MAX_CONNECTIONS ;;
     speed) bench speed 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 2048,8192,32768 \
