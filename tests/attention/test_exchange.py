@@ -11,7 +11,10 @@ import torch
 
 import ringspan
 from ringspan.attention import reshard, swap
+from ringspan.attention.landing import make_rooms
+from ringspan.geometry import head_shares, make_layout
 from ringspan.kernels import copy_all
+from ringspan.strategies import make_schedules
 from ringspan.transport import peer_memory
 from ringspan.transport.shared_memory import SharedMemory
 from tests.support.poison import poisoned
@@ -126,6 +129,18 @@ def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_
 
     for told, size in ringspan.run_in_process(4, run):
         assert told == size > 0
+
+
+@pytest.mark.parametrize(("kv_heads", "wide"), [(8, 2), (2, 4)], ids=["each its own", "shared"])
+def test_an_inbox_is_no_larger_than_what_a_pass_brings(kv_heads: int, wide: int):
+    layout, q = make_layout("zigzag", 1024, 4), torch.empty(1, 256, 8, 64, dtype=torch.bfloat16)
+    schedules = make_schedules("ulysses", layout, ringspan.causal())
+    assert schedules.grid is not None
+    _, nbytes = make_rooms(schedules.grid, layout, schedules.layout, q, [head_shares(8, kv_heads, 4)])
+    query, keys = 2, 2 * max(1, kv_heads // 4)
+    forward = 64 * 2 * (1024 * (query + keys) + 3 * 256 * query) + 3 * 256 * query * 4
+    backward = 64 * (1024 * query * 2 + 3 * 256 * (query * 2 + keys * wide)) + 1024 * query * 4
+    assert nbytes == max(forward, backward)
 
 
 def test_what_is_copied_in_eights_is_what_is_copied():

@@ -21,15 +21,17 @@ from tests.support.models import make_batch, tiny_llama
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """The garbage collector sleeps, and keeps what `left_over` finds."""
+    """The garbage collector sleeps, and keeps what `left_over` finds of what is made from here on: a test before may let go of more."""
     gc.collect()
     gc.disable()
+    gc.freeze()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         yield
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
 
 

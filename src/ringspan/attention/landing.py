@@ -1,4 +1,4 @@
-"""What lands where while positions are exchanged for heads: integers alone, the same on every rank."""
+"""What lands where while positions are exchanged for heads: the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringspan.attention.inbox import ALIGNMENT
-from ringspan.geometry import Grid, HeadShare, Layout
+from ringspan.geometry import Grid, HeadShare, Layout, shared_keys
 from ringspan.kernels import Copy, accumulator_dtype
 
 
@@ -102,24 +102,19 @@ def make_rooms(
     once in a pass that all they have may be written.
     """
     batch, head_dim = q.shape[0], q.shape[3]
-    element, wide = q.element_size(), accumulator_dtype(q.dtype).itemsize
+    element, accumulated = q.element_size(), accumulator_dtype(q.dtype).itemsize
     all_rows, rows = batch * max(merged.shard_lengths), batch * max(layout.shard_lengths)
     found, start = [], 0
     for shares in stages:
-        queries, keys = max(share.heads for share in shares), max(share.kv_heads for share in shares)
-
-        def together(width: int, all_rows: int = all_rows) -> int:
-            return aligned(all_rows * width)
-
-        def by_sender(*widths: int) -> int:
-            return grid.degree * sum(aligned(rows * width) for width in widths)
-
-        inputs = together((queries + 2 * keys) * head_dim * element)
-        outputs, lse = by_sender(queries * head_dim * element), by_sender(queries * wide)
-        douts, dlse = together(queries * head_dim * element), together(queries * wide)
-        gradients = by_sender(queries * head_dim * element, 2 * keys * head_dim * wide)
+        queries, keys = (max(getattr(share, which) for share in shares) for which in ("heads", "kv_heads"))
+        query, key, lse = queries * head_dim * element, keys * head_dim * element, queries * accumulated
+        # Parts of the gradient of a key head that several ranks have are sums.
+        key_gradient = keys * head_dim * (accumulated if any(shared_keys(tuple(shares))) else element)
+        # What is put together there, and what lies by its sender.
+        inputs, douts, dlse = (aligned(all_rows * size) for size in (query + 2 * key, query, lse))
+        outputs, lses, dq, keys_back = ((grid.degree - 1) * aligned(rows * size) for size in (query, lse, query, 2 * key_gradient))
         found.append(Rooms(start, start + inputs, start + inputs + outputs, start, start + douts, start + douts + dlse))
-        start += max(inputs + outputs + lse, douts + dlse + gradients)
+        start += max(inputs + outputs + lses, douts + dlse + dq + keys_back)
     return tuple(found), start
 
 

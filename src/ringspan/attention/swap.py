@@ -225,18 +225,14 @@ class PeerSwapper:
         first, *later = ([copy for other in group.others for landing in stage for copy in self._put(landing, other)] for stage in stages)
         for other in group.others:
             self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
-        swap = None
-        if observer is not None:
-            swap = group.sizes(lambda source, target: [landing.part(source, target) for landing in stages[0]])
-        token = None if observer is None else observer.begin(BEFORE, "transfer", swap, nothing)
-        with watch(observer, BEFORE, "post", swap):
+        carried: list[Pending] = []
+
+        def write() -> None:
             memory.meet()
             copy_all(_mixed(first, own))
-        carried = [memory.beside("carry", partial(copy_all, copies, few=True)) for copies in later]
-        with watch(observer, BEFORE, "wait", swap):
-            memory.meet()
-        if observer is not None:
-            observer.end(token)
+            carried.extend(memory.beside("carry", partial(copy_all, copies, few=True)) for copies in later)
+
+        self._exchanged(lambda source, target: [landing.part(source, target) for landing in stages[0]], write, observer, BEFORE)
         pending = [nothing, *(memory.beside("arrive", memory.meet, [each]) for each in carried)]
         keeping = [self._kept(*each, observer) if keep else nothing for each in zip(mine, kept, pending, strict=True)]
         return [
@@ -281,17 +277,23 @@ class PeerSwapper:
         # Ranks meet in the same order; and the memory of results may be what another stream computed in before they were made.
         for each in self._beside:
             each.wait()
-        swap = None if observer is None else group.sizes(mail.messages)
-        token = None if observer is None else observer.begin(AFTER, "transfer", swap, nothing)
-        with watch(observer, AFTER, "post", swap):
-            copy_all(_mixed(remote, [*self._own, *own]))
-            self._own.clear()
-        with watch(observer, AFTER, "wait", swap):
-            memory.meet()
-        if observer is not None:
-            observer.end(token)
+        self._exchanged(mail.messages, partial(copy_all, _mixed(remote, [*self._own, *own])), observer, AFTER)
+        self._own.clear()
         arrived(found)
         return nothing
+
+    def _exchanged(
+        self, messages: Callable[[int, int], Sequence[Message]], write: Callable[[], None], observer: Observer | None, step: int
+    ) -> None:
+        """Has `messages` written, and waits until all ranks have."""
+        swap = None if observer is None else self.group.sizes(messages)
+        token = None if observer is None else observer.begin(step, "transfer", swap, nothing)
+        with watch(observer, step, "post", swap):
+            write()
+        with watch(observer, step, "wait", swap):
+            self.memory.meet()
+        if observer is not None:
+            observer.end(token)
 
     def _carried(self, copies: Iterable[Copy]) -> list[Pending]:
         """The copies, begun beside what is computed."""
