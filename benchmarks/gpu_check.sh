@@ -158,6 +158,7 @@ for part in $parts; do
       # The context is used, not just held: the loss of the same held-out tokens by context, after some hundred steps on a real text, by default
       # the source of transformers' models, where much of a file was said some ten thousand bytes before. A pretrained model, stretched:
       #   MODEL=SmolLM2-135M TRAIN="--rope-scaling yarn --learning-rate 2e-4" STEPS=200 HELD_OUT=524288 gpu_check.sh out run
+      # Ids of every_position.py hold the same held-out text at many positions: DATA=ids.npy HELD_OUT=<what it printed>.
       data=${DATA:-$(python3 -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("transformers").origin).parent / "models")')}
       # shellcheck disable=SC2086
       timeout "${SECONDS_ALLOWED:-280}" python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --model "${MODEL:-tiny}" \
