@@ -13,7 +13,7 @@ from collections.abc import Sequence
 def start_ranks(
     num_ranks: int, module: str, arguments: Sequence[str], folder: str, restarts: int = 0, logged_ranks: Sequence[int] = ()
 ) -> dict[int, int]:
-    """Runs `python -m module arguments` on `num_ranks` processes, and waits for their end.
+    """Runs `python -P -m module arguments` on `num_ranks` processes, and waits for their end.
 
     Args:
         num_ranks: how many.
@@ -52,7 +52,8 @@ def start_ranks(
         logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(logged_ranks, Std.ERR)),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        # -P: a folder that somebody stands in is not looked through for modules, as by the command itself it is not.
+        elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)}
     except SignalException as end:
