@@ -2,11 +2,11 @@
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|units|correct|queues|speed|eager|many|many_heads|stages|long|masks|heads|auto|ablate|memory|soak|steps|account|parts|reach|
-#   alone|host|timeline|run|half_million|million ...]
+# usage: gpu_check.sh OUT_FOLDER [exact|units|sanitizer|correct|queues|speed|eager|many|many_heads|many_narrow|stages|long|masks|heads|auto|ablate|memory|soak|
+#   steps|account|parts|reach|alone|host|timeline|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
-parts=${*:-exact units correct speed long masks heads auto ablate soak steps}
+parts=${*:-exact units sanitizer correct speed long masks heads auto ablate soak steps}
 out=$(mktemp -d)
 mkdir -p "$kept"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -63,9 +63,11 @@ for part in $parts; do
       # What is run by ranks with a GPU each; the rest of tests/gpu needs one GPU.
       timeout 300 python3 -m pytest -q tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark 2>&1 | tail -30 ;;
     units)
-      # On one GPU: the tests, and the kernels written here under the sanitizer.
+      # On one GPU.
       timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & wait $!
-      echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log"; keep
+      echo "tests/gpu: $?"; tail -25 "$out/gpu_tests.log" ;;
+    sanitizer)
+      # The kernels written here, on one GPU.
       for tool in memcheck racecheck; do
         timeout 120 compute-sanitizer --tool $tool python3 -m pytest -q tests/gpu/test_cuda_kernels.py \
           tests/gpu/test_cuda_transformer.py -k "fused_merge or fused_sums or fused_norms or (fused_token_loss and 4096)" -p no:cacheprovider
@@ -96,7 +98,8 @@ for part in $parts; do
       SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
         --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
+      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none ;;
+    many_narrow)
       SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     stages)
       # Heads in stages beside all at once, and where the time of the stages goes.
