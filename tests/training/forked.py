@@ -22,8 +22,8 @@ class ForkedRank:
     """As much of a `subprocess.Popen` as torchrun's agent asks for."""
 
     def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        python, dash_m, module, *rest = (part for part in arguments if part != "-u")
-        assert (python, dash_m) == (sys.executable, "-m"), arguments
+        python, dash_p, dash_m, module, *rest = (part for part in arguments if part != "-u")
+        assert (python, dash_p, dash_m) == (sys.executable, "-P", "-m"), arguments
         sys.stdout.flush()
         sys.stderr.flush()
         self.returncode: int | None = None
