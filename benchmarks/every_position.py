@@ -16,25 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ringspan.training.tokens import HELD_OUT_FRACTION, ensure_tokens
+from ringspan.errors import RingspanError
+from ringspan.training.tokens import HELD_OUT_FRACTION, Split, ensure_tokens
 
 
-def laid_down(ids: np.ndarray, context: int, every: int) -> tuple[np.ndarray, int]:
+def laid_down(ids: np.ndarray, num_training: int, context: int, every: int) -> tuple[np.ndarray, int]:
     """What is trained on and then the rows, and how many rows there are.
 
     Args:
         ids: `[tokens]`.
+        num_training: of them, those that are not held out.
         context: tokens of a row.
         every: tokens from the beginning of a row to that of the next one.
     """
-    held_out = round(HELD_OUT_FRACTION * len(ids))
-    training, rest = ids[:-held_out], ids[-held_out:]
-    starts = range(0, held_out - context + 1, every)
-    if not starts:
-        raise SystemExit(f"--context {context}: the last twentieth of the text has {held_out} tokens; more text, or a shorter context")
-    rows = np.concatenate([rest[start : start + context] for start in starts])
+    starts = range(num_training, len(ids) - context + 1, every)
+    rows = np.concatenate([ids[start : start + context] for start in starts])
     trained = round(len(rows) * (1 / HELD_OUT_FRACTION - 1))
-    return np.concatenate([np.resize(training, trained), rows]), len(starts)
+    return np.concatenate([np.resize(ids[:num_training], trained), rows]), len(starts)
 
 
 def main() -> None:
@@ -44,14 +42,19 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--context", type=int, default=65536)
     parser.add_argument("--every", type=int, default=8192)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a file that ends in .npy, as `ringspan train` knows them")
     arguments = parser.parse_args()
+    if min(arguments.context, arguments.every) < 1 or arguments.out.suffix != ".npy" or not arguments.out.parent.is_dir():
+        parser.error("--context and --every are 1 or more, and --out names an .npy in a folder that there is")
     with tempfile.TemporaryDirectory() as folder:
-        tokens = ensure_tokens(Path(folder), arguments.data, arguments.model)
-        ids = np.fromfile(tokens.path, dtype=np.uint16 if tokens.token_bytes == 2 else np.uint32)
-    laid, rows = laid_down(ids, arguments.context, arguments.every)
-    np.save(arguments.out, laid)
-    print(f"{len(ids)} tokens; held out: {rows} rows of {arguments.context}, --validation-tokens {rows * arguments.context}")
+        try:
+            tokens = ensure_tokens(Path(folder), arguments.data, arguments.model)
+            split = Split.of(tokens, arguments.context)
+        except RingspanError as error:
+            parser.error(str(error))
+        laid, rows = laid_down(tokens.open().numpy(), split.num_training, arguments.context, arguments.every)
+    np.save(arguments.out, laid.astype(np.uint32 if laid.itemsize == 4 else np.uint16))
+    print(f"{tokens.num_tokens} tokens; held out: {rows} rows of {arguments.context}, --validation-tokens {rows * arguments.context}")
 
 
 if __name__ == "__main__":
