@@ -116,8 +116,8 @@ for part in $parts; do
       bench heads 220 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none
       bench narrow 60 --kernel "$kernel" --strategy ring --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     auto)
-      bench strategies 150 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
-      bench kernels 90 --kernel "flash4,cudnn,flash2,auto" --strategy ring --length 2048,8192,32768 --launch graph --peers none ;;
+      bench strategies 240 --kernel "$kernel" --strategy ring,all_gather,direct,ulysses,auto --layout zigzag,auto --length 2048,8192,32768 --launch graph --peers none
+      bench kernels 150 --kernel "flash4,cudnn,flash2,auto" --strategy ring --length 2048,8192,32768 --launch graph --peers none ;;
     ablate) bench ablation 120 --kernel "$kernel" --strategy ring --length 8192,32768 --ablate --peers none ;;
     memory)
       # What holds more at a time than a ring does.

@@ -22,6 +22,10 @@ class Scoring:
     deterministic: bool = False
 
 
+_CAPTURED: set[TileScores] = set()
+"""Whose tensors graphs read that others have captured."""
+
+
 class TileScores:
     """Makes the `Scores` of each tile, with global positions where a mask_mod asks for them.
 
@@ -34,6 +38,7 @@ class TileScores:
     def __init__(self, scoring: Scoring, layout: Layout, device: torch.device) -> None:
         self.scoring, self._layout, self._device = scoring, layout, device
         self._positions: dict[int, Tensor] = {}
+        self._packed: dict[tuple[Tile, ...], Scores] = {}
 
     def from_head(self, head: int) -> TileScores:
         """The same for tensors whose first query head is number `head` of these."""
@@ -49,10 +54,20 @@ class TileScores:
         """How many positions each owner has."""
         return self._layout.shard_lengths
 
+    def keep_if_captured(self) -> None:
+        """If the current stream is captured, what kernels read of these scores stays where it is: nobody says when that graph ends."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _CAPTURED.add(self)
+
     def __call__(self, q_owner: int, kv_owner: int, tile: Tile, parts: tuple[Tile, ...] = ()) -> Scores:
         scoring = self.scoring
         if scoring.mask_mod is None:
-            return Scores(tile, scoring.scale, scoring.softcap, deterministic=scoring.deterministic, parts=parts)
+            if (made := self._packed.get(parts)) is None:
+                made = Scores(tile, scoring.scale, scoring.softcap, deterministic=scoring.deterministic, parts=parts)
+                if parts:
+                    # It holds where the parts begin, on the device: as long as a graph of this plan reads it there.
+                    self._packed[parts] = made
+            return made
         return Scores(
             tile, scoring.scale, scoring.softcap, scoring.mask_mod,
             self._of(q_owner)[tile.q_start : tile.q_stop], self._of(kv_owner)[tile.k_start : tile.k_stop], scoring.first_head,

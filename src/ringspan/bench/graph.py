@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,21 @@ WARMUP = 3
 """Calls on a side stream before the capture, as torch asks for: libraries then have their workspaces, and plans are made."""
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """A captured graph. It knows addresses alone: `work`, which holds the tensors that lie there, is kept for that."""
+
+    graph: torch.cuda.CUDAGraph
+    results: Results
+    work: Callable[[], Results]
+
+    def __call__(self) -> Results:
+        self.graph.replay()
+        return self.results
+
+
 def captured(work: Callable[[], Results]) -> Callable[[], Results]:
-    """`work` as a replay of its CUDA graph, which writes into the same results each time.
+    """`work` as a replay of its CUDA graph, which writes into the same results each time. What it reads lives as long as the replay.
 
     The backward runs on the calling thread while it is captured: torch's own threads would capture nothing. Only what this thread calls is
     checked for what a capture forbids, since NCCL's watchdog asks for events all the time.
@@ -33,8 +47,4 @@ def captured(work: Callable[[], Results]) -> Callable[[], Results]:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = work()
 
-    def replay() -> Results:
-        graph.replay()
-        return results
-
-    return replay
+    return _Replay(graph, results, work)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ringspan.geometry import Tile
 from ringspan.kernels.capabilities import Capabilities, Declared, Problem
 from ringspan.kernels.protocol import Scores, common_window
 
@@ -102,15 +101,6 @@ def _window(scores: Scores) -> dict[str, bool | int | None]:
 def _varlen(scores: Scores, device: torch.device) -> dict[str, Tensor | int]:
     if not scores.parts:
         return {}
-    borders = _borders(scores.parts, device)
+    borders = scores.borders(device)
     longest = max(part.num_queries for part in scores.parts), max(part.num_keys for part in scores.parts)
     return {"cu_seqlens_q": borders[0], "cu_seqlens_k": borders[1], "max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
-
-
-@lru_cache(maxsize=1024)
-def _borders(parts: tuple[Tile, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the parts begin and end, in rows and keys of the launch, int32. Kept: a captured graph makes no copy from the host."""
-    first = parts[0]
-    rows = [0, *(part.q_stop - first.q_start for part in parts)]
-    keys = [0, *(part.k_stop - first.k_start for part in parts)]
-    return torch.tensor(rows, dtype=torch.int32, device=device), torch.tensor(keys, dtype=torch.int32, device=device)

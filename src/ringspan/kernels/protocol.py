@@ -39,6 +39,21 @@ class Scores:
     first_head: int = 0
     parts: tuple[Tile, ...] = ()
     deterministic: bool = False
+    _borders: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where `parts` begin and end, in rows and keys of the launch, `[parts + 1]` each, int32 on `device`.
+
+        They lie there as long as these scores are kept: a captured graph copies nothing from the host, and reads them at each replay.
+        """
+        if device not in self._borders:
+            first = self.parts[0]
+            rows = [0, *(part.q_stop - first.q_start for part in self.parts)]
+            keys = [0, *(part.k_stop - first.k_start for part in self.parts)]
+            with torch.inference_mode(False):
+                found = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in (rows, keys)]
+            self._borders[device] = found[0], found[1]
+        return self._borders[device]
 
     def allowed(self, rows: slice, batch: int, heads: int, device: torch.device) -> Tensor | None:
         """Which pairs of `rows` (of the tile) are allowed: boolean, broadcastable to `[batch, heads, rows, keys]`; None for all."""
