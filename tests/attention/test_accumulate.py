@@ -81,6 +81,23 @@ def test_few_parts_are_put_off_and_merged_at_once_without_a_wide_copy(monkeypatc
     assert merged == [3] and not made
 
 
+@pytest.mark.parametrize(("additions", "waits"), [(2, True), (3, True), (4, False)])
+def test_of_a_long_gradient_the_last_call_finds_no_more_than_its_sum(additions: int, waits: bool, monkeypatch: pytest.MonkeyPatch):
+    """What is put off lies beside what a call works in, which is several times as much as it gives."""
+    like, bytes_each = torch.empty(1, ROWS, 2, 4, dtype=torch.bfloat16), ROWS * 2 * 4 * 2
+    monkeypatch.setattr(accumulate, "LONG_BYTES", bytes_each - 1)
+    with LiveBytes() as live:
+        live.ignore(like)
+        total = Accumulator(Piece("dq", 0, 0, ROWS), like, additions)
+        held = []
+        for _ in range(additions):
+            held.append(live.now())
+            total.add(0, ROWS, torch.ones(1, ROWS, 2, 4, dtype=torch.bfloat16).movedim(1, 0))
+        (found,) = total.result()
+    assert torch.equal(found, torch.full_like(found, additions))
+    assert held == ([bytes_each * before for before in range(additions)] if waits else [0, bytes_each, 2 * bytes_each, 2 * bytes_each])
+
+
 def test_of_many_only_rows_to_which_more_comes_are_kept_wide(monkeypatch: pytest.MonkeyPatch):
     spans = [(0, 12), *[(6, 12)] * 4]
     partial = Partial(Piece("o", 0, 0, ROWS), torch.empty(1, ROWS, 2, 4, dtype=torch.bfloat16), 5, (6, 12))

@@ -7,7 +7,7 @@ import pytest
 from ringspan.attention import accumulate
 from ringspan.geometry import Mask, causal, full, make_layout
 from ringspan.schedule import Action, Attend, Combine, PieceBytes, Schedule
-from ringspan.strategies import Machine, make_schedules, prices_of
+from ringspan.strategies import Machine, make_schedules, prices_of, sums
 from ringspan.strategies.sums import TOGETHER
 
 # An element of a result takes 2 bytes and of a wide sum 4; a row of queries has 3 elements, of keys and values 2 x 1.
@@ -27,6 +27,7 @@ def added(strategy: str, num_ranks: int, direction: str, rank: int, mask: Mask |
 
 def test_as_many_additions_are_summed_at_once_as_the_executor_sums():
     assert TOGETHER == accumulate.TOGETHER
+    assert (sums.TOGETHER_LONG, sums.LONG_BYTES) == (accumulate.TOGETHER_LONG, accumulate.LONG_BYTES)
 
 
 def test_a_few_partial_outputs_are_each_read_once_and_their_sum_is_read_and_written_once():
@@ -39,6 +40,18 @@ def test_many_partial_outputs_are_added_one_at_a_time_in_float32():
     assert list(added("direct", TOGETHER + 1, "forward", 0).values()) == [12, 12, 12 + 24]
     found = added("direct", TOGETHER + 2, "forward", 0)
     assert list(found.values()) == [12 + 48] * (TOGETHER + 1), "6 elements, in 2 bytes, to 4 bytes read and 4 written"
+
+
+def test_of_long_gradients_fewer_are_summed_at_once(monkeypatch: pytest.MonkeyPatch):
+    def of_queries() -> list[float]:
+        return [size for action, size in added("direct", 4, "backward", 0).items() if action.startswith("q0")]
+
+    monkeypatch.setattr(sums, "LONG_BYTES", 12)
+    assert of_queries() == [12, 12, 12 + 24], "of three other ranks' keys: 2 rows of 3 elements in 2 bytes; the sum read and written once"
+    monkeypatch.setattr(sums, "LONG_BYTES", 11)
+    assert of_queries() == [12 + 48] * 3, "to a sum in 4 bytes, read and written each time"
+    monkeypatch.setattr(sums, "TOGETHER_LONG", 3)
+    assert of_queries() == [12, 12, 12 + 24]
 
 
 def test_gradients_that_come_home_in_one_step_are_summed_at_once_and_else_one_at_a_time():

@@ -9,6 +9,7 @@ through anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -23,7 +24,16 @@ TOGETHER = 3
 """How many additions are put off, where no more are to come: in half precision they take the memory that their float32 sum would, and the
 next one beside it. Otherwise none is."""
 
+TOGETHER_LONG, LONG_BYTES = 2, 1 << 28
+"""And of gradients of more than so many bytes, in half precision: the last call that adds to them then finds one less there, beside what
+it works in. Their float32 sum passes through memory more often, which counts little beside so long a call."""
+
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+
+def most_together(nbytes: int) -> int:
+    """How many additions to gradients of `nbytes` are put off."""
+    return TOGETHER_LONG if nbytes > LONG_BYTES else TOGETHER
 
 
 def _nothing() -> None:
@@ -127,7 +137,8 @@ class Accumulator:
     ) -> None:
         self.piece, self._like, self._ahead, self._rounds, self._parts, self._before = piece, like, additions, rounds, parts, before
         self._held: list[Tensor] | None = None
-        self._late = _Late[tuple[Tensor, ...]](rounds)
+        elements = parts * len(piece) * like.shape[0] * math.prod(like.shape[2:])
+        self._late = _Late[tuple[Tensor, ...]](rounds, most_together(elements * like.element_size()))
 
     def add(self, start: int, stop: int, *parts: Tensor, lent: bool = False) -> None:
         """Adds to rows `[start, stop)`; may keep and overwrite `parts`, unless they are `lent` until `settle`."""
@@ -189,6 +200,7 @@ class _Late(Generic[Parts]):
 
     Args:
         waits: whether any may be: not those of a sum that stays wide.
+        most: how many.
 
     Attributes:
         others: in the order in which they came.
@@ -196,8 +208,8 @@ class _Late(Generic[Parts]):
         is_due: whether all of it is to be added now: to wait for what is to come would take more memory than their sum does.
     """
 
-    def __init__(self, waits: bool) -> None:
-        self._waits = waits
+    def __init__(self, waits: bool, most: int = TOGETHER) -> None:
+        self._waits, self._most = waits, most
         self.others: list[tuple[int, Parts]] = []
         self.lent = self.is_due = False
 
@@ -206,7 +218,7 @@ class _Late(Generic[Parts]):
         self.others.append((start, parts))
         self.lent |= lent
         narrow = parts[0].dtype != accumulator_dtype(parts[0].dtype)
-        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= TOGETHER)
+        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= self._most)
 
     def take(self) -> list[tuple[int, Parts]]:
         """All of it, which then is none. What comes after it is not put off: their sum is there already."""

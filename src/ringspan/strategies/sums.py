@@ -14,7 +14,8 @@ from typing import NamedTuple
 from ringspan.schedule import RESULTS, Action, Attend, Combine, PieceBytes, Schedule
 
 TOGETHER = 3
-"""How many additions are summed in one pass, as the executor does."""
+TOGETHER_LONG, LONG_BYTES = 2, 1 << 28
+"""How many additions are summed in one pass, and to gradients of more than so many bytes, as the executor does."""
 
 Calls = Callable[[Attend], list[tuple[int, int]]]
 """(rows, keys) of the kernel calls of an attend."""
@@ -51,19 +52,20 @@ def sum_bytes(schedule: Schedule, sizes: PieceBytes, calls: Calls) -> dict[Actio
                 piece = action.piece
                 width = single if (action.peer, rank, piece, action.step) in singles else sizes.accumulator_bytes
                 sums[(piece.kind, piece.owner)].append(_Addition(action, len(piece) * elements[piece.kind], width, True))
-        for (_, owner), additions in sums.items():
-            _add(passed, additions[1:], sizes, owner == rank)
+        for (kind, owner), additions in sums.items():
+            is_long = kind != "o" and max(addition.size for addition in additions) * sizes.element_bytes > LONG_BYTES
+            _add(passed, additions[1:], sizes, owner == rank, TOGETHER_LONG if is_long else TOGETHER)
     return passed
 
 
-def _add(passed: dict[Action, float], additions: list[_Addition], sizes: PieceBytes, stays: bool) -> None:
-    """All that is added to what was there first; `stays`: the sum does not travel."""
+def _add(passed: dict[Action, float], additions: list[_Addition], sizes: PieceBytes, stays: bool, most: int) -> None:
+    """All that is added to what was there first; `stays`: the sum does not travel. `most` are summed in one pass."""
     if not additions:
         return
     last = additions[-1]
     early = any(addition.lent and addition.action.step != last.action.step for addition in additions)
     narrow = all(addition.width < sizes.accumulator_bytes for addition in additions)
-    together = stays and narrow and not early and len(additions) <= TOGETHER
+    together = stays and narrow and not early and len(additions) <= most
     for addition in additions:
         through = 0 if together else 2 * sizes.accumulator_bytes
         passed[addition.action] += addition.size * (addition.width + through)
