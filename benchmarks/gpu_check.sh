@@ -131,7 +131,7 @@ for part in $parts; do
       # Where the time of a step goes, by kind of kernel, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
       step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
-      grep -E ' ms +(attention|matrix|messages|copies|fills|waits|elementwise)' "$out/step.log" ;;
+      grep -E ' ms +(attention|matrix products|messages|copies|fills|waits|elementwise|nothing), of' "$out/step.log" ;;
     parts)
       # What each part is worth in the whole 8B shape: the context that fits without it and what it costs. WAYS names some, to split them over GPUs.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -21,7 +21,9 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,10 +145,28 @@ KINDS = {
     "copies": ("Memcpy", "memcpy"), "fills": ("Memset", "FillFunctor"), "waits": ("wait_signal", "put_signal"),
 }  # fmt: skip
 """What kernels belong to, by what their names hold; the rest is elementwise work. Waits for peers run beside the rest."""
+FIRST = ("attention", "matrix products", "elementwise", "fills", "messages", "copies", "waits")
+"""Where several run at an instant, it counts as the first of these."""
+
+
+def once(spans: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+    """Of each kind the time in which it counts, each instant once; under `nothing` that between the first and the last in which none runs.
+
+    Args:
+        spans: (kind, start, end), in any order.
+    """
+    found: dict[str, float] = {}
+    running: Counter[str] = Counter()
+    ends = sorted([(start, kind, 1) for kind, start, _ in spans] + [(end, kind, -1) for kind, _, end in spans], key=lambda entry: entry[0])
+    for (now, kind, more), (then, _, _) in pairwise(ends):
+        running[kind] += more
+        counts = next((kind for kind in FIRST if running[kind]), "nothing")
+        found[counts] = found.get(counts, 0.0) + then - now
+    return found
 
 
 def profiled(work: Callable[[], object]) -> None:
-    """Prints where the device's time goes, by kind and by kernel, in milliseconds. What runs beside something else counts as well."""
+    """Prints where the device's time goes, in milliseconds: each instant once, and what each kind and kernel runs, beside others too."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -154,15 +174,18 @@ def profiled(work: Callable[[], object]) -> None:
         torch.cuda.synchronize()
     kinds: dict[str, float] = {}
     kernels: dict[str, tuple[float, int]] = {}
+    spans: list[tuple[str, float, float]] = []
     for event in recorded.events():
         if (took := event.device_time_total / 1e3) > 0:
             kind = next((kind for kind, words in KINDS.items() if any(word in event.name for word in words)), "elementwise")
             kinds[kind] = kinds.get(kind, 0.0) + took
+            spans.append((kind, event.time_range.start / 1e3, event.time_range.end / 1e3))
             name = f"{kind:16} {event.name[:150]}"
             before, count = kernels.get(name, (0.0, 0))
             kernels[name] = (before + took, count + 1)
     if dist.get_rank() == 0:
-        print("\n".join(f"{took:10.1f} ms  {kind}" for kind, took in sorted(kinds.items(), key=lambda entry: -entry[1])))
+        for kind, took in sorted(once(spans).items(), key=lambda entry: -entry[1]):
+            print(f"{took:10.1f} ms  {kind}, of {kinds.get(kind, took):.1f} with what runs beside those before it")
         for name, (took, count) in sorted(kernels.items(), key=lambda entry: -entry[1][0])[:40]:
             print(f"{took:10.1f} ms {count:6} x  {name}")
 
