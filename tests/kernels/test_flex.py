@@ -6,7 +6,9 @@ score_mod and blocks. What only a GPU shows is in tests/gpu.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -143,6 +145,27 @@ def test_tiles_are_kept_and_no_more_than_so_many():
     assert kept.get(Scores(moved, 0.4), 2, 4, cpu) is not first
     kept.get(CASES["full"], 2, 4, cpu)
     assert len(kept) == 2 and kept.get(CASES["causal"], 2, 4, cpu) is not first
+
+
+def test_what_a_captured_graph_reads_of_a_tile_stays(monkeypatch: pytest.MonkeyPatch):
+    kept, cpu = flex_tiles.FlexTiles(limit=1), torch.device("cpu")
+
+    def blocks() -> weakref.ref[Tensor]:
+        mask = kept.get(CASES["causal"], 2, 4, cpu).block_mask
+        assert mask is not None
+        return weakref.ref(mask.kv_indices)
+
+    launched = blocks()
+    kept.get(CASES["full"], 2, 4, cpu)
+    gc.collect()
+    assert launched() is None
+    blocks()
+    monkeypatch.setattr(flex_tiles, "is_captured", lambda device: device == cpu)
+    captured = [blocks(), blocks()]
+    kept.get(CASES["full"], 2, 4, cpu)
+    gc.collect()
+    assert captured[0]() is captured[1]() is not None
+    assert len(kept) == 1 and len(kept._captured) == 1, "once, however often it is captured"
 
 
 def test_positions_tell_tiles_apart_and_live_as_long_as_what_was_made_of_them():

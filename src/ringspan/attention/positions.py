@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, document_borders
+from ringspan.kernels import is_captured
 
 if TYPE_CHECKING:
     from ringspan.attention.sequence import Sequence
@@ -63,7 +64,7 @@ def position_problem(sequence: Sequence, position_ids: object, asked: str) -> Ri
     if sequence.num_ranks == 1 or not isinstance(position_ids, Tensor) or position_ids in sequence.known_positions:
         return None
     length = sequence.shard_length
-    if position_ids.shape[-1:] != (length,) or sequence.may_count_from_0 or position_ids.is_meta or _is_captured(position_ids):
+    if position_ids.shape[-1:] != (length,) or sequence.may_count_from_0 or position_ids.is_meta or is_captured(position_ids.device):
         return None
     if not bool((position_ids == torch.arange(length, device=position_ids.device)).all()):
         sequence.known_positions.add(position_ids)
@@ -81,10 +82,6 @@ def may_count_from_0(mask: Mask, positions: Tensor) -> bool:
     begins = positions - torch.arange(len(positions), device=positions.device)
     borders = torch.tensor([0, *sorted(document_borders(mask))], device=positions.device)
     return bool(torch.isin(begins, borders).all())
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _places(sequence: Sequence) -> str:

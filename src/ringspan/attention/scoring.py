@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringspan.geometry import Layout, MaskMod, Tile
-from ringspan.kernels import Scores
+from ringspan.kernels import Scores, is_captured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class TileScores:
 
     def keep_if_captured(self) -> None:
         """If the current stream is captured, what kernels read of these scores stays where it is: nobody says when that graph ends."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(self._device):
             _CAPTURED.add(self)
 
     def __call__(self, q_owner: int, kv_owner: int, tile: Tile, parts: tuple[Tile, ...] = ()) -> Scores:

@@ -3,6 +3,7 @@
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
+from ringspan.kernels.capture import is_captured
 from ringspan.kernels.copies import Copy, copy_all
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
@@ -30,6 +31,7 @@ __all__ = [
     "batch_first",
     "copy_all",
     "dtype_name",
+    "is_captured",
     "lowered",
     "lse_gradient_refusal",
     "merge_",

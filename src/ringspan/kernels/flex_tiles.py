@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from ringspan.kernels.capture import is_captured
 from ringspan.kernels.protocol import Scores
 
 BLOCK = 128
@@ -35,11 +36,12 @@ class FlexTile:
 
 
 class FlexTiles:
-    """The tiles met last, and what was made of them."""
+    """The tiles met last and what was made of them, and for good what a captured graph reads."""
 
     def __init__(self, limit: int = KEPT) -> None:
         self._limit = limit
         self._kept: OrderedDict[Any, FlexTile] = OrderedDict()
+        self._captured: list[FlexTile] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -52,9 +54,11 @@ class FlexTiles:
             tile.num_queries, tile.num_keys, tile.low, tile.high, scores.scale, scores.softcap, scores.mask_mod, places,
             scores.first_head, batch, heads, device,
         )  # fmt: skip
-        if key in self._kept:
+        if (found := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
-            return self._kept[key]
+            if is_captured(device) and all(each is not found for each in self._captured):
+                self._captured.append(found)
+            return found
         # A backward saves what is made here, and autograd saves no tensor that was made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             made = self._kept[key] = FlexTile(
