@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,10 @@ from ringspan.attention import plan
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.kernels import KERNELS, Problem
 from ringspan.kernels import refusal as refusal_of
+from ringspan.transformer import HostStore, Offload, decoder_layers, rematerialise
+from ringspan.transformer.offload import CudaCopier
+from tests.support.errors import relative
+from tests.support.models import make_batch, tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +92,43 @@ def test_what_another_stream_still_reads_is_not_given_out_again():
             beside(lambda: torch.zeros_like(q))
     torch.cuda.synchronize()
     assert torch.equal(read, q)
+
+
+class Slow(CudaCopier):
+    """Copies that begin late: what they read lies there long after whoever made it has gone on."""
+
+    def out(self, tensor: Tensor, host: Tensor) -> Any:
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(30_000_000)
+        return super().out(tensor, host)
+
+
+def of_a_model(device: torch.device, shard: int, kernel: str, make_store: Callable[[], HostStore] | None) -> list[list[Tensor]]:
+    """Of two ranks, gradients of a model whose heads are computed in stages; every second layer keeps attention's results alone."""
+    model = tiny_llama("ringspan", torch.bfloat16, hidden_size=512, num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=8)
+
+    def run(group: Any) -> list[Tensor]:
+        mine = copy.deepcopy(model).to(device)
+        rematerialise(decoder_layers(mine), "attention_output", make_store and make_store(), layers_per_checkpoint=2)
+        sequence = ringspan.ContextParallel(
+            group, strategy="ulysses", stages=2, kernel=kernel, deterministic=device.type == "cuda", transport="peer_memory"
+        ).sequence(2 * shard)
+        part = sequence.shard_batch({name: each.to(device) for name, each in make_batch(1, 2 * shard).items()})
+        sequence.loss(mine(**part, use_cache=False).logits, part["shift_labels"]).backward()
+        return [parameter.grad for parameter in mine.parameters() if parameter.grad is not None]
+
+    return ringspan.run_in_process(2, run, timeout_seconds=120.0)
+
+
+def test_memory_that_leaves_for_the_host_is_not_written_to_by_the_other_stream_of_heads_in_stages():
+    device, offload = torch.device("cuda"), Offload(in_flight=1)
+    assert isinstance(streams_for(torch.empty(1, SHARD, 16, 32, device="cuda"), KERNELS["flash2"], True, first=False), TwoStreams)
+    right = of_a_model(device, SHARD, "flash2", None)
+    found = of_a_model(device, SHARD, "flash2", lambda: HostStore(Slow(device), offload))
+    # An embedding's gradient may be added up in another order.
+    assert all(
+        relative(mine, other) < 1e-2 for ours, others in zip(found, right, strict=True) for mine, other in zip(ours, others, strict=True)
+    )
 
 
 def test_a_kernel_that_keeps_tensors_on_the_device_has_one_stream():

@@ -263,6 +263,22 @@ def test_all_that_a_layer_needs_is_asked_for_with_the_first_of_it_and_nothing_tw
     assert copier.log == ["out"] * 12 + ["back"] * 9
 
 
+def test_what_has_left_is_waited_for_before_a_layer_begins_and_not_in_the_middle_of_it():
+    """There another stream may be computing already, in memory that is let go then: it does not wait for what this one waits for."""
+    copier = Recorder()
+    store = HostStore(copier, Offload(in_flight=2))
+    layers: list[list[Any]] = []
+    for _ in range(4):
+        number = store.new_layer()
+        waiting = set(copier.pending)
+        there = [each for parked in layers for each in parked if each.here is not None]
+        assert {each.layer for each in there} == {number - 1} - {0}
+        layers.append([store.put(torch.full((2,), float(number)), number) for _ in range(3)])
+        assert waiting <= set(copier.pending), "no put has waited"
+        assert all(each.here is not None for each in there), "or let go of anything"
+    assert all(torch.equal(each(), torch.full((2,), float(each.layer))) for parked in reversed(layers) for each in parked)
+
+
 def test_buffers_are_used_again_in_the_next_step():
     made = []
 

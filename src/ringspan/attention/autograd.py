@@ -32,6 +32,7 @@ class DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Runs the forward program and keeps q, k, v, out and lse of this rank's heads if `keep`; lse is None where it is not wanted."""
+        plan.scores.keep_if_captured()
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         stages, into = plan.stages or (plan,), {}
@@ -57,6 +58,7 @@ class DistributedAttention(torch.autograd.Function):
         with watch(ctx.plan.observer, BEFORE, "whole"), without_autocast(ctx.device):
             # Under checkpointing a layer is computed again to give them: its errors are its own.
             saved = ctx.saved_tensors
+            ctx.plan.scores.keep_if_captured()
             with ctx.plan.in_one_piece():
                 return DistributedAttention._input_gradients(ctx, saved, *gradients)
 

@@ -63,8 +63,6 @@ class Plan:
 
     def launched(self, direction: str, inputs: tuple[Tensor | None, ...], work: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`work(*inputs)`, one direction of this plan, replayed where that is wanted."""
-        # By somebody else: a graph made in there keeps this plan.
-        self.scores.keep_if_captured()
         if self.replays is None:
             return work(*inputs)
         memory = None if self.peers is None or not self.peers[1][direction].messages else self.peers[0]

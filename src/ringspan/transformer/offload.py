@@ -94,7 +94,7 @@ class CudaCopier:
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), size, 0))
         # A process that ends gives back all of it.
-        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+        weakref.finalize(buffer, _unregister, self._stream, buffer.data_ptr()).atexit = False
         return buffer
 
     def out(self, tensor: Tensor, host: Tensor) -> Any:
@@ -186,8 +186,17 @@ class HostStore:
         self.bytes_held = 0
 
     def new_layer(self) -> int:
-        """The number of a layer, for `put`."""
+        """The number of a layer, for `put`. Called where its layers are computed, before anything of it is begun on another stream.
+
+        Device memory of tensors that have left is used again by what is queued from here on, and by streams that go on from here: some of
+        it is theirs. A `put` may be any stream's, of which the others know nothing.
+        """
         self._layers += 1
+        while len({each.layer for each in self._leaving}) >= self._settings.in_flight:
+            left = self._leaving.pop(0)
+            # Not before the copy has ended.
+            self._copier.wait(left.mark)
+            left.here = None
         return self._layers
 
     def put(self, tensor: Tensor, layer: int | None = None) -> Parked:
@@ -201,11 +210,6 @@ class HostStore:
         assert parked.here is not None
         parked.mark = self._copier.out(_as_bytes(parked.here), parked.host)
         self._leaving.append(parked)
-        while len({each.layer for each in self._leaving}) > self._settings.in_flight:
-            left = self._leaving.pop(0)
-            # Its device memory is used again by what is queued from here on, and not before the copy has ended.
-            self._copier.wait(left.mark)
-            left.here = None
         self._order = [reference for reference in self._order if reference() is not None]
         self._order.append(weakref.ref(parked))
         return parked
@@ -288,6 +292,13 @@ def make_store(device: torch.device, settings: Offload) -> HostStore:
     """The store for tensors of `device`."""
     copier = CudaCopier(device) if device.type == "cuda" else PlainCopier()
     return HostStore(copier, settings)
+
+
+def _unregister(stream: torch.cuda.Stream, address: int) -> None:
+    """Page-locked memory goes back, and not while a copy from or to it is on its way: a store may be dropped in the middle of a step."""
+    stream.synchronize()
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
