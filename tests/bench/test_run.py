@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from ringspan.bench import clock as clock_room
 from ringspan.bench import run as running
 from ringspan.bench.energy import joules
 from ringspan.bench.overlap import Awaited
+from ringspan.bench.together import Together
+from ringspan.errors import RankFailure
 from ringspan.kernels import KERNELS
 from ringspan.transport import Parcel, SingleRank
 
@@ -120,6 +123,35 @@ def test_a_capture_that_fails_leaves_the_rest_timed(monkeypatch: pytest.MonkeyPa
     found = Bench(CLOCK, Meter("there is none")).run(grid)
     assert [(record.launch, record.status) for record in found] == [("graph", "failed"), ("eager", "timed")] * 2
     assert "not permitted" in found[0].reason
+
+
+@pytest.mark.parametrize("met", ["CUDA error: an illegal memory access was encountered", ""])
+def test_a_lost_rank_is_said_with_what_was_measured_and_what_was_met_before(met: str, monkeypatch: pytest.MonkeyPatch):
+    """A broken device cannot tell the others either: then its own error is the first, and the exchange's the second."""
+
+    def lost(together: Any, mine: object) -> list:
+        raise RankFailure(
+            "rank 0 exchanged with rank 1", "the transfer broke off", "A rank that dies stops the others", "a look at its log"
+        )
+
+    def broken(*given: Any) -> Any:
+        monkeypatch.setattr(Together, "gather_objects", lost)
+        monkeypatch.setattr(Together, "fail", lambda together, *told: lost(together, told))
+        if met:
+            raise RuntimeError(f"{met}\nCompile with TORCH_USE_CUDA_DSA")
+        return whole(*given)
+
+    whole = running.one_device
+    monkeypatch.setattr(running, "one_device", broken)
+    grid = Grid(num_ranks=1, tokens=(1200,), heads=((2, 2),), head_dims=(8,), dtypes=("float32",))
+    with pytest.raises(RankFailure) as failure:
+        Bench(CLOCK, Meter("there is none")).run(grid)
+    kernel = failure.value.asked.split(", ")[1]
+    assert kernel in KERNELS
+    assert str(failure.value) == (
+        f"while measuring one device, {kernel}, eager, 1,200 tokens a device, causal: rank 0 exchanged with rank 1: "
+        f"{f'RuntimeError: {met}; then ' if met else ''}the transfer broke off. A rank that dies stops the others. Try: a look at its log"
+    )
 
 
 def test_without_overlap_what_is_posted_has_arrived():

@@ -292,21 +292,30 @@ class _Problem:
                 self.keep(checked)
 
     def _attempt(self, record: Record, work: Callable[[], Outcome]) -> Outcome | None:
-        """The outcome of `work`, or None where any rank failed: a record that says so is then kept. Collective."""
+        """The outcome of `work`, or None where any rank failed: a record that says so is then kept. Collective.
+
+        Raises:
+            RankFailure: where a rank is lost; it says at what, and what this rank met before.
+        """
+        met = ""
         try:
-            outcome = work()
-            self.together.gather_objects(None)
-            return outcome
-        except RankFailure:
-            raise
-        except Broken as broken:
-            ended = broken
-        except RingspanError as error:
-            ended = self.together.fail("refused", str(error))
-        except Exception as error:
-            ended = self.together.fail("failed", one_line(error))
-        self.keep(replace(record, status=ended.status, reason=ended.reason))
-        return None
+            try:
+                outcome = work()
+                self.together.gather_objects(None)
+                return outcome
+            except (Broken, RankFailure):
+                raise
+            except Exception as error:
+                met = str(error) if isinstance(error, RingspanError) else one_line(error)
+                # A device that an error has broken takes part in nothing any more, and not in this.
+                raise self.together.fail("refused" if isinstance(error, RingspanError) else "failed", met) from error
+        except Broken as ended:
+            self.keep(replace(record, status=ended.status, reason=ended.reason))
+            return None
+        except RankFailure as failure:
+            during = f"{record.label}, {record.launch}, {self.shape.tokens:,} tokens a device, {self.shape.mask_text}"
+            found = f"{met}; then {failure.found}" if met else failure.found
+            raise RankFailure(f"while measuring {during}: {failure.asked}", found, failure.rule, failure.nearest) from failure
 
     def _timed(self, record: Record, passes: Passes) -> Record | None:
         """Captures where that is asked for, times both passes, weighs memory and energy, and keeps the record. Collective."""
