@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,40 @@ from ringspan.transport.protocol import Parcel
 Result = TypeVar("Result")
 
 
+def recorded(device: torch.device) -> torch.cuda.Event | None:
+    """What tells when all is done that the current stream of `device` has been given; None where nothing is ever left to do."""
+    if device.type != "cuda":
+        return None
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return done
+
+
+def follow(done: torch.cuda.Event | None, device: torch.device) -> None:
+    """What the current stream of `device` does from here on comes after `done`, be it another stream's."""
+    if done is not None:
+        torch.cuda.current_stream(device).wait_event(done)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a tensor for another rank, whose current stream may be another."""
+
+    tensor: Tensor
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Copy:
+        return cls(tensor.detach().clone(), recorded(tensor.device))
+
+    def taken(self) -> Tensor:
+        """For the current stream: its memory is not given out again before that has read it."""
+        if self.done is not None:
+            follow(self.done, self.tensor.device)
+            self.tensor.record_stream(torch.cuda.current_stream(self.tensor.device))
+        return self.tensor
+
+
 class _World:
     """What the ranks share: mailboxes, a meeting point, and the first failure."""
 
@@ -25,7 +60,7 @@ class _World:
         # A condition a rank: news for one rank does not wake the other 63.
         self.news = [threading.Condition(self.lock) for _ in range(size)]
         # (source, target, lane, how many went before on that way): a receive is for one certain send, whatever it is waited for after.
-        self.mail: dict[tuple[int, int, int, int], Tensor] = {}
+        self.mail: dict[tuple[int, int, int, int], _Copy] = {}
         self.tables: dict[int, dict[int, object]] = defaultdict(dict)
         self.failed: tuple[int, BaseException] | None = None
         self.ended: set[int] = set()
@@ -68,7 +103,7 @@ class _Arrivals:
                 world.wait_for(
                     rank, lambda ticket=ticket: ticket in world.mail, f"a tensor of {tuple(tensor.shape)} from rank {peer}", [peer]
                 )
-                arrived = world.mail.pop(ticket)
+                arrived = world.mail.pop(ticket).taken()
             if arrived.shape != tensor.shape or arrived.dtype != tensor.dtype:
                 raise RankFailure(
                     f"rank {rank} expected {tuple(tensor.shape)} {tensor.dtype} from rank {peer}",
@@ -101,12 +136,12 @@ class InProcessTransport:
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel], lane: int = 0) -> _Arrivals:
         """See `Transport.exchange`."""
-        parcels = [(tensor.detach().clone(), peer) for tensor, peer in sends]
+        parcels = [(_Copy.of(tensor), peer) for tensor, peer in sends]
         with self.world.lock:
-            for tensor, peer in parcels:
-                self.world.mail[(self.rank, peer, lane, self._sent[(peer, lane)])] = tensor
+            for copy, peer in parcels:
+                self.world.mail[(self.rank, peer, lane, self._sent[(peer, lane)])] = copy
                 self._sent[(peer, lane)] += 1
-                self._bytes_sent[peer] += tensor.numel() * tensor.element_size()
+                self._bytes_sent[peer] += copy.tensor.numel() * copy.tensor.element_size()
             self.world.wake({peer for _, peer in sends})
         tickets = []
         for parcel in receives:
@@ -130,12 +165,12 @@ class InProcessTransport:
 
     def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """See `Transport.all_reduce`. Summed in rank order, so the same on every rank and run."""
-        every = torch.stack(self.gather_objects(tensor.detach().clone()))
+        every = torch.stack([each.taken() for each in self.gather_objects(_Copy.of(tensor))])
         tensor.copy_(every.sum(0) if operation == "sum" else every.amax(0))
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """See `Transport.broadcast`."""
-        tensor.copy_(self.gather_objects(tensor.detach().clone())[source])
+        tensor.copy_(self.gather_objects(_Copy.of(tensor))[source].taken())
 
 
 class SingleRank(InProcessTransport):
@@ -147,6 +182,8 @@ class SingleRank(InProcessTransport):
 
 def run_in_process(num_ranks: int, function: Callable[[InProcessTransport], Result], timeout_seconds: float = 300.0) -> list[Result]:
     """Runs `function(group)` on `num_ranks` in-process ranks, each a thread, and returns their results in rank order.
+
+    On a GPU a rank computes on its thread's current stream, which may be its own; results of another than the default one are to be waited for.
 
     Args:
         num_ranks: how many ranks.

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ringspan.errors import RankFailure
-from ringspan.transport.in_process import InProcessTransport
+from ringspan.transport.in_process import InProcessTransport, follow, recorded
 from ringspan.transport.peers import Passes, Words, Work
 from ringspan.transport.protocol import Pending
 
 
 class _WhenNeeded:
-    def __init__(self, arrive: Work) -> None:
-        self._arrive = arrive
+    def __init__(self, work: Work) -> None:
+        self._work = work
 
     def wait(self) -> None:
-        self._arrive()
+        self._work()
 
 
 class SharedMemory:
@@ -38,6 +38,9 @@ class SharedMemory:
         self._inboxes: list[Tensor] = []
         self._meetings = 0
         self._passes = Passes()
+        # Of the pass before, and of each lane: what else is done may be another stream's.
+        self._over: torch.cuda.Event | None = None
+        self._lanes: dict[int | str, torch.cuda.Event | None] = {}
         # The ranks share the first one's lock, and signals that are set, each with what it comes after on a GPU.
         self._changed, self._set = transport.gather_objects((threading.Condition(), {}))[0]
 
@@ -57,10 +60,12 @@ class SharedMemory:
     def begin(self) -> None:
         """See `PeerMemory.begin`."""
         self._passes.begin()
+        follow(self._over, self._device)
 
     def end(self) -> None:
         """See `PeerMemory.end`."""
         self._passes.end()
+        self._over = recorded(self._device)
 
     def leave(self) -> None:
         """See `PeerMemory.leave`."""
@@ -69,7 +74,7 @@ class SharedMemory:
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""
         with self._changed:
-            done = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+            done = recorded(self._device)
             for peer, channel in words:
                 word = (self._transport.rank, peer, channel)
                 assert word not in self._set, f"signal {word} was not cleared"
@@ -91,8 +96,7 @@ class SharedMemory:
                     raise RankFailure(f"rank {word[1]} waited for a signal of rank {peer}", found)
                 self._changed.wait(0.05)
             done = self._set.pop(word)
-        if done is not None:
-            torch.cuda.current_stream(self._device).wait_event(done)
+        follow(done, self._device)
 
     def meet(self) -> None:
         """See `PeerMemory.meet`."""
@@ -104,14 +108,28 @@ class SharedMemory:
 
     def aside(self, lane: int, room: Work, writes: Sequence[Work], arrive: Work) -> Pending:
         """See `PeerMemory.aside`: a thread writes at once, and waits when it needs what arrives."""
-        room()
-        for write in writes:
-            write()
-        return _WhenNeeded(arrive)
+
+        def write() -> None:
+            room()
+            for each in writes:
+                each()
+
+        return self._at_once(lane, write, arrive)
 
     def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
         """See `PeerMemory.beside`: done at once."""
         for pending in after:
             pending.wait()
+        return self._at_once(lane, work, lambda: None)
+
+    def _at_once(self, lane: int | str, work: Work, arrive: Work) -> Pending:
+        """`work()`, on the current stream; who waits, and what is next on the lane, comes after it."""
+        follow(self._lanes.get(lane), self._device)
         work()
-        return _WhenNeeded(lambda: None)
+        done = self._lanes[lane] = recorded(self._device)
+
+        def wait() -> None:
+            follow(done, self._device)
+            arrive()
+
+        return _WhenNeeded(wait)
