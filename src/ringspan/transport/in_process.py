@@ -183,7 +183,8 @@ class SingleRank(InProcessTransport):
 def run_in_process(num_ranks: int, function: Callable[[InProcessTransport], Result], timeout_seconds: float = 300.0) -> list[Result]:
     """Runs `function(group)` on `num_ranks` in-process ranks, each a thread, and returns their results in rank order.
 
-    On a GPU a rank computes on its thread's current stream, which may be its own; results of another than the default one are to be waited for.
+    On a GPU a rank computes on its thread's current stream, which may be its own: results made on another than the default one
+    are to be waited for.
 
     Args:
         num_ranks: how many ranks.
