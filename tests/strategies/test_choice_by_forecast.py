@@ -60,9 +60,12 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
     (4, 32, 32, 128, 32768): {
         "direct shards_at_once=2": (56.201, 211.531),
         "ulysses": (58.734, 212.136),
+        "ulysses stages=4": (55.608, 206.495),
         "all_gather": (55.783, 212.368),
     },
     (4, 64, 8, 128, 2048): {
+        # b0a8c26, benchmarks/reports/2026-11-27-documents-and-width-64-four-h200.md.
+        "direct shards_at_once=2": (0.512, 2.039),
         "direct shards_at_once=4": (0.500, 2.068),
         "all_gather": (0.502, 2.045),
         "ulysses": (0.657, 2.155),
@@ -71,6 +74,12 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "direct shards_at_once=2": (7.225, 27.169),
         "all_gather": (7.126, 26.684),
         "ulysses": (7.783, 27.458),
+    },
+    # b0a8c26.
+    (4, 64, 8, 128, 32768): {
+        "direct shards_at_once=2": (109.813, 406.509),
+        "direct shards_at_once=4": (109.853, 404.594),
+        "ring": (111.271, 410.731),
     },
     (4, 32, 8, 64, 2048): {
         "direct shards_at_once=2": (0.205, 0.706),
@@ -110,7 +119,7 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
 }
 
 # What is chosen there and was not timed; its neighbours were.
-UNTIMED: dict[Case, str] = {(4, 64, 8, 128, 2048): "direct shards_at_once=2"}
+UNTIMED: dict[Case, str] = {(4, 32, 8, 64, 32768): "direct shards_at_once=2"}
 
 COMPARED = [case for case, timed in TIMED.items() if len(timed) > 1]
 
@@ -183,7 +192,7 @@ def test_a_forward_alone_counts_beside_a_forward_and_backward():
     forward = min(cost.forward_seconds for cost in costs.values())
     assert costs[both].forward_seconds > 1.1 * forward, "the quickest of both is slow at one"
     assert costs[picked(choice)].forward_seconds < 1.02 * forward
-    assert costs[picked(choice)].seconds < 1.02 * costs[both].seconds
+    assert costs[picked(choice)].seconds < 1.05 * costs[both].seconds
 
 
 def test_stages_whose_forward_is_slow_are_not_taken_for_their_backward():

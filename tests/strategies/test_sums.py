@@ -7,8 +7,8 @@ import pytest
 from ringspan.attention import accumulate
 from ringspan.geometry import Mask, causal, full, make_layout
 from ringspan.schedule import Action, Attend, Combine, PieceBytes, Schedule
-from ringspan.strategies import Machine, make_schedules, prices_of, sums
-from ringspan.strategies.sums import TOGETHER
+from ringspan.strategies import Machine, make_schedules, prices_of
+from ringspan.strategies.sums import TOGETHER, TOGETHER_MADE
 
 # An element of a result takes 2 bytes and of a wide sum 4; a row of queries has 3 elements, of keys and values 2 x 1.
 SIZES = PieceBytes(heads=3, kv_heads=1, head_dim=1, element_bytes=2, accumulator_bytes=4, single_bytes=2)
@@ -26,8 +26,7 @@ def added(strategy: str, num_ranks: int, direction: str, rank: int, mask: Mask |
 
 
 def test_as_many_additions_are_summed_at_once_as_the_executor_sums():
-    assert TOGETHER == accumulate.TOGETHER
-    assert (sums.TOGETHER_LONG, sums.LONG_BYTES) == (accumulate.TOGETHER_LONG, accumulate.LONG_BYTES)
+    assert (TOGETHER, TOGETHER_MADE) == (accumulate.TOGETHER, accumulate.TOGETHER_MADE)
 
 
 def test_a_few_partial_outputs_are_each_read_once_and_their_sum_is_read_and_written_once():
@@ -42,16 +41,14 @@ def test_many_partial_outputs_are_added_one_at_a_time_in_float32():
     assert list(found.values()) == [12 + 48] * (TOGETHER + 1), "6 elements, in 2 bytes, to 4 bytes read and 4 written"
 
 
-def test_of_long_gradients_fewer_are_summed_at_once(monkeypatch: pytest.MonkeyPatch):
-    def of_queries() -> list[float]:
-        return [size for action, size in added("direct", 4, "backward", 0).items() if action.startswith("q0")]
+def test_of_gradients_that_are_made_here_fewer_are_summed_at_once():
+    def of_queries(num_ranks: int) -> list[float]:
+        return [size for action, size in added("direct", num_ranks, "backward", 0).items() if action.startswith("q0")]
 
-    monkeypatch.setattr(sums, "LONG_BYTES", 12)
-    assert of_queries() == [12, 12, 12 + 24], "of three other ranks' keys: 2 rows of 3 elements in 2 bytes; the sum read and written once"
-    monkeypatch.setattr(sums, "LONG_BYTES", 11)
-    assert of_queries() == [12 + 48] * 3, "to a sum in 4 bytes, read and written each time"
-    monkeypatch.setattr(sums, "TOGETHER_LONG", 3)
-    assert of_queries() == [12, 12, 12 + 24]
+    assert of_queries(3) == [12, 12 + 24], "of two other ranks' keys: 2 rows of 3 elements in 2 bytes; the sum read and written once"
+    assert of_queries(4) == [12 + 48] * 3, "to a sum in 4 bytes, read and written each time"
+    # Those of keys lie where they came: 2 rows of 2 elements in 2 bytes from each of three.
+    assert [size for action, size in added("all_gather", 4, "backward", 0).items() if action.startswith("+dkv")] == [8, 8, 8 + 16]
 
 
 def test_gradients_that_come_home_in_one_step_are_summed_at_once_and_else_one_at_a_time():

@@ -1,6 +1,6 @@
 """What a rank adds up during one pass: partial outputs, and gradients. Few passes over memory, one rounding at the end.
 
-A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is. Where at most `TOGETHER` more come,
+A kernel gives its result in the inputs' dtype. The first that covers an accumulator is taken as it is. Where a few more come (`TOGETHER`),
 narrower than their sum, they are put off, and then all are added in registers, in float32, and rounded once, into the first: one pass over
 memory, and no float32 copy. What has more to come, or must be added before because its memory was lent or its sum travels, is kept in
 float32 (float64 for float64), of a partial output only those rows to which more comes, and the last addition rounds it while it passes
@@ -9,7 +9,6 @@ through anyway.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -20,20 +19,12 @@ from ringspan.attention.shelf import adjacent
 from ringspan.kernels import accumulator_dtype, add_, merge_
 from ringspan.schedule import Piece
 
-TOGETHER = 3
-"""How many additions are put off, where no more are to come: in half precision they take the memory that their float32 sum would, and the
-next one beside it. Otherwise none is."""
-
-TOGETHER_LONG, LONG_BYTES = 2, 1 << 28
-"""And of gradients of more than so many bytes, in half precision: the last call that adds to them then finds one less there, beside what
-it works in. Their float32 sum passes through memory more often, which counts little beside so long a call."""
+TOGETHER, TOGETHER_MADE = 3, 2
+"""How many additions are put off, where no more are to come, and how many of them where they are gradients that are made here: in half
+precision they take the memory that their float32 sum would, and the next one beside it, which the last call of a backward would find there
+beside all that it works in. What has come from another rank lies where it came. Of more none is put off."""
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
-
-
-def most_together(nbytes: int) -> int:
-    """How many additions to gradients of `nbytes` are put off."""
-    return TOGETHER_LONG if nbytes > LONG_BYTES else TOGETHER
 
 
 def _nothing() -> None:
@@ -137,8 +128,7 @@ class Accumulator:
     ) -> None:
         self.piece, self._like, self._ahead, self._rounds, self._parts, self._before = piece, like, additions, rounds, parts, before
         self._held: list[Tensor] | None = None
-        elements = parts * len(piece) * like.shape[0] * math.prod(like.shape[2:])
-        self._late = _Late[tuple[Tensor, ...]](rounds, most_together(elements * like.element_size()))
+        self._late = _Late[tuple[Tensor, ...]](rounds, TOGETHER_MADE)
 
     def add(self, start: int, stop: int, *parts: Tensor, lent: bool = False) -> None:
         """Adds to rows `[start, stop)`; may keep and overwrite `parts`, unless they are `lent` until `settle`."""
@@ -200,7 +190,7 @@ class _Late(Generic[Parts]):
 
     Args:
         waits: whether any may be: not those of a sum that stays wide.
-        most: how many.
+        most: how many, if their memory was not lent.
 
     Attributes:
         others: in the order in which they came.
@@ -218,7 +208,7 @@ class _Late(Generic[Parts]):
         self.others.append((start, parts))
         self.lent |= lent
         narrow = parts[0].dtype != accumulator_dtype(parts[0].dtype)
-        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= self._most)
+        self.is_due = not (self._waits and narrow and len(self.others) + ahead <= (TOGETHER if lent else self._most))
 
     def take(self) -> list[tuple[int, Parts]]:
         """All of it, which then is none. What comes after it is not put off: their sum is there already."""

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from ringspan.schedule import RESULTS, Action, Attend, Combine, PieceBytes, Schedule
 
-TOGETHER = 3
-TOGETHER_LONG, LONG_BYTES = 2, 1 << 28
-"""How many additions are summed in one pass, and to gradients of more than so many bytes, as the executor does."""
+TOGETHER, TOGETHER_MADE = 3, 2
+"""How many additions are summed in one pass, and how many of gradients that this rank makes, as the executor does."""
 
 Calls = Callable[[Attend], list[tuple[int, int]]]
 """(rows, keys) of the kernel calls of an attend."""
@@ -53,8 +52,9 @@ def sum_bytes(schedule: Schedule, sizes: PieceBytes, calls: Calls) -> dict[Actio
                 width = single if (action.peer, rank, piece, action.step) in singles else sizes.accumulator_bytes
                 sums[(piece.kind, piece.owner)].append(_Addition(action, len(piece) * elements[piece.kind], width, True))
         for (kind, owner), additions in sums.items():
-            is_long = kind != "o" and max(addition.size for addition in additions) * sizes.element_bytes > LONG_BYTES
-            _add(passed, additions[1:], sizes, owner == rank, TOGETHER_LONG if is_long else TOGETHER)
+            _, *more = additions
+            made = kind != "o" and not all(addition.lent for addition in more)
+            _add(passed, more, sizes, owner == rank, TOGETHER_MADE if made else TOGETHER)
     return passed
 
 
