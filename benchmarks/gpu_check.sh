@@ -95,10 +95,10 @@ for part in $parts; do
         --launch "${LAUNCH:-graph,eager,replay}" ;;
     many)
       # What four GPUs and more choose among.
-      SAMPLES=10 bench many 300 --kernel "$kernel" --strategy ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto --length 2048,8192,32768 \
-        --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
+      SAMPLES=10 bench many 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto}" \
+        --length "${LENGTHS:-2048,8192,32768}" --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
-      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length 2048,8192,32768 --heads "${HEADS:-64/8,32/32}" --launch graph --peers none ;;
+      SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length "${LENGTHS:-2048,8192,32768}" --heads "${HEADS:-64/8,32/32}" --launch graph --peers none ;;
     many_narrow)
       SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
     stages)
