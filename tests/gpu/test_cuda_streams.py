@@ -119,10 +119,10 @@ def test_what_another_stream_still_reads_is_not_given_out_again():
 class Slow(CudaCopier):
     """Copies that begin late: what they read lies there long after whoever made it has gone on."""
 
-    def out(self, tensor: Tensor, host: Tensor) -> Any:
+    def _copy(self, source: Tensor, target: Tensor) -> Any:
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(30_000_000)
-        return super().out(tensor, host)
+        return super()._copy(source, target)
 
 
 def of_a_model(device: torch.device, shard: int, kernel: str, make_store: Callable[[], HostStore] | None) -> list[list[Tensor]]:
@@ -151,6 +151,24 @@ def test_memory_that_leaves_for_the_host_is_not_written_to_by_the_other_stream_o
     off = [relative(*pair) for rank in zip(found, right, strict=True) for pair in zip(*rank, strict=True)]
     wrong = [each for each in off if not each < 1e-2]
     assert not wrong, f"{len(wrong)} of {len(off)} gradients err: {wrong}"
+
+
+def test_what_came_back_for_nothing_is_not_written_over_what_is_next_there():
+    """A graph is dropped beside another stream than the one that its tensors are of."""
+    mine, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(mine):
+        store = HostStore(Slow(torch.device("cuda")), Offload(in_flight=1))
+        parked = [store.put(torch.ones(1 << 20, device="cuda")) for _ in range(3)]
+        for _ in range(2):
+            parked.pop()()
+        assert parked[0].here is not None
+        where = parked[0].here.data_ptr()
+    with torch.cuda.stream(other):
+        parked.clear()
+    with torch.cuda.stream(mine):
+        there = [torch.zeros(1 << 20, device="cuda") for _ in range(8)]
+    torch.cuda.synchronize()
+    assert not any(bool(each.any()) for each in there), f"of {[each.data_ptr() for each in there]}, where {where} came back"
 
 
 def test_a_kernel_that_keeps_tensors_on_the_device_has_one_stream():

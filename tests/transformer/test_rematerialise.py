@@ -279,6 +279,24 @@ def test_what_has_left_is_waited_for_before_a_layer_begins_and_not_in_the_middle
     assert all(torch.equal(each(), torch.full((2,), float(each.layer))) for parked in reversed(layers) for each in parked)
 
 
+def test_memory_of_what_came_back_for_nothing_is_held_whatever_stream_is_current_then():
+    held, copier = [], Recorder()
+    copier.hold = lambda tensor: held.append(tensor.data_ptr())  # type: ignore[method-assign]
+    store = HostStore(copier, Offload(in_flight=1))
+    first, second, third = (store.put(torch.full((2,), float(index))) for index in range(3))
+    third()
+    second()
+    assert first.here is not None, "it is on its way"
+    started, expected = dict(copier.pending), first.here.data_ptr()
+    del first, second, third
+    assert held == [expected]
+    assert copier.pending == started, "and nobody has waited"
+    # Nor is what was on its way then in the way of the next step's.
+    layers = [store.put(torch.full((2,), float(index))) for index in range(3)]
+    layers.pop()()
+    assert layers[1].here is not None
+
+
 def test_buffers_are_used_again_in_the_next_step():
     made = []
 

@@ -54,6 +54,10 @@ class Copier(Protocol):
         """Work queued from here on sees that copy ended; the host need not wait."""
         ...
 
+    def hold(self, tensor: Tensor) -> None:
+        """Memory of `tensor` is not given out again, on any stream, before every copy that was started has ended."""
+        ...
+
     def finish(self) -> None:
         """The host waits until every copy that was started has ended."""
         ...
@@ -75,6 +79,9 @@ class PlainCopier:
         tensor.copy_(host)
 
     def wait(self, mark: Any) -> None:
+        """See `Copier`."""
+
+    def hold(self, tensor: Tensor) -> None:
         """See `Copier`."""
 
     def finish(self) -> None:
@@ -115,6 +122,10 @@ class CudaCopier:
     def wait(self, mark: Any) -> None:
         """See `Copier`."""
         torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+    def hold(self, tensor: Tensor) -> None:
+        """See `Copier`."""
+        tensor.record_stream(self._stream)
 
     def finish(self) -> None:
         """See `Copier`."""
@@ -178,7 +189,8 @@ class HostStore:
         self._free: list[Tensor] = []
         self._was_full = False
         self._leaving: list[Parked] = []
-        self._coming: list[Parked] = []
+        # Known by weak references, as all that is on the host: whoever drops its graph drops them, on their way or not.
+        self._coming: list[weakref.ref[Parked]] = []
         self._layers = 0
         self._order: list[weakref.ref[Parked]] = []
         self.bytes_used = 0
@@ -229,14 +241,15 @@ class HostStore:
             self._copier.wait(parked.mark)
             tensor = parked.here
         parked.here, parked.was_taken = None, True
-        self._coming = [each for each in self._coming if each.here is not None and each is not parked]
+        self._coming = [each for each in self._coming if (found := each()) is not None and found.here is not None]
         self._fetch_up_to(parked.layer)
         assert tensor is not None
         return tensor
 
     def _fetch_up_to(self, layer: int) -> None:
         """Starts what else this layer needs, and what the layers before it do."""
-        under_way = {each.layer for each in (*self._coming, *self._leaving)} - {layer}
+        coming = (each() for each in self._coming)
+        under_way = {each.layer for each in (*coming, *self._leaving) if each is not None} - {layer}
         for reference in reversed(self._order):
             parked = reference()
             if parked is None or parked.layer > layer or parked.here is not None or parked.was_taken:
@@ -246,13 +259,13 @@ class HostStore:
                     return
                 under_way.add(parked.layer)
             parked.fetch(self._copier)
-            self._coming.append(parked)
+            self._coming.append(reference)
 
     def give_back(self, parked: Parked, buffer: Tensor) -> None:
         """The buffer of a tensor that nobody wants any more: used again for one of its size or less."""
         if parked.here is not None:
-            # Fetched for nothing. Its device memory must not be used again while the copy still writes it.
-            self._copier.wait(parked.mark)
+            # Fetched for nothing, and dropped wherever its graph is: the copy may still write it.
+            self._copier.hold(parked.here)
         self.bytes_used -= parked.size
         self._free.append(buffer)
 
