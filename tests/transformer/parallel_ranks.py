@@ -292,6 +292,47 @@ def sharded_parameters(group: Any) -> dict[str, int]:
     return found
 
 
+INTERRUPTED = [
+    Case({"context": 2}, how={**SMALL, "rematerialise": "full"}),
+    Case({"shard": 2}, how={**SMALL, "rematerialise": "none"}),
+    Case({"replicate": 2}, "qwen 3", how={**SMALL, "rematerialise": "full"}),
+    Case({"context": 2}, "tied llama", how={**SMALL, "reshard_after_forward": False}),
+    Case({"context": 2}, "deep llama", how={**SMALL, "layers_per_checkpoint": 2, "offload": Offload(in_flight=1)}),
+]
+
+
+def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
+    """Of each case a step after two that an error has ended on every rank, in the middle of a forward and of a backward."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*ignored: Any) -> None:
+        raise Interrupted
+
+    found = []
+    for case in INTERRUPTED:
+        (name,) = case.mesh
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+        parallel = parallelize(copy.deepcopy(MODELS[case.model]()), mesh, **case.how)
+        batches = case.batches(0 if name == "context" else mesh.get_rank())
+        optimizer = torch.optim.SGD(parallel.model.parameters())
+        # Gradients are there already when it happens, as of an earlier micro-batch.
+        step(parallel, batches)
+        mlp: Any = parallel.model.model.layers[1].mlp
+        for register in (mlp.register_forward_hook, mlp.register_full_backward_hook):
+            hook = register(interrupt)
+            try:
+                step(parallel, batches)
+                raise AssertionError("nothing was interrupted")
+            except Interrupted:
+                hook.remove()
+            optimizer.zero_grad()
+        loss = step(parallel, batches)
+        found.append((loss, whole_gradients(parallel.model)))
+    return found
+
+
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
     from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
@@ -307,6 +348,7 @@ def extras(group: Any) -> dict[str, Any]:
         "families": split_families(group),
         "kept": kept_bytes(group),
         "broken splits": broken_splits(group),
+        "interrupted": after_interruptions(group),
     }
 
 

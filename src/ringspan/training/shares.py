@@ -244,10 +244,11 @@ def watch_sharding(model: nn.Module, times: PartTimes) -> None:
 
     FSDP2 has no hooks around its waits: they are methods of each module's parameter group, which are wrapped.
     """
+    # Late: whoever shards nothing need not load FSDP.
+    from ringspan.transformer.fsdp import parameter_groups
+
     for module in model.modules():
-        state = module._get_fsdp_state() if callable(getattr(module, "_get_fsdp_state", None)) else None  # type: ignore[operator]
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
+        for group in parameter_groups(module):
             for name in _SHARDING_WAITS:
                 if callable(method := getattr(group, name, None)):
                     setattr(group, name, _as_communication(method, times))

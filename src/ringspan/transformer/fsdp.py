@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,6 +49,34 @@ def shard_parameters(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # Before FSDP's own, which gathers.
+    hook: Any = torch.compiler.disable(_forget_backward)
+    model.register_forward_pre_hook(hook, prepend=True)
+
+
+def parameter_groups(module: nn.Module) -> list[Any]:
+    """FSDP's groups of the parameters that `module` gathers; none where it gathers none. They are not public."""
+    state: Any = module._get_fsdp_state() if callable(getattr(module, "_get_fsdp_state", None)) else None  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]  # in torch 2.13, and in 2.11
+    return [group for group in groups if group is not None]
+
+
+def _forget_backward(model: nn.Module, inputs: Any) -> None:
+    """Forgets a backward that an error has ended, so that a loop that goes on has right gradients.
+
+    FSDP does at the end of a backward what every backward needs, once; it takes the one that did not end for under way, and adds what it
+    holds of its gradients to the next one's. What it has summed already is `.grad`, which the loop gives up as it does without FSDP.
+    """
+    state: Any = cast(Any, model)._get_fsdp_state()
+    if not state._state_ctx.post_backward_final_callback_queued:
+        return
+    for module in model.modules():
+        for group in parameter_groups(module):
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter.unsharded_param.grad = None
+    state._root_post_backward_final_callback()
 
 
 def reshard(model: nn.Module) -> None:
