@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -333,6 +334,49 @@ def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | Non
     return found
 
 
+LOOPS = ("one backward for all", "all forwards first", "a forward without a gradient between", "the whole model computed again")
+
+
+def by_other_loops(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
+    """A step of the last of `INTERRUPTED` by each of `LOOPS`."""
+    case = INTERRUPTED[-1]
+    parallel = parallelize(copy.deepcopy(MODELS[case.model]()), init_device_mesh("cpu", (2,), mesh_dim_names=("context",)), **case.how)
+    optimizer = torch.optim.SGD(parallel.model.parameters())
+
+    def all_forwards_first(parts: list[Any]) -> Tensor:
+        losses = [parallel.loss(part) for part in parts]
+        for loss in losses:
+            loss.backward()
+        return torch.stack(losses).sum()
+
+    def one_backward(parts: list[Any]) -> Tensor:
+        loss = torch.stack([parallel.loss(part) for part in parts]).sum()
+        loss.backward()
+        return loss
+
+    def one_by_one(parts: list[Any], compute: Any) -> Tensor:
+        losses = []
+        for part in parts:
+            losses.append(compute(part))
+            with torch.no_grad():
+                parallel.loss(part)
+            losses[-1].backward()
+        return torch.stack(losses).sum()
+
+    loops = (
+        one_backward,
+        all_forwards_first,
+        lambda parts: one_by_one(parts, parallel.loss),
+        lambda parts: one_by_one(parts, lambda part: checkpoint(parallel.loss, part, use_reentrant=False)),
+    )
+    found = []
+    for loop in loops:
+        loss = loop(parallel.shard_batches([batch for batch, _ in case.batches(0)])).detach()
+        found.append((loss, whole_gradients(parallel.model)))
+        optimizer.zero_grad()
+    return found
+
+
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
     from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
@@ -349,6 +393,7 @@ def extras(group: Any) -> dict[str, Any]:
         "kept": kept_bytes(group),
         "broken splits": broken_splits(group),
         "interrupted": after_interruptions(group),
+        "loops": by_other_loops(group),
     }
 
 

@@ -16,7 +16,7 @@ from tests.support.errors import relative
 from tests.support.models import VOCABULARY, gradients, make_batch, tiny_llama
 from tests.support.once import once
 from tests.support.processes import results, run_processes
-from tests.transformer.parallel_ranks import CASES, INTERRUPTED, Case, whole
+from tests.transformer.parallel_ranks import CASES, INTERRUPTED, LOOPS, Case, whole
 from tests.transformer.tensor_ranks import CLIP, KEPT_SIZES, SPLIT_FAMILIES, never_stopped, of_family
 
 BUDGET = 6e-6
@@ -101,6 +101,13 @@ def test_a_model_that_was_prepared_without_memory_is_materialised_afterwards(ext
 def test_a_step_after_one_that_an_error_ended_on_every_rank_has_its_own_gradients_alone(index: int, extras: Any):
     for each in extras:
         check(each["interrupted"][index], whole(INTERRUPTED[index]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_step_by_another_loop_has_the_same_loss_and_gradients(loop: str, extras: Any):
+    for each in extras:
+        check(each["loops"][LOOPS.index(loop)], whole(INTERRUPTED[-1]))
 
 
 @pytest.mark.slow

@@ -62,21 +62,28 @@ def parameter_groups(module: nn.Module) -> list[Any]:
 
 
 def _forget_backward(model: nn.Module, inputs: Any) -> None:
-    """Forgets a backward that an error has ended, so that a loop that goes on has right gradients.
+    """Forgets a backward that an error has ended, or a forward, so that a loop that goes on has right gradients.
 
     FSDP does at the end of a backward what every backward needs, once; it takes the one that did not end for under way, and adds what it
-    holds of its gradients to the next one's. What it has summed already is `.grad`, which the loop gives up as it does without FSDP.
+    holds of its gradients to the next one's. What it has summed already is `.grad`, which the loop gives up as it does without FSDP. And
+    within a forward, as which it takes the next one then, it does not wait for who has written parameters.
     """
     state: Any = cast(Any, model)._get_fsdp_state()
-    if not state._state_ctx.post_backward_final_callback_queued:
+    context = state._state_ctx
+    # A backward may compute the whole model again, and a model of which this is a part may be in its forward.
+    if torch._C._current_graph_task_id() != -1 or not state._is_root:
         return
-    for module in model.modules():
-        for group in parameter_groups(module):
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter.unsharded_param.grad = None
-    state._root_post_backward_final_callback()
+    if context.post_backward_final_callback_queued:
+        for module in model.modules():
+            for group in parameter_groups(module):
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter.unsharded_param.grad = None
+        state._root_post_backward_final_callback()
+    for each in context.all_states:
+        each._training_state = type(each._training_state).IDLE
+    context.iter_forward_root = None
 
 
 def reshard(model: nn.Module) -> None:
