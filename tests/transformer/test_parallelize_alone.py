@@ -42,6 +42,26 @@ def test_a_scale_that_is_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch
         test_the_tiled_loss_of_a_family_is_the_models_own_with_its_scales_and_softcaps_on_two_ranks("granite")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("rematerialised", ["none", "attention_output", "full"])
+def test_layers_that_transformers_computes_again_as_well_have_the_gradients_of_the_unsplit_model(rematerialised: str, reentrant: bool):
+    case = Case({"context": 2}, "deep llama")
+    expected_loss, expected = whole(case)
+
+    def run(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        mine = MODELS["deep llama"]()
+        offload = None if rematerialised == "none" else Offload(in_flight=1)
+        parallel = ringspan.parallelize(mine, group, rematerialise=rematerialised, offload=offload)
+        mine.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        return step(parallel, case.batches(0)), gradients(mine)
+
+    for loss, found in ringspan.run_in_process(2, run):
+        assert relative(loss, expected_loss) <= BUDGET
+        for name, gradient in expected.items():
+            assert gradient is not None and relative(found[name], gradient) <= BUDGET, name
+
+
 @pytest.mark.parametrize("model", [name for name in MODELS if not name.startswith("bfloat16")])
 @pytest.mark.parametrize("data", ["padded", "packed"])
 def test_on_ranks_of_one_process_loss_and_gradients_are_those_of_the_unsplit_model(model: str, data: str):
