@@ -5,8 +5,6 @@ torchrun --nproc-per-node 2 tests/gpu/interrupted_ranks.py
 
 from __future__ import annotations
 
-import faulthandler
-import os
 from typing import Any
 
 import torch
@@ -15,23 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ringspan.transformer import Offload, ParallelModel, parallelize
 from tests.gpu.tensor_ranks import model
-from tests.gpu.torchrun import PATIENCE
+from tests.gpu.torchrun import start
 from tests.support.errors import relative
 from tests.support.models import make_batch
-from tests.transformer.parallel_ranks import step, whole_gradients
+from tests.transformer.parallel_ranks import interrupted, step, whole_gradients
 
 LENGTHS = {"cuda": (1023, 331), "cpu": (63, 21)}
 BUDGET = 2e-2
 """Relative. Kernels add in another order at every call, and bfloat16 rounds; what is left of another step is as large as a gradient."""
-
-
-class Interrupted(Exception):
-    """Raised on every rank."""
-
-
-def interrupt(*ignored: Any) -> None:
-    """A hook."""
-    raise Interrupted
 
 
 def check(parallel: ParallelModel, device: torch.device) -> float:
@@ -42,14 +31,7 @@ def check(parallel: ParallelModel, device: torch.device) -> float:
     optimizer, worst = torch.optim.SGD(parallel.model.parameters()), 0.0
     step(parallel, batches)
     right = whole_gradients(parallel.model)
-    mlp: Any = parallel.model.model.layers[1].mlp
-    for register in (mlp.register_forward_hook, mlp.register_full_backward_hook):
-        hook = register(interrupt)
-        try:
-            step(parallel, batches)
-            raise AssertionError("nothing was interrupted")
-        except Interrupted:
-            hook.remove()
+    for _ in interrupted(parallel, batches):
         for _ in range(2):
             optimizer.zero_grad()
             step(parallel, batches)
@@ -63,12 +45,7 @@ def check(parallel: ParallelModel, device: torch.device) -> float:
 
 def main() -> None:
     """With and without offload and shared checkpoints, parameters sharded."""
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    device = start()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("context",))
     for how in (
         {"rematerialise": "none"},

@@ -5,8 +5,6 @@ torchrun --nproc-per-node 2 tests/gpu/tensor_ranks.py       # or 4: then two ran
 
 from __future__ import annotations
 
-import faulthandler
-import os
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringspan.transformer import parallelize
-from tests.gpu.torchrun import PATIENCE
+from tests.gpu.torchrun import start
 from tests.support.errors import relative
 from tests.support.models import make_batch, tiny_llama
 from tests.transformer.parallel_ranks import whole_gradients
@@ -59,12 +57,7 @@ def split(device: torch.device, compute_dtype: torch.dtype | None, mode: str) ->
 
 def main() -> None:
     """Every mode in float32, and the default in bfloat16 over float32; raises where one is off."""
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    device = start()
     loss, gradients = whole(device, torch.float64)
     _, rounded = whole(device, torch.bfloat16)
     unsplit = max(relative(rounded[name], gradient) for name, gradient in gradients.items())

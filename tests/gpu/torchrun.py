@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -9,10 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 90
 """Seconds after which a rank says where it stands, and ends."""
+
+
+def start() -> torch.device:
+    """What a rank begins with: its device, a CPU where there is no GPU, and the process group."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return device
 
 
 def printed_by_ranks(program: str, ranks: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -302,15 +302,29 @@ INTERRUPTED = [
 ]
 
 
-def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
-    """Of each case a step after two that an error has ended on every rank, in the middle of a forward and of a backward."""
+class Interrupted(Exception):
+    """Raised in the middle of a step, on every rank."""
 
-    class Interrupted(Exception):
-        pass
+
+def interrupted(parallel: ParallelModel, batches: list[tuple[dict[str, Tensor], Any]]) -> Iterator[None]:
+    """Steps that an error ends in the middle of the second layer, in a forward and then in a backward; after each it yields."""
 
     def interrupt(*ignored: Any) -> None:
         raise Interrupted
 
+    mlp: Any = parallel.model.model.layers[1].mlp
+    for register in (mlp.register_forward_hook, mlp.register_full_backward_hook):
+        hook = register(interrupt)
+        try:
+            step(parallel, batches)
+            raise AssertionError("nothing was interrupted")
+        except Interrupted:
+            hook.remove()
+        yield
+
+
+def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
+    """Of each case a step after two that an error has ended on every rank."""
     found = []
     for case in INTERRUPTED:
         (name,) = case.mesh
@@ -320,14 +334,7 @@ def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | Non
         optimizer = torch.optim.SGD(parallel.model.parameters())
         # Gradients are there already when it happens, as of an earlier micro-batch.
         step(parallel, batches)
-        mlp: Any = parallel.model.model.layers[1].mlp
-        for register in (mlp.register_forward_hook, mlp.register_full_backward_hook):
-            hook = register(interrupt)
-            try:
-                step(parallel, batches)
-                raise AssertionError("nothing was interrupted")
-            except Interrupted:
-                hook.remove()
+        for _ in interrupted(parallel, batches):
             optimizer.zero_grad()
         loss = step(parallel, batches)
         found.append((loss, whole_gradients(parallel.model)))
