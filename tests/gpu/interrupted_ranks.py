@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/gpu/interrupted_ranks.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ringspan.transformer import Offload, ParallelModel, parallelize
 from tests.gpu.tensor_ranks import model
 from tests.gpu.torchrun import start
 from tests.support.errors import relative
+from tests.support.interruptions import interrupted
 from tests.support.models import make_batch
-from tests.transformer.parallel_ranks import interrupted, step, whole_gradients
+from tests.transformer.parallel_ranks import step, whole_gradients
 
 LENGTHS = {"cuda": (1023, 331), "cpu": (63, 21)}
 BUDGET = 2e-2
@@ -31,7 +33,7 @@ def check(parallel: ParallelModel, device: torch.device) -> float:
     optimizer, worst = torch.optim.SGD(parallel.model.parameters()), 0.0
     step(parallel, batches)
     right = whole_gradients(parallel.model)
-    for _ in interrupted(parallel, batches):
+    for _ in interrupted(parallel.model.model.layers[1].mlp, partial(step, parallel, batches)):
         for _ in range(2):
             optimizer.zero_grad()
             step(parallel, batches)

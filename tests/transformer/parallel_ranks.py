@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -293,99 +292,9 @@ def sharded_parameters(group: Any) -> dict[str, int]:
     return found
 
 
-INTERRUPTED = [
-    Case({"context": 2}, how={**SMALL, "rematerialise": "full"}),
-    Case({"shard": 2}, how={**SMALL, "rematerialise": "none"}),
-    Case({"replicate": 2}, "qwen 3", how={**SMALL, "rematerialise": "full"}),
-    Case({"context": 2}, "tied llama", how={**SMALL, "reshard_after_forward": False}),
-    Case({"context": 2}, "deep llama", how={**SMALL, "layers_per_checkpoint": 2, "offload": Offload(in_flight=1)}),
-]
-
-
-class Interrupted(Exception):
-    """Raised in the middle of a step, on every rank."""
-
-
-def interrupted(parallel: ParallelModel, batches: list[tuple[dict[str, Tensor], Any]]) -> Iterator[None]:
-    """Steps that an error ends in the middle of the second layer, in a forward and then in a backward; after each it yields."""
-
-    def interrupt(*ignored: Any) -> None:
-        raise Interrupted
-
-    mlp: Any = parallel.model.model.layers[1].mlp
-    for register in (mlp.register_forward_hook, mlp.register_full_backward_hook):
-        hook = register(interrupt)
-        try:
-            step(parallel, batches)
-            raise AssertionError("nothing was interrupted")
-        except Interrupted:
-            hook.remove()
-        yield
-
-
-def after_interruptions(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
-    """Of each case a step after two that an error has ended on every rank."""
-    found = []
-    for case in INTERRUPTED:
-        (name,) = case.mesh
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
-        parallel = parallelize(copy.deepcopy(MODELS[case.model]()), mesh, **case.how)
-        batches = case.batches(0 if name == "context" else mesh.get_rank())
-        optimizer = torch.optim.SGD(parallel.model.parameters())
-        # Gradients are there already when it happens, as of an earlier micro-batch.
-        step(parallel, batches)
-        for _ in interrupted(parallel, batches):
-            optimizer.zero_grad()
-        loss = step(parallel, batches)
-        found.append((loss, whole_gradients(parallel.model)))
-    return found
-
-
-LOOPS = ("one backward for all", "all forwards first", "a forward without a gradient between", "the whole model computed again")
-
-
-def by_other_loops(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
-    """A step of the last of `INTERRUPTED` by each of `LOOPS`."""
-    case = INTERRUPTED[-1]
-    parallel = parallelize(copy.deepcopy(MODELS[case.model]()), init_device_mesh("cpu", (2,), mesh_dim_names=("context",)), **case.how)
-    optimizer = torch.optim.SGD(parallel.model.parameters())
-
-    def all_forwards_first(parts: list[Any]) -> Tensor:
-        losses = [parallel.loss(part) for part in parts]
-        for loss in losses:
-            loss.backward()
-        return torch.stack(losses).sum()
-
-    def one_backward(parts: list[Any]) -> Tensor:
-        loss = torch.stack([parallel.loss(part) for part in parts]).sum()
-        loss.backward()
-        return loss
-
-    def one_by_one(parts: list[Any], compute: Any) -> Tensor:
-        losses = []
-        for part in parts:
-            losses.append(compute(part))
-            with torch.no_grad():
-                parallel.loss(part)
-            losses[-1].backward()
-        return torch.stack(losses).sum()
-
-    loops = (
-        one_backward,
-        all_forwards_first,
-        lambda parts: one_by_one(parts, parallel.loss),
-        lambda parts: one_by_one(parts, lambda part: checkpoint(parallel.loss, part, use_reentrant=False)),
-    )
-    found = []
-    for loop in loops:
-        loss = loop(parallel.shard_batches([batch for batch, _ in case.batches(0)])).detach()
-        found.append((loss, whole_gradients(parallel.model)))
-        optimizer.zero_grad()
-    return found
-
-
 def extras(group: Any) -> dict[str, Any]:
     """Everything else for two ranks."""
+    from tests.transformer.loop_ranks import after_interruptions, by_other_loops
     from tests.transformer.tensor_ranks import broken_splits, kept_bytes, split_families, split_in_half_precision
     from tests.transformer.validation_ranks import validated
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import ringspan
 from ringspan.transformer import HostStore, Offload, decoder_layers, rematerialise
 from ringspan.transformer.offload import PlainCopier
+from tests.support.interruptions import interrupted
 from tests.support.models import make_batch, tiny_llama
 
 LENGTH = 32
@@ -22,18 +23,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(*ignored: Any) -> None:
-    raise Interrupted
-
-
-@pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize(("mode", "layers_per_checkpoint"), [("attention_output", 1), ("attention_output", 2), ("full", 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_step_after_it_has_its_gradients_and_nothing_of_it_is_kept(strategy: str, mode: str, layers_per_checkpoint: int, where: str):
+def test_the_step_after_it_has_its_gradients_and_nothing_of_it_is_kept(strategy: str, mode: str, layers_per_checkpoint: int):
     model = tiny_llama("ringspan", hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=4)
     batch = make_batch(1, LENGTH)
 
@@ -51,12 +43,9 @@ def test_the_step_after_it_has_its_gradients_and_nothing_of_it_is_kept(strategy:
 
         expected, held = gradients(), store.bytes_held
         mlp: Any = layers[1].mlp
-        hook = mlp.register_forward_hook(interrupt) if where == "forward" else mlp.register_full_backward_hook(interrupt)
-        with pytest.raises(Interrupted):
-            gradients()
-        hook.remove()
-        for _ in range(2):
-            assert all(map(torch.equal, gradients(), expected))
-        assert (store.bytes_used, store.bytes_held) == (0, held), "host memory is as it would be"
+        for _ in interrupted(mlp, gradients):
+            for _ in range(2):
+                assert all(map(torch.equal, gradients(), expected))
+            assert (store.bytes_used, store.bytes_held) == (0, held), "host memory is as it would be"
 
     ringspan.run_in_process(2, run, timeout_seconds=30.0)

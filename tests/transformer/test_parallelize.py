@@ -16,7 +16,8 @@ from tests.support.errors import relative
 from tests.support.models import VOCABULARY, gradients, make_batch, tiny_llama
 from tests.support.once import once
 from tests.support.processes import results, run_processes
-from tests.transformer.parallel_ranks import CASES, INTERRUPTED, LOOPS, Case, whole
+from tests.transformer.loop_ranks import INTERRUPTED, LOOPS
+from tests.transformer.parallel_ranks import CASES, Case, whole
 from tests.transformer.tensor_ranks import CLIP, KEPT_SIZES, SPLIT_FAMILIES, never_stopped, of_family
 
 BUDGET = 6e-6
