@@ -57,15 +57,15 @@ def by_other_loops(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
             loss.backward()
         return torch.stack(losses).sum()
 
-    def one_backward(parts: list[Any]) -> Tensor:
-        loss = torch.stack([parallel.loss(part) for part in parts]).sum()
+    def one_backward(parts: list[Any], compute: Any = parallel.loss) -> Tensor:
+        loss = torch.stack([compute(part) for part in parts]).sum()
         loss.backward()
         return loss
 
-    def one_by_one(parts: list[Any], compute: Any) -> Tensor:
+    def with_validations(parts: list[Any]) -> Tensor:
         losses = []
         for part in parts:
-            losses.append(compute(part))
+            losses.append(parallel.loss(part))
             with torch.no_grad():
                 parallel.loss(part)
             losses[-1].backward()
@@ -74,8 +74,9 @@ def by_other_loops(group: Any) -> list[tuple[Tensor, dict[str, Tensor | None]]]:
     loops = (
         one_backward,
         all_forwards_first,
-        lambda parts: one_by_one(parts, parallel.loss),
-        lambda parts: one_by_one(parts, lambda part: checkpoint(parallel.loss, part, use_reentrant=False)),
+        with_validations,
+        # The second forward of the model within the backward finds gradients of the first.
+        lambda parts: one_backward(parts, lambda part: checkpoint(parallel.loss, part, use_reentrant=False)),
     )
     found = []
     for loop in loops:
