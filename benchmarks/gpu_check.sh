@@ -105,7 +105,7 @@ for part in $parts; do
       # Heads in stages beside all at once, and where the time of the stages goes.
       SAMPLES=${SAMPLES:-10} bench stages 240 --kernel "$kernel" --strategy ulysses:stages=1,ulysses:stages=2,ulysses:stages=4 \
         --length 2048,8192,32768 --heads "${HEADS:-32/32}" --launch graph --peers none ;;
-    long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy ring --length 131072 --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
+    long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 131072 --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
       bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;
@@ -130,7 +130,7 @@ for part in $parts; do
     account)
       # Where the time of a step goes, by kind of kernel, on an 8B shape of fewer layers.
       export OMP_NUM_THREADS=14 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-      step 120 --layers 4 --context 32768,131072 --offload --steps 2 --profile
+      step 120 --layers 4 --context "${CONTEXT:-32768,131072}" --offload --steps 2 --profile
       grep -E ' ms +(attention|matrix products|messages|copies|fills|waits|elementwise|nothing), of' "$out/step.log" ;;
     parts)
       # What each part is worth in the whole 8B shape: the context that fits without it and what it costs. WAYS names some, to split them over GPUs.
