@@ -143,7 +143,7 @@ def step(parallel: ParallelModel, batches: list[tuple[dict[str, Tensor], Any]]) 
     for part in parallel.shard_batches([batch for batch, _ in batches], masks):
         share = parallel.loss(part)
         share.backward()
-        loss += share.detach()
+        loss += share.detach().cpu()
     parallel.sum_gradients()
     return loss
 
