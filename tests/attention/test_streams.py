@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ringspan
-from ringspan.attention import executor, plan
+from ringspan.attention import autograd, executor, plan
 from ringspan.attention.program import resolve
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.attention.turns import Turns
@@ -22,6 +23,7 @@ from ringspan.kernels import KERNELS, Kernel
 from ringspan.strategies import make_schedules
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.device import Device, Event, Stream, device
+from tests.support.rounding import Rounding
 
 __all__ = ["device"]
 
@@ -70,6 +72,12 @@ class Late:
         self._compute()
         self.leave()
 
+    def let_go(self) -> None:
+        pass
+
+    def outlive(self, *tensors: Tensor) -> None:
+        pass
+
     def leave(self) -> None:
         self.forked = False
         self._calls.clear()
@@ -78,6 +86,30 @@ class Late:
     def _compute(self) -> None:
         for call, found in self._calls:
             restore(found, call())
+
+
+class Unmapping(Late):
+    """Sees whether what calls beside made is freed without having been let go, and whether what is left of it is known to outlive them."""
+
+    passes: ClassVar[list[Unmapping]] = []
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.made: list[StorageWeakRef] = []
+        self.let, self.outlived = set[int](), set[int]()
+        self.passes.append(self)
+
+    def beside(self, call: Callable[[], Any]) -> Any:
+        is_beside, found = self.forked, super().beside(call)
+        if is_beside:
+            self.made += [StorageWeakRef(tensor.untyped_storage()) for tensor in found]
+        return found
+
+    def let_go(self) -> None:
+        self.let |= {made.cdata for made in self.made if not made.expired()}
+
+    def outlive(self, *tensors: Tensor) -> None:
+        self.outlived |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def fill(found: Iterable[Tensor]) -> None:
@@ -124,6 +156,8 @@ CASES = [
     ("tree", 4, "documents", "contiguous"),
     ("two_dimensional", 4, "causal", "zigzag"),
 ]
+BESIDE = [case for case in CASES if case[0] != "ring" or case[2] == "causal"]
+"""Of the others none has a call that follows another through peer memory before something is taken in or freed."""
 
 
 @pytest.mark.parametrize(("variant", "ranks", "mask", "layout"), CASES)
@@ -138,6 +172,71 @@ def test_calls_beside_each_other_give_the_bits_of_calls_in_turn(
                 found = results(ranks, variant, mask, layout, dtype, transport)
             for ours, right in zip(found, expected, strict=True):
                 assert all(map(torch.equal, ours, right)), (dtype, transport)
+
+
+@pytest.mark.parametrize(("variant", "ranks", "mask", "layout"), BESIDE)
+def test_what_calls_beside_made_is_let_go_before_it_is_freed(
+    variant: str, ranks: int, mask: str, layout: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Expandable segments are unmapped once the stream of their memory is done, whichever stream still reads it."""
+    monkeypatch.setattr(plan, "streams_for", Unmapping)
+    monkeypatch.setattr(Unmapping, "passes", [])
+    left = [results(ranks, variant, mask, layout, dtype, "peer_memory") for dtype in (torch.bfloat16, torch.float64)]
+    monkeypatch.setitem(KERNELS, "reference", Rounding())
+    left.append(results(ranks, variant, mask, layout, torch.bfloat16, "peer_memory"))
+    assert sum(len(each.made) for each in Unmapping.passes), "nothing ran beside"
+    for each in Unmapping.passes:
+        assert {made.cdata for made in each.made} <= each.let
+        assert {made.cdata for made in each.made if not made.expired()} <= each.outlived
+    del left
+
+
+def test_a_result_that_a_call_beside_made_is_known_to_outlive_it(monkeypatch: pytest.MonkeyPatch):
+    """The own block has half of the second rank's rows, the visitor all of them: what the visitor gave is the sum."""
+    monkeypatch.setattr(plan, "streams_for", Unmapping)
+    monkeypatch.setattr(Unmapping, "passes", [])
+    # What is narrower than its sum is put off, where it does not cover all rows.
+    monkeypatch.setitem(KERNELS, "reference", Rounding())
+
+    def run(group: Any) -> list[Tensor]:
+        mask = ringspan.block_sparse(4, [[True] * 4, [True] * 4, [True, True, True, False], [True, True, False, False]])
+        context = ringspan.ContextParallel(group, kernel="reference", strategy="direct", layout="contiguous", transport="peer_memory")
+        sequence = context.sequence(16, mask)
+        leaves = [torch.randn(1, 8, heads, 4, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+        out = sequence.attention(*leaves)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    left = ringspan.run_in_process(2, run, timeout_seconds=60.0)
+    stay = [{made.cdata for made in each.made if not made.expired()} for each in Unmapping.passes]
+    assert any(stay), "nothing of it is left"
+    assert all(there <= each.outlived for there, each in zip(stay, Unmapping.passes, strict=True))
+    del left
+
+
+def test_stages_beside_are_let_go_and_what_is_kept_of_them_is_given_away(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    given: list[tuple[Tensor, ...]] = []
+
+    class Saying(OneStream):
+        def join(self) -> None:
+            said.append("join")
+
+        def let_go(self) -> None:
+            said.append("let go")
+
+    monkeypatch.setattr(plan, "streams_for", lambda *_, first=True: OneStream() if first else Saying())
+    monkeypatch.setattr(autograd, "give_away", lambda *tensors: given.append(tensors))
+
+    def run(group: Any) -> None:
+        context = ringspan.ContextParallel(group, kernel="reference", strategy="ulysses", stages=2, transport="peer_memory")
+        leaves = [torch.randn(1, 8, 4, 4, requires_grad=True) for _ in range(3)]
+        out = context.sequence(8).attention(*leaves)
+        assert len(given) == 1, "out and lse of the second stage are kept"
+        out.sum().backward()
+
+    ringspan.run_in_process(1, run)
+    assert said == ["join", "let go"] * 2
+    assert [tuple(tensor.shape) for tensors in given for tensor in tensors] == [(1, 8, 2, 4), (1, 2, 8)]
 
 
 @pytest.mark.parametrize("sums", ["Partial", "Accumulator"])
@@ -239,6 +338,34 @@ class HandedOver:
 
     def wait(self) -> None:
         self._device.work(self._name)
+
+
+def test_the_side_comes_after_all_that_has_read_its_memory(device: Device):
+    side: Any = Stream()
+    side.device = None
+    streams = TwoStreams(side)
+
+    def unmapped(name: str) -> set[str]:
+        with device.stream(side):
+            device.work(name)
+        return device.seen[name]
+
+    device.work("before")
+    streams.let_go()
+    assert not unmapped("nothing is lent")
+    streams.fork(lambda: device.work("own"))
+    streams.beside(lambda: device.work("visitor"))
+    streams.join()
+    device.work("merge")
+    assert "merge" not in unmapped("too early")
+    streams.let_go()
+    # The memory of a graph stays, and a stream that is captured may not be left waiting.
+    assert ("merge" in unmapped("merged")) == (not device.capturing)
+    streams.arrived(Arrival(device, "has left"))
+    assert ("has left" in unmapped("sent")) == (not device.capturing)
+    device.work("half of a merge")
+    streams.leave()
+    assert ("half of a merge" in unmapped("given up")) == (not device.capturing)
 
 
 @pytest.mark.parametrize("arrival", [Arrival, HandedOver])

@@ -14,25 +14,10 @@ from ringspan.schedule import PieceBytes
 from ringspan.strategies import link_bytes
 from tests.strategies.combinations import MASKS, VARIANTS
 from tests.support.dense import Tensors, make_tensors
+from tests.support.rounding import Rounding
 from tests.support.split import Split, split_attention
 
 VARIANT_NAMES = [name for name in VARIANTS if name != "ring_self_attention"]
-
-
-class Rounding(Reference):
-    """The reference, with results as CUDA kernels give them: in the inputs' dtype."""
-
-    can = replace(Reference.can, rounds=True)
-
-    def forward(self, q, k, v, scores):
-        """Rounded out."""
-        out, lse = super().forward(q, k, v, scores)
-        return out.to(q.dtype), lse
-
-    def backward(self, dout, q, k, v, out, lse, dlse, scores):
-        """Rounded gradients."""
-        dq, dk, dv = super().backward(dout, q, k, v, out, lse, dlse, scores)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 class Silent(Rounding):

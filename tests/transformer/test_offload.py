@@ -58,6 +58,15 @@ def test_the_next_tensors_are_on_their_way_back_before_they_are_asked_for_and_ne
     assert store.bytes_used == 0
 
 
+def test_whoever_asks_for_a_tensor_is_known_to_read_it(monkeypatch: pytest.MonkeyPatch):
+    """It may have been on its way before another stream was the current one, and belongs to that."""
+    store, handed = HostStore(copier := Recorder(), Offload(in_flight=1)), []
+    monkeypatch.setattr(copier, "hand", handed.append)
+    parked = [store.put(torch.full((2,), float(index))) for index in range(3)]
+    found = [parked.pop()() for _ in range(3)]
+    assert [tensor.data_ptr() for tensor in handed] == [tensor.data_ptr() for tensor in found]
+
+
 def test_all_that_a_layer_needs_is_asked_for_with_the_first_of_it_and_nothing_twice():
     copier = Recorder()
     store = HostStore(copier, Offload(in_flight=1))

@@ -41,12 +41,14 @@ class Partial:
         again: the rows to which all but the first are made.
         rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
         before: called before anything that was added is read.
+        after: called when it has been, before it is freed.
     """
 
     def __init__(
-        self, piece: Piece, like: Tensor, additions: int, again: tuple[int, int], rounds: bool = True, before: Callable[[], None] = _nothing
-    ) -> None:
-        self.piece, self._like, self._ahead, self._rounds, self._before = piece, like, additions, rounds, before
+        self, piece: Piece, like: Tensor, additions: int, again: tuple[int, int], rounds: bool = True,
+        before: Callable[[], None] = _nothing, after: Callable[[], None] = _nothing,
+    ) -> None:  # fmt: skip
+        self.piece, self._like, self._ahead, self._rounds, self._before, self._after = piece, like, additions, rounds, before, after
         self._again = slice(again[0] - piece.start, again[1] - piece.start) if rounds else slice(0, len(piece))
         self._held: tuple[Tensor, Tensor] | None = None
         self._wide: tuple[Tensor, Tensor] | None = None
@@ -76,7 +78,9 @@ class Partial:
             into, self._wide = (None if self._wide is None else kept), None
         elif mine[0].dtype != wide:
             self._wide = into = self._empty(mine[0].shape[0], wide)
-        merge_(*mine, [(start - self._again.start, *other) for start, other in self._late.take()], into=into)
+        others = self._late.take()
+        merge_(*mine, [(start - self._again.start, *other) for start, other in others], into=into)
+        self._after()
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """`out` and `lse` of the rows, views, as wide as they need to be."""
@@ -121,12 +125,15 @@ class Accumulator:
         rounds: whether the last addition rounds to the dtype of `like`: not what still travels or is scaled.
         parts: 1, or 2 for dk and dv.
         before: called before anything that was added is read.
+        after: called when it has been, before it is freed.
     """
 
     def __init__(
-        self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1, before: Callable[[], None] = _nothing
-    ) -> None:
+        self, piece: Piece, like: Tensor, additions: int, rounds: bool = True, parts: int = 1,
+        before: Callable[[], None] = _nothing, after: Callable[[], None] = _nothing,
+    ) -> None:  # fmt: skip
         self.piece, self._like, self._ahead, self._rounds, self._parts, self._before = piece, like, additions, rounds, parts, before
+        self._after = after
         self._held: list[Tensor] | None = None
         self._late = _Late[tuple[Tensor, ...]](rounds, TOGETHER_MADE)
 
@@ -154,9 +161,10 @@ class Accumulator:
         whole, into, added = adjacent(held), adjacent(self._held), [adjacent(parts) for _, parts in others]
         if whole is not None and into is not None and all(other is not None and len(other) == len(whole) for other in added):
             add_(whole, [(0, other) for other in added if other is not None], into=None if into is whole else into)
-            return
-        for i, (part, target) in enumerate(zip(held, self._held, strict=True)):
-            add_(part, [(start, parts[i]) for start, parts in others], into=None if target is part else target)
+        else:
+            for i, (part, target) in enumerate(zip(held, self._held, strict=True)):
+                add_(part, [(start, parts[i]) for start, parts in others], into=None if target is part else target)
+        self._after()
 
     def rows(self, start: int, stop: int) -> list[Tensor]:
         """The rows as they stand, views, in the dtype of the last addition: as wide as they need to be."""

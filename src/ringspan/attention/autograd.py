@@ -17,6 +17,7 @@ from ringspan.attention.observe import AFTER, BEFORE, watch
 from ringspan.attention.plan import Plan
 from ringspan.attention.reshard import Coming, Gathered, Heads, Inputs, OutputGradients, at_hand
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
+from ringspan.attention.streams import give_away
 from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
 from ringspan.kernels import accumulator_dtype, without_autocast
@@ -46,6 +47,8 @@ class DistributedAttention(torch.autograd.Function):
             for inputs in coming:
                 inputs.settle()
         if keep:
+            # Some stages were computed beside.
+            give_away(*(tensor for results, _ in done[1:] for tensor in results))
             # By stage, as many each.
             of_stages = ([*inputs.kept(), *results] for inputs, (results, _) in zip(coming, done, strict=True))
             ctx.save_for_backward(sinks, *(tensor for kept in of_stages for tensor in kept))

@@ -103,6 +103,11 @@ class Pass:
         """Whether the current stream has added nothing to what `piece` is of since calls run beside it, and has nothing to add."""
         return self.turns.leaves_aside((piece.kind, piece.owner))
 
+    def give_away(self, *results: Tensor) -> None:
+        """These are what is left of the pass: nothing else of it is read any more."""
+        self.turns.streams.let_go()
+        self.turns.streams.outlive(*results)
+
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
 
@@ -195,6 +200,7 @@ class ForwardPass(_FlashPass):
                 program.again.get((kind, owner), (start, stop)),
                 rounds and owner == program.rank,
                 before=partial(self.turns.before, (kind, owner)),
+                after=self.turns.streams.let_go,
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -223,7 +229,9 @@ class ForwardPass(_FlashPass):
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
-        return self._partials[self.program.rank].result()
+        out, lse = self._partials[self.program.rank].result()
+        self.give_away(out, lse)
+        return out, lse
 
 
 def _partial_attention(
@@ -266,6 +274,7 @@ class BackwardPass(_FlashPass):
                 rounds=owner == rank and (kind == "dq" or rounds_keys),
                 parts=1 if kind == "dq" else 2,
                 before=partial(self.turns.before, (kind, owner)),
+                after=self.turns.streams.let_go,
             )
             for (kind, owner), (start, stop) in spans.items()
         }
@@ -330,4 +339,5 @@ class BackwardPass(_FlashPass):
         """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""
         rank = self.program.rank
         (dq,), (dk, dv) = self._accumulators[("dq", rank)].result(), self._accumulators[("dkv", rank)].result()
+        self.give_away(dq, dk, dv)
         return dq, dk, dv

@@ -122,6 +122,7 @@ class Plan:
             streams.leave()
             raise
         streams.join()
+        streams.let_go()
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""

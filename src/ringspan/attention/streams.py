@@ -55,6 +55,14 @@ class Streams(Protocol):
         """What the current stream does next comes after all calls."""
         ...
 
+    def let_go(self) -> None:
+        """What the current stream has read until here may be freed, whichever stream's memory it is."""
+        ...
+
+    def outlive(self, *tensors: Tensor) -> None:
+        """These are given away, to be read and freed by whoever has them."""
+        ...
+
     def leave(self) -> None:
         """An error ends the pass: no call holds anything any more, and a capture that the pass is part of may end."""
         ...
@@ -84,6 +92,12 @@ class OneStream:
     def join(self) -> None:
         """See `Streams.join`."""
 
+    def let_go(self) -> None:
+        """See `Streams.let_go`."""
+
+    def outlive(self, *tensors: Tensor) -> None:
+        """See `Streams.outlive`."""
+
     def leave(self) -> None:
         """See `Streams.leave`."""
 
@@ -92,11 +106,14 @@ class TwoStreams:
     """Calls beside the current stream of a GPU, on `side`.
 
     Memory that a call allocates belongs to `side`: it is given out again to a call that begins after what the current stream has read of
-    it. Each current stream therefore has a side of its own.
+    it. Each current stream therefore has a side of its own. What is freed may also be unmapped, where segments are expandable, as soon as
+    its own stream is done, whoever else still reads it: before anything is freed `side` waits for those who do (`let_go`).
     """
 
     def __init__(self, side: torch.cuda.Stream) -> None:
         self._side, self.forked = side, False
+        # Whether there is memory of `side` that others may read.
+        self._lent = False
         # With what they read: freed before it is read, it would be given to what the current stream does next.
         self._calls: list[Callable[[], object]] = []
 
@@ -111,7 +128,7 @@ class TwoStreams:
         """See `Streams.arrived`."""
         found = works(pending)
         pending.wait()
-        if not self.forked:
+        if not (self.forked or self._owes):
             return
         if not found:
             # What came was put there by the current stream.
@@ -125,11 +142,13 @@ class TwoStreams:
         if not self.forked:
             return call()
         self._calls.append(call)
+        self._lent = True
         with torch.cuda.stream(self._side):
             return call()
 
     def aside(self) -> AbstractContextManager[None]:
         """See `Streams.aside`."""
+        self._lent |= self.forked
         return torch.cuda.stream(self._side) if self.forked else nullcontext()
 
     def join(self) -> None:
@@ -139,15 +158,42 @@ class TwoStreams:
             self.forked = False
             self._calls.clear()
 
+    def let_go(self) -> None:
+        """See `Streams.let_go`."""
+        if self._owes:
+            self._side.wait_stream(self._current())
+
+    def outlive(self, *tensors: Tensor) -> None:
+        """See `Streams.outlive`."""
+        if self._owes:
+            give_away(*tensors)
+
     def leave(self) -> None:
         """See `Streams.leave`."""
         # What the error was is said elsewhere.
         with suppress(RuntimeError):
             self.join()
+            self.let_go()
         self._calls.clear()
+
+    @property
+    def _owes(self) -> bool:
+        # A graph's memory stays mapped.
+        return self._lent and not torch.cuda.is_current_stream_capturing()
 
     def _current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._side.device)
+
+
+def give_away(*tensors: Tensor) -> None:
+    """`tensors` are read by the current stream from here on: when they are freed, their memory is given back once it has done that.
+
+    For memory of another stream; nothing is done about that of the current one, nor within a CUDA graph, whose memory stays.
+    """
+    if tensors and tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        current = torch.cuda.current_stream(tensors[0].device)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
 
 _SIDES = threading.local()

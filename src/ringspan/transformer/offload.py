@@ -54,6 +54,10 @@ class Copier(Protocol):
         """Work queued from here on sees that copy ended; the host need not wait."""
         ...
 
+    def hand(self, tensor: Tensor) -> None:
+        """Work queued from here on reads `tensor`, which may have been allocated while another stream was the current one."""
+        ...
+
     def hold(self, tensor: Tensor) -> None:
         """Memory of `tensor` is not given out again, on any stream, before every copy that was started has ended."""
         ...
@@ -79,6 +83,9 @@ class PlainCopier:
         tensor.copy_(host)
 
     def wait(self, mark: Any) -> None:
+        """See `Copier`."""
+
+    def hand(self, tensor: Tensor) -> None:
         """See `Copier`."""
 
     def hold(self, tensor: Tensor) -> None:
@@ -122,6 +129,10 @@ class CudaCopier:
     def wait(self, mark: Any) -> None:
         """See `Copier`."""
         torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+    def hand(self, tensor: Tensor) -> None:
+        """See `Copier`."""
+        tensor.record_stream(torch.cuda.current_stream(self._stream.device))
 
     def hold(self, tensor: Tensor) -> None:
         """See `Copier`."""
@@ -244,6 +255,7 @@ class HostStore:
         self._coming = [each for each in self._coming if (found := each()) is not None and found.here is not None]
         self._fetch_up_to(parked.layer)
         assert tensor is not None
+        self._copier.hand(tensor)
         return tensor
 
     def _fetch_up_to(self, layer: int) -> None:
