@@ -17,7 +17,7 @@ SHAPE = Shape(tokens=512, num_ranks=4, heads=8, kv_heads=2, head_dim=64)
 
 
 def record(kind: str, name: str, forward: tuple[float, ...], both: tuple[float, ...], **fields) -> Record:
-    timings = {"forward": Timing(forward, 1), "both": Timing(both, 3)}
+    timings = {"forward": Timing((forward, tuple(each / 2 for each in forward)), 1), "both": Timing((both,), 3)}
     return Record(**{"kind": kind, "name": name, "shape": SHAPE, "kernel": name, "timings": timings, **fields})
 
 
@@ -54,7 +54,7 @@ def test_ratios_are_of_medians_of_samples_launched_in_the_same_way(report: Bench
 
 
 def test_a_ratio_is_of_the_samples_that_were_taken_in_turns(report: BenchReport):
-    turns = {"forward": ("cudnn", Timing((6.0, 8.0, 4.0), 1))}
+    turns = {"forward": ("cudnn", Timing(((6.0, 3.0, 4.0), (2.0, 8.0, 1.0)), 1))}
     ring = replace(report.records[3], beside=turns)
     assert report.ratio(ring, "forward") == 6.0 / 4 / 2.0 == report.ratio_to_same_kernel(ring, "forward")
     assert report.ratio(ring, "both") == report.ratio(report.records[3], "both"), "of that pass alone"
@@ -63,7 +63,14 @@ def test_a_ratio_is_of_the_samples_that_were_taken_in_turns(report: BenchReport)
     assert report.ratio_to_same_kernel(other, "forward") == 6.0 / 4 / 2.0, "flash4's own median, 6"
     found = replace(report, records=(*report.records[:3], ring)).as_json()["records"][3]["passes"]
     assert found["forward"]["one_device_samples_ms"] == [6.0, 8.0, 4.0] and found["forward"]["one_device_kernel"] == "cudnn"
-    assert found["both"]["one_device_samples_ms"] is None
+    assert found["both"]["one_device_samples_ms"] is found["both"]["one_device_rank_medians_ms"] is None
+    assert found["forward"]["one_device_rank_medians_ms"] == [4.0, 2.0] and found["forward"]["rank_medians_ms"] == [2.0, 1.0]
+
+
+def test_samples_taken_later_are_each_ranks_own():
+    early, late = Timing(((1.0, 5.0), (3.0, 4.0)), 1), Timing(((2.0,), (2.5,)), 1)
+    both = early.with_more(late)
+    assert both.samples_ms == (3.0, 5.0, 2.5) and both.rank_medians_ms == (2.0, 3.0)
 
 
 def test_tflops_count_the_pairs_of_the_mask_on_one_device(report: BenchReport):

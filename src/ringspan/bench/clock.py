@@ -23,12 +23,22 @@ class Timing:
     """What was timed.
 
     Attributes:
-        samples_ms: milliseconds of one call, each the mean over `repeats` calls in a row on the slowest rank.
+        by_rank_ms: of each rank its samples: milliseconds of one call, each the mean over `repeats` calls in a row.
         repeats: calls a sample.
     """
 
-    samples_ms: tuple[float, ...]
+    by_rank_ms: tuple[tuple[float, ...], ...]
     repeats: int
+
+    @property
+    def samples_ms(self) -> tuple[float, ...]:
+        """Of each sample the slowest rank's."""
+        return slowest(self.by_rank_ms)
+
+    @property
+    def rank_medians_ms(self) -> tuple[float, ...]:
+        """Each rank's median: one that is always the slowest is another matter than ranks that are slow by turns."""
+        return tuple(map(statistics.median, self.by_rank_ms))
 
     @property
     def median_ms(self) -> float:
@@ -37,7 +47,7 @@ class Timing:
 
     def with_more(self, others: Timing) -> Timing:
         """All samples together."""
-        return replace(self, samples_ms=(*self.samples_ms, *others.samples_ms))
+        return replace(self, by_rank_ms=tuple((*mine, *more) for mine, more in zip(self.by_rank_ms, others.by_rank_ms, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Clock:
         mine = [[self._sample(work, number) for work, number in zip(works, repeats, strict=True)] for _ in range(self.samples)]
         by_rank = self.transport.gather_objects(mine)
         return tuple(
-            Timing(slowest([[sample[place] for sample in samples] for samples in by_rank]), number) for place, number in enumerate(repeats)
+            Timing(tuple(tuple(sample[place] for sample in samples) for samples in by_rank), number) for place, number in enumerate(repeats)
         )
 
     def _repeats(self, work: Callable[[], object]) -> int:

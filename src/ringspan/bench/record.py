@@ -213,10 +213,12 @@ class BenchReport:
                 "samples_ms": list(record.timings[which].samples_ms),
                 "repeats": record.timings[which].repeats,
                 "median_ms": record.median_ms(which),
+                "rank_medians_ms": list(record.timings[which].rank_medians_ms),
                 "tflops_per_device": record.tflops(which),
                 "ratio_to_one_device": self.ratio(record, which),
                 "one_device_kernel": kernel,
                 "one_device_samples_ms": None if alone is None else list(alone.samples_ms),
+                "one_device_rank_medians_ms": None if alone is None else list(alone.rank_medians_ms),
                 "ratio_to_same_kernel": self.ratio_to_same_kernel(record, which),
                 "ratio_to_peers": {} if record.kind == "peer" else self.ratios_to_peers(record, which),
             }
