@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,10 @@ def test_what_is_timed_in_turns_is_called_in_turns(monkeypatch: pytest.MonkeyPat
     assert called[:4] == ["long"] * 2 + ["short"] * 2 and (long.repeats, short.repeats) == (1, 3)
     assert called[4:] == (["long"] + ["short"] * short.repeats) * 3
     assert long.samples_ms == pytest.approx((6.0,) * 3) and short.samples_ms == pytest.approx((2.0,) * 3)
+    # A sample of one lasts as long as one of the other.
+    assert [each.repeats for each in clock.in_turns(lambda: take("", 800.0), lambda: take("", 207.0))] == [1, 4]
+    assert [each.repeats for each in clock.in_turns(lambda: take("", 2.0), lambda: take("", 1.9))] == [3, 3], "and 5 ms at least"
+    assert clock.time(lambda: take("", 240.0), 800.0).repeats == 3 and clock.time(lambda: take("", 1e-3), 800.0).repeats == 50
 
 
 def test_only_kernels_that_nothing_was_timed_beside_have_their_other_half_after_it_all(monkeypatch: pytest.MonkeyPatch):
@@ -89,6 +94,19 @@ def test_only_kernels_that_nothing_was_timed_beside_have_their_other_half_after_
     found = Bench(CLOCK, Meter("there is none")).run(grid)
     counts = {record.name: len(record.timings["both"].samples_ms) for record in found if record.kind == "one device"}
     assert counts == {"reference": CLOCK.samples, "torch_cpu": CLOCK.samples // 2 + 2 * CLOCK.samples}
+
+
+def test_what_nothing_is_timed_beside_lasts_as_long_as_one_device_does(monkeypatch: pytest.MonkeyPatch):
+    asked: list[float] = []
+    right = Clock.time
+    monkeypatch.setattr(Clock, "time", lambda self, work, least_ms=5.0: asked.append(least_ms) or right(self, work, least_ms))
+    monkeypatch.setattr(running._Problem, "_alone", lambda *_: None)
+    grid = Grid(num_ranks=1, tokens=(40,), heads=((4, 2),), head_dims=(16,), dtypes=("float32",), strategies=("ring",))
+    found = Bench(CLOCK, Meter("there is none")).run(grid)
+    alone = found[0].timings
+    assert asked[:2] == [5.0, 5.0], "one device's own, both passes"
+    known = [statistics.median(alone[which].samples_ms[: CLOCK.samples // 2]) for which in ("both", "forward")]
+    assert asked[2:4] == known, "what was known of it then"
 
 
 def test_without_the_memory_for_both_they_are_timed_one_after_the_other(monkeypatch: pytest.MonkeyPatch):

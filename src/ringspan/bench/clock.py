@@ -71,29 +71,31 @@ class Clock:
         """Of half as many samples, one more where they are odd: for what is timed at other times too."""
         return replace(self, samples=(self.samples + 1) // 2)
 
-    def time(self, work: Callable[[], object]) -> Timing:
-        """Warms up, finds out in the last call of that how often to repeat, and takes the samples. Collective."""
-        return self.in_turns(work)[0]
+    def time(self, work: Callable[[], object], least_ms: float = SHORTEST_SAMPLE_MS) -> Timing:
+        """Warms up, finds out in the last call of that how often to repeat, and takes the samples, of `least_ms` and more. Collective."""
+        return self.in_turns(work, least_ms=least_ms)[0]
 
-    def in_turns(self, *works: Callable[[], object]) -> tuple[Timing, ...]:
-        """The same of several, a sample of each in turn. Collective.
+    def in_turns(self, *works: Callable[[], object], least_ms: float = SHORTEST_SAMPLE_MS) -> tuple[Timing, ...]:
+        """The same of several, a sample of each in turn, all samples of one length. Collective.
 
         A GPU at its power limit slows down and recovers within tenths of a second, by a tenth and more: what is to be compared must meet it
-        in the same states.
+        in the same states, and for as long. A short sample may be over before it slows down, or have nothing but that.
         """
-        repeats = [self._repeats(work) for work in works]
+        once = [self._once(work) for work in works]
+        span = max(SHORTEST_SAMPLE_MS, least_ms, *once)
+        # As often as fits best: less than half a call too long or too short.
+        repeats = [min(MOST_REPEATS, max(round(span / each), math.ceil(SHORTEST_SAMPLE_MS / each))) for each in once]
         mine = [[self._sample(work, number) for work, number in zip(works, repeats, strict=True)] for _ in range(self.samples)]
         by_rank = self.transport.gather_objects(mine)
         return tuple(
             Timing(tuple(tuple(sample[place] for sample in samples) for samples in by_rank), number) for place, number in enumerate(repeats)
         )
 
-    def _repeats(self, work: Callable[[], object]) -> int:
-        """How often to call `work` in a sample; warms up."""
+    def _once(self, work: Callable[[], object]) -> float:
+        """Milliseconds of a call, the last of those that warm up, on the slowest rank."""
         for _ in range(self.warmup - 1):
             work()
-        once = max(self.transport.gather_objects(self._sample(work, 1)))
-        return min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
+        return max(1e-6, *self.transport.gather_objects(self._sample(work, 1)))
 
     def _sample(self, work: Callable[[], object], repeats: int) -> float:
         """Milliseconds of a call. The ranks start together, devices as soon as all are there; what each does after that is its own."""

@@ -20,7 +20,8 @@ def markdown(report: BenchReport, title: str = "ringspan bench") -> str:
         "",
         f"{about.get('date', '')}, commit `{about.get('commit', '')}`: {about.get('num_ranks')} × {about.get('device')}, "
         f"{about.get('backend')}; {versions}. Median of {about.get('samples')} samples after {about.get('warmup')} calls of warm-up; "
-        "the slowest rank counts; ringspan's and those of the fastest kernel on one device are taken in turns, and a ratio is of those. "
+        "the slowest rank counts; ringspan's and those of the fastest kernel on one device are taken in turns, and a ratio is of those; "
+        "what takes less time is repeated within a sample until it lasts as long. "
         "TFLOP/s a device count the pairs that the mask allows, the backward as 2.5 forwards. The ratio is to the fastest kernel on one "
         "device over the same whole sequence, its time divided by the number of devices, launched in the same way. "
         "Peers are launched as they are, eagerly.",

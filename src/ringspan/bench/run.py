@@ -24,7 +24,7 @@ from ringspan.bench.check import (
     probe,
     wrong,
 )
-from ringspan.bench.clock import Clock
+from ringspan.bench.clock import SHORTEST_SAMPLE_MS, Clock
 from ringspan.bench.energy import Meter, joules
 from ringspan.bench.graph import captured
 from ringspan.bench.memory import peak_bytes, promise, release, releasing, staged
@@ -353,7 +353,9 @@ class _Problem:
         fastest = min(launched, key=lambda place: self.records[place].median_ms(which), default=None)
         beside = None if fastest is None or record.kind != "ringspan" else self._alone(self.records[fastest], which)
         if fastest is None or beside is None:
-            return replace(record, timings={which: clock.time(work), **record.timings})
+            # A peer's sample lasts as long as those that it is compared with.
+            alone_ms = [self.records[place].median_ms(which) for place in self.alone if record.kind != "one device"]
+            return replace(record, timings={which: clock.time(work, min(alone_ms, default=SHORTEST_SAMPLE_MS)), **record.timings})
         timing, other = clock.in_turns(work, beside)
         alone = self.records[fastest]
         self.records[fastest] = replace(alone, timings={**alone.timings, which: alone.timings[which].with_more(other)})
