@@ -186,7 +186,7 @@ def test_the_tables_name_every_strategy_layout_mask_kernel_and_transport():
     assert named(section(README, "Masks")) == [*(form for form, _ in MASK_FORMS.values()), "mask_mod"]
     assert named(section(README, "Kernels")) == list(KERNELS)
     made = {name for name, value in vars(transport).items() if isinstance(value, type) and name in transport.__all__}
-    assert set(named(section(README, "Transports"))) == made - {"Parcel", "Pending", "Transport"}
+    assert set(named(section(README, "Transports"))) == made - {"Parcel", "Pending", "Transport", "WhenWaited"}
 
 
 def test_the_kernels_of_the_table_compute_what_it_says():

@@ -16,7 +16,7 @@ from ringspan.attention.landing import Landing, Message, aligned
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
 from ringspan.kernels import Copy, copy_all
-from ringspan.transport import Parcel, PeerMemory, Pending, Transport
+from ringspan.transport import Parcel, PeerMemory, Pending, Transport, WhenWaited
 
 
 class Mail(NamedTuple):
@@ -144,7 +144,7 @@ class TransportSwapper:
             copy_all([*mail.own()])
             arrived(found)
 
-        return _Waiting(wait)
+        return WhenWaited(wait)
 
     def _exchange(self, mail: Mail, device: torch.device, observer: Observer | None, step: int) -> Callable[[], Found]:
         """What waits for what came."""
@@ -337,16 +337,7 @@ def _views(mail: Mail, source: int, target: int, memory: Tensor) -> list[list[Te
     return views
 
 
-class _Waiting:
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait = wait
-
-    def wait(self) -> None:
-        """Waits."""
-        self._wait()
-
-
-nothing = _Waiting(lambda: None)
+nothing = WhenWaited(lambda: None)
 """Nothing is under way."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,6 +28,17 @@ class Pending(Protocol):
             RankFailure: where a peer died or did not answer in time.
         """
         ...
+
+
+class WhenWaited:
+    """What is done where it is waited for, a `Pending`."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Does it."""
+        self._work()
 
 
 def works(pending: Pending) -> Sequence[Pending]:

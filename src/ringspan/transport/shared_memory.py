@@ -12,15 +12,7 @@ from torch import Tensor
 from ringspan.errors import RankFailure
 from ringspan.transport.in_process import InProcessTransport, follow, recorded
 from ringspan.transport.peers import Passes, Words, Work
-from ringspan.transport.protocol import Pending
-
-
-class _WhenNeeded:
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        self._work()
+from ringspan.transport.protocol import Pending, WhenWaited
 
 
 class SharedMemory:
@@ -132,4 +124,4 @@ class SharedMemory:
             follow(done, self._device)
             arrive()
 
-        return _WhenNeeded(wait)
+        return WhenWaited(wait)
