@@ -9,8 +9,10 @@ import torch
 
 from ringspan.attention.loss import IGNORE_INDEX
 from ringspan.geometry import causal, documents
+from ringspan.training import optimizer as optimizer_room
 from ringspan.training.batches import cut_into_passes, deal, document_borders_of
 from ringspan.training.model import build_model
+from ringspan.training.optimizer import Optimizer
 from ringspan.training.trainer import Trainer
 from ringspan.transformer import ParallelModel
 from ringspan.transformer.parallel_model import TOTAL_KEYWORD
@@ -117,3 +119,14 @@ def test_rows_are_dealt_to_replicas_which_all_have_as_many_passes():
     assert [[each.is_blank for each in hand] for hand in hands] == [[False, False], [False, True]]
     assert bool((hands[1][1].labels == IGNORE_INDEX).all())
     assert [len(hand) for hand in deal(rows[:1], num_replicas=3, batch_size=1, mask=causal(), separator=0)] == [1, 1, 1]
+
+
+def test_gradients_that_are_moved_to_their_masters_are_known_to_be_read(monkeypatch: pytest.MonkeyPatch):
+    """They are FSDP's memory where parameters are sharded, and dropped as soon as they have been moved."""
+    model, seen = torch.nn.Linear(2, 2).bfloat16(), []
+    optimizer = Optimizer(model, weight_decay=0.0, gradient_clip=1.0)
+    monkeypatch.setattr(optimizer, "_is_sharded", True)
+    monkeypatch.setattr(optimizer_room, "take_over", lambda parameters: seen.extend(each.grad is not None for each in parameters))
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.collect()
+    assert seen == [True, True] and model.weight.grad is None

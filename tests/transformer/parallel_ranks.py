@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import ringspan
-from ringspan.transformer import Offload, ParallelModel, parallelize
+from ringspan.transformer import Offload, ParallelModel, gradients, parallelize
 from ringspan.transformer.parallel_model import TOTAL_KEYWORD
 from tests.support.attempts import said_of
 from tests.support.models import VOCABULARY, make_batch, seeded, tiny_llama
@@ -164,7 +165,14 @@ def run_case(case: Case) -> tuple[Tensor, dict[str, Tensor | None]]:
     parallel = parallelize(model, mesh, **case.how)
     place = {name: mesh.get_local_rank(name) for name in case.mesh}
     replica = place.get("replicate", 0) * case.mesh.get("shard", 1) + place.get("shard", 0)
-    loss = step(parallel, case.batches(replica))
+    given: list[Tensor] = []
+    with mock.patch.object(gradients, "give_away", lambda *tensors: given.extend(tensors)):
+        loss = step(parallel, case.batches(replica))
+    known = {tensor.data_ptr() for tensor in given}
+    for name, parameter in parallel.model.named_parameters():
+        if parallel._is_sharded and parameter.grad is not None:
+            assert isinstance(parameter.grad, DTensor)
+            assert parameter.grad.to_local().data_ptr() in known, f"FSDP's stream may unmap the gradient of {name} while another reads it"
     return loss, whole_gradients(parallel.model)
 
 

@@ -37,18 +37,18 @@ class DistributedAttention(torch.autograd.Function):
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         stages, into = plan.stages or (plan,), {}
-        with plan.in_one_piece(), plan.in_turns(q) as turns:
-            coming = _inputs(q, k, v, plan, keep)
-            done = [
-                turns(stage.stage, partial(_attended, inputs, sinks, ctx.heads[0], stage, into))
-                for stage, inputs in zip(stages, coming, strict=True)
-            ]
+        with plan.in_one_piece() as held, plan.in_turns(q) as turns:
+            held += (coming := _inputs(q, k, v, plan, keep))
+            done = []
+            for stage, inputs in zip(stages, coming, strict=True):
+                done.append(turns(stage.stage, partial(_attended, inputs, sinks, ctx.heads[0], stage, into)))
+                held.append(done[-1])
             out, lse = [going.wait() for _, going in done][-1]
             for inputs in coming:
                 inputs.settle()
+        # Some stages were computed beside; and a tape may have them as well.
+        give_away(*(tensor for results, _ in done[1:] for tensor in results))
         if keep:
-            # Some stages were computed beside.
-            give_away(*(tensor for results, _ in done[1:] for tensor in results))
             # By stage, as many each.
             of_stages = ([*inputs.kept(), *results] for inputs, (results, _) in zip(coming, done, strict=True))
             ctx.save_for_backward(sinks, *(tensor for kept in of_stages for tensor in kept))
@@ -62,11 +62,11 @@ class DistributedAttention(torch.autograd.Function):
             # Under checkpointing a layer is computed again to give them: its errors are its own.
             saved = ctx.saved_tensors
             ctx.plan.scores.keep_if_captured()
-            with ctx.plan.in_one_piece():
-                return DistributedAttention._input_gradients(ctx, saved, *gradients)
+            with ctx.plan.in_one_piece() as held:
+                return DistributedAttention._input_gradients(ctx, saved, held, *gradients)
 
     @staticmethod
-    def _input_gradients(ctx, saved: tuple[Tensor, ...], *gradients: Tensor | None):
+    def _input_gradients(ctx, saved: tuple[Tensor, ...], held: list[object], *gradients: Tensor | None):
         dout, dlse = gradients
         sinks, *kept = saved
         plan, exchange = ctx.plan, ctx.plan.exchange
@@ -90,11 +90,12 @@ class DistributedAttention(torch.autograd.Function):
         # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
         both_sinks = None if sinks is None else (sinks, torch.zeros_like(sinks))
         with plan.in_turns(dout) as turns:
-            coming = _output_gradients(dout, dlse, plan)
-            going = [
-                turns(stage.stage, partial(_differentiated, gradients, found, both_sinks, ctx.heads, stage, into))
-                for stage, gradients, found in zip(stages, coming, of_stages, strict=True)
-            ]
+            held += (coming := _output_gradients(dout, dlse, plan))
+            going = []
+            for stage, of_results, found in zip(stages, coming, of_stages, strict=True):
+                going.append(turns(stage.stage, partial(_differentiated, of_results, found, both_sinks, ctx.heads, stage, into)))
+                # Until the stages beside have been joined.
+                held.append(going[-1].under_way)
             dq, dk, dv = [each.wait() for each in going][-1]
         return dq, dk, dv, None if both_sinks is None else both_sinks[1], None, None
 

@@ -6,7 +6,8 @@ computation, for every strategy, because the schedule says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ class Pass:
         self.program, self.courier, self.scores, self.turns = program, courier, scores, Turns(streams)
         self.shelf = Shelf()
         self._arrived: dict[tuple[Piece, int], list[Tensor]] = {}
+        self._waiting: list[tuple[Batch, Pending, Any]] = []
 
     def run(self, observer: Observer | None = None) -> None:
         """All steps of the program, an `observer` looking on."""
@@ -49,11 +51,11 @@ class Pass:
             self._run(observer)
         except BaseException:
             self.turns.streams.leave()
+            self.courier.leave(self._waiting)
             raise
 
     def _run(self, observer: Observer | None) -> None:
         self.courier.begin()
-        waiting: list[tuple[Batch, Pending, Any]] = []
         for index, step in enumerate(self.program.steps):
             for combine in step.combines:
                 self.turns.take((combine.piece.kind, combine.piece.owner))
@@ -66,18 +68,18 @@ class Pass:
                     with self.turns.aside(batch.lane == 0 or all(self.leaves_aside(send.piece) for send in batch.sends)) as is_aside:
                         posted = replace(batch, idle=False) if is_aside else batch
                         pending = self.courier.post(posted, [self._outgoing(send) for send in batch.sends], incoming)
-                waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
+                self._waiting.append((batch, pending, None if observer is None else observer.begin(index, "transfer", batch, pending)))
             self.settle(observer, index)
             for launch in step.launches:
                 with watch(observer, index, "attend", launch):
                     self.attend(launch)
-            for batch, pending, token in waiting:
+            for batch, pending, token in self._waiting:
                 if batch.due <= index + 1:
                     with watch(observer, index, "wait", batch):
                         self.turns.streams.arrived(pending)
                     if observer is not None:
                         observer.end(token)
-            waiting = [entry for entry in waiting if entry[0].due > index + 1]
+            self._waiting = [entry for entry in self._waiting if entry[0].due > index + 1]
             if (step.releases or step.combines) and self.courier.frees(index):
                 # Whoever writes there next must not overtake a call that reads it.
                 self.turns.join()
@@ -103,10 +105,15 @@ class Pass:
         """Whether the current stream has added nothing to what `piece` is of since calls run beside it, and has nothing to add."""
         return self.turns.leaves_aside((piece.kind, piece.owner))
 
-    def give_away(self, *results: Tensor) -> None:
-        """These are what is left of the pass: nothing else of it is read any more."""
-        self.turns.streams.let_go()
-        self.turns.streams.outlive(*results)
+    @contextmanager
+    def ending(self) -> Iterator[list[Tensor]]:
+        """Within it the last of the pass is read. For its results, which are all that is left."""
+        results: list[Tensor] = []
+        try:
+            yield results
+        finally:
+            self.turns.streams.let_go()
+            self.turns.streams.outlive(*results)
 
     def _outgoing(self, send: Send) -> list[Tensor]:
         return self.shelf.view(send.piece) if LANES[send.piece.kind] == 0 else self.partial(send.piece)
@@ -229,8 +236,9 @@ class ForwardPass(_FlashPass):
 
     def result(self) -> tuple[Tensor, Tensor]:
         """`out [batch, shard, heads, head_dim]`, rounded to the dtype of q if it may be, and `lse [batch, heads, shard]`."""
-        out, lse = self._partials[self.program.rank].result()
-        self.give_away(out, lse)
+        with self.ending() as results:
+            results += self._partials[self.program.rank].result()
+        out, lse = results
         return out, lse
 
 
@@ -338,6 +346,7 @@ class BackwardPass(_FlashPass):
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv `[batch, shard, heads, head_dim]`, in the dtypes of q, k and v where they round."""
         rank = self.program.rank
-        (dq,), (dk, dv) = self._accumulators[("dq", rank)].result(), self._accumulators[("dkv", rank)].result()
-        self.give_away(dq, dk, dv)
+        with self.ending() as results:
+            results += [*self._accumulators[("dq", rank)].result(), *self._accumulators[("dkv", rank)].result()]
+        dq, dk, dv = results
         return dq, dk, dv

@@ -66,6 +66,10 @@ class Courier(Protocol):
         """The pass is over, and everything has been waited for."""
         ...
 
+    def leave(self, held: object) -> None:
+        """An error ends the pass. `held`: batches that are still under way."""
+        ...
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -152,3 +156,6 @@ class TransportCourier:
 
     def end(self) -> None:
         """Every batch has been waited for."""
+
+    def leave(self, held: object) -> None:
+        """See `Courier.leave`: whoever carries parcels keeps them."""

@@ -95,6 +95,11 @@ class PeerCourier:
         if self._inbox.messages:
             self._memory.end()
 
+    def leave(self, held: object) -> None:
+        """See `Courier.leave`."""
+        if self._inbox.messages:
+            self._memory.leave((held, self._packed))
+
     def frees(self, step: int) -> bool:
         """See `Courier.frees`."""
         return step in self._inbox.freed

@@ -69,18 +69,19 @@ class Plan:
         return self.replays.run(self, direction, inputs, work, self.everyone, memory)
 
     @contextmanager
-    def in_one_piece(self) -> Iterator[None]:
+    def in_one_piece(self) -> Iterator[list[object]]:
         """What an error ends between an exchange and a pass is left as one that it ends within: the other ranks wait in the next.
 
-        An error of ringspan's own comes before the first, or is shared by all ranks.
+        An error of ringspan's own comes before the first, or is shared by all ranks. For what is under way, which is kept then.
         """
+        held: list[object] = []
         try:
-            yield
+            yield held
         except RingspanError:
             raise
         except BaseException:
             if self.exchange is not None and self.peers is not None:
-                self.peers[0].leave()
+                self.peers[0].leave(held)
             raise
 
     @cached_property

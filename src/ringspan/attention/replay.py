@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,12 @@ class CudaCapture:
         """What was computed has been copied away."""
         self._done = self._done or torch.cuda.Event()
         self._done.record()
+
+    def __del__(self) -> None:
+        # The last of its graphs goes with it, and their memory: nobody else waits for the replay.
+        if self._done is not None:
+            with suppress(RuntimeError):
+                self._done.synchronize()
 
     @staticmethod
     def is_under_way() -> bool:

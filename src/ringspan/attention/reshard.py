@@ -27,14 +27,18 @@ Gathered = dict[str, list[Tensor]]
 
 
 class Coming(Generic[Result]):
-    """What an exchange brings."""
+    """What an exchange brings.
+
+    Attributes:
+        under_way: what is waited for, with what it reads; nothing after that.
+    """
 
     def __init__(self, pending: Sequence[Pending], result: Callable[[], Result]) -> None:
-        self._pending, self._result = pending, result
+        self.under_way, self._result = pending, result
 
     def wait(self) -> Result:
         """Once it is there: what the current stream does from here on comes after it. What it travelled in is let go."""
-        pending, self._pending = self._pending, ()
+        pending, self.under_way = self.under_way, ()
         for each in pending:
             each.wait()
         return self._result()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringspan.training.low_memory import check_blocks, make_low_memory, parts_of, stepping
 from ringspan.training.tensors import local_part
+from ringspan.transformer.gradients import take_over
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -95,6 +96,8 @@ class Optimizer:
 
         Called after each backward pass: gradients that are summed in bfloat16 lose what is below 1/256 of the sum.
         """
+        if self._is_sharded:
+            take_over(self._parameters.values())
         for name, parameter in self._parameters.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:

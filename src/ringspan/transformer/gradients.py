@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ringspan.attention.gradients import sum_gradients
 from ringspan.attention.observe import Observer
+from ringspan.attention.streams import give_away
 from ringspan.transport import Transport
 
 
@@ -29,6 +30,11 @@ def sum_local_gradients(parameters: Iterable[nn.Parameter], transport: Transport
     for parameter, stand_in in zip(parameters, stand_ins, strict=True):
         if parameter.grad is None and stand_in.grad is not None:
             parameter.grad = _like(parameter, stand_in.grad)
+
+
+def take_over(parameters: Iterable[nn.Parameter]) -> None:
+    """The current stream reads the gradients that FSDP2 has made in memory of streams of its own, until they are dropped."""
+    give_away(*(_local(parameter.grad) for parameter in parameters if parameter.grad is not None))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, transport: Transport, is_counted: bool) -> Tensor:

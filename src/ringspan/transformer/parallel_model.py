@@ -19,7 +19,7 @@ from ringspan.attention.observe import AFTER, watch
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal
 from ringspan.transformer.chance import refusing_chance
-from ringspan.transformer.gradients import clip_gradients, sum_local_gradients
+from ringspan.transformer.gradients import clip_gradients, sum_local_gradients, take_over
 from ringspan.transformer.head import LossRequest
 from ringspan.transformer.offload import HostStore, Offload
 from ringspan.transformer.pieces import TensorGroup
@@ -224,13 +224,17 @@ class ParallelModel:
             reshard(self.model)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it: nothing happens.
+        """Sums gradients over the ranks where parameters are whole. Where they are sharded the backward has done it.
+
+        To be called there as well: what the optimizer reads is not unmapped under it when gradients are dropped.
 
         Args:
             parameters: whose `.grad` to sum, such as float32 masters that the gradients were moved to; the model's if not given.
         """
-        if not self._is_sharded:
-            chosen = self.model.parameters() if parameters is None else parameters
+        chosen = self.model.parameters() if parameters is None else parameters
+        if self._is_sharded:
+            take_over(chosen)
+        else:
             sum_local_gradients(chosen, self._ranks.copies, self.context.observer)
 
     def clip_gradients(self, max_norm: float, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:

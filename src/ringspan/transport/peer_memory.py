@@ -50,9 +50,9 @@ class SomePeers:
         """See `PeerMemory.end`."""
         self._whole.end()
 
-    def leave(self) -> None:
+    def leave(self, held: object = None) -> None:
         """See `PeerMemory.leave`."""
-        self._whole.leave()
+        self._whole.leave(held)
 
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`."""

@@ -50,8 +50,11 @@ class PeerMemory(Protocol):
         """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
-    def leave(self) -> None:
-        """An error ends what is done in several passes between two of them: whoever else is in the next would take another for it."""
+    def leave(self, held: object = None) -> None:
+        """An error ends a pass, or what is done in several between two of them: whoever else is in the next would take another for it.
+
+        What is done aside and beside goes on, whenever peers let it. `held`: what it reads and writes, which is kept for good.
+        """
         ...
 
     def signal(self, words: Words) -> None:
@@ -91,6 +94,7 @@ class Passes:
 
     def __init__(self) -> None:
         self._under_way = False
+        self._held: list[object] = []
 
     def begin(self) -> None:
         if self._under_way:
@@ -105,5 +109,6 @@ class Passes:
     def end(self) -> None:
         self._under_way = False
 
-    def leave(self) -> None:
+    def leave(self, held: object) -> None:
         self._under_way = True
+        self._held.append(held)

@@ -39,6 +39,9 @@ class SharedMemory:
     def reserve(self, nbytes: int) -> None:
         """See `PeerMemory.reserve`."""
         if not self._inboxes or self._inboxes[0].numel() < nbytes:
+            if self._device.type == "cuda":
+                # What is still done with the old ones.
+                torch.cuda.synchronize(self._device)
             self._inboxes = self._transport.gather_objects(torch.empty(nbytes, dtype=torch.uint8, device=self._device))
 
     def inbox(self, rank: int) -> Tensor:
@@ -59,9 +62,9 @@ class SharedMemory:
         self._passes.end()
         self._over = recorded(self._device)
 
-    def leave(self) -> None:
+    def leave(self, held: object = None) -> None:
         """See `PeerMemory.leave`."""
-        self._passes.leave()
+        self._passes.leave(held)
 
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`; one that is still set is an error here, since no message is sent twice before it is read."""

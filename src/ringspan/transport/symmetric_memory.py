@@ -132,9 +132,9 @@ class SymmetricMemory:
         """See `PeerMemory.end`."""
         self._passes.end()
 
-    def leave(self) -> None:
+    def leave(self, held: object = None) -> None:
         """See `PeerMemory.leave`."""
-        self._passes.leave()
+        self._passes.leave(held)
 
     def signal(self, words: Words) -> None:
         """See `PeerMemory.signal`."""
