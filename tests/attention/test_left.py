@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ import ringspan
 from ringspan.attention import peer_courier, plan, swap
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.replay import CudaCapture
-from ringspan.attention.streams import OneStream
+from ringspan.attention.streams import OneStream, give_away
 from ringspan.kernels import KERNELS
+from tests.support.device import Device, Stream, device
 from tests.support.interruptions import Interrupted
+
+__all__ = ["device"]
 
 
 class Seen(UnderWay):
@@ -120,6 +124,15 @@ def test_what_stages_of_a_backward_send_is_there_until_they_are_joined(seen: lis
     for each in ringspan.run_in_process(2, run):
         assert len(each) == 3 and not any(reference() is not None for reference in each)
     assert there.count([True] * 3) == 2, "both ranks', when the stages of the backward had been joined"
+
+
+def test_what_is_given_away_is_marked_on_a_gpu_and_not_within_a_graph(device: Device):
+    marked: list[Any] = []
+    tensors: Any = [SimpleNamespace(is_cuda=is_cuda, device=None, record_stream=marked.append) for is_cuda in (False, True, False, True)]
+    with device.stream(other := Stream()):
+        give_away(*tensors)
+        give_away()
+    assert marked == ([] if device.capturing else [other, other])
 
 
 def test_the_memory_of_graphs_is_not_given_up_before_the_last_replay():

@@ -190,10 +190,10 @@ def give_away(*tensors: Tensor) -> None:
 
     For memory of another stream; nothing is done about that of the current one, nor within a CUDA graph, whose memory stays.
     """
-    if tensors and tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-        current = torch.cuda.current_stream(tensors[0].device)
-        for tensor in tensors:
-            tensor.record_stream(current)
+    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+    if on_gpu and not torch.cuda.is_current_stream_capturing():
+        for tensor in on_gpu:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 _SIDES = threading.local()
