@@ -1,4 +1,4 @@
-"""What an error leaves under way is kept: streams go on with it whenever the other ranks let them."""
+"""What streams still read or write is there until they are done: after an error, before a join, and where others drop it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,11 +27,11 @@ __all__ = ["device"]
 class Seen(UnderWay):
     """Known by a weak reference."""
 
+    wanted: ClassVar[list[weakref.ref]] = []
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.wanted.append(weakref.ref(self))
-
-    wanted: list[weakref.ref] = []  # noqa: RUF012
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ class TwoStreams:
 
     def outlive(self, *tensors: Tensor) -> None:
         """See `Streams.outlive`."""
-        if self._owes:
+        if self._lent:
             give_away(*tensors)
 
     def leave(self) -> None:

@@ -96,11 +96,12 @@ class Optimizer:
 
         Called after each backward pass: gradients that are summed in bfloat16 lose what is below 1/256 of the sum.
         """
+        moved = {name: parameter for name, parameter in self._parameters.items() if self.masters[name] is not parameter}
         if self._is_sharded:
-            take_over(self._parameters.values())
-        for name, parameter in self._parameters.items():
+            take_over(moved.values())
+        for name, parameter in moved.items():
             master = self.masters[name]
-            if master is parameter or parameter.grad is None:
+            if parameter.grad is None:
                 continue
             if master.grad is None:
                 master.grad = parameter.grad.float()

@@ -50,7 +50,7 @@ class SomePeers:
         """See `PeerMemory.end`."""
         self._whole.end()
 
-    def leave(self, held: object = None) -> None:
+    def leave(self, held: object) -> None:
         """See `PeerMemory.leave`."""
         self._whole.leave(held)
 

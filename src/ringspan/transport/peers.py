@@ -50,7 +50,7 @@ class PeerMemory(Protocol):
         """The pass is over: all its signals have been set and cleared, or are about to be."""
         ...
 
-    def leave(self, held: object = None) -> None:
+    def leave(self, held: object) -> None:
         """An error ends a pass, or what is done in several between two of them: whoever else is in the next would take another for it.
 
         What is done aside and beside goes on, whenever peers let it. `held`: what it reads and writes, which is kept for good.

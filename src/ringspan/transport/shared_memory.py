@@ -62,7 +62,7 @@ class SharedMemory:
         self._passes.end()
         self._over = recorded(self._device)
 
-    def leave(self, held: object = None) -> None:
+    def leave(self, held: object) -> None:
         """See `PeerMemory.leave`."""
         self._passes.leave(held)
 

@@ -132,7 +132,7 @@ class SymmetricMemory:
         """See `PeerMemory.end`."""
         self._passes.end()
 
-    def leave(self, held: object = None) -> None:
+    def leave(self, held: object) -> None:
         """See `PeerMemory.leave`."""
         self._passes.leave(held)
 
