@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ringspan
-from ringspan.attention import autograd, executor, plan
+from ringspan.attention import executor, plan
 from ringspan.attention.program import resolve
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.attention.turns import Turns
@@ -211,32 +211,6 @@ def test_a_result_that_a_call_beside_made_is_known_to_outlive_it(monkeypatch: py
     assert any(stay), "nothing of it is left"
     assert all(there <= each.outlived for there, each in zip(stay, Unmapping.passes, strict=True))
     del left
-
-
-def test_stages_beside_are_let_go_and_what_is_kept_of_them_is_given_away(monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
-    given: list[tuple[Tensor, ...]] = []
-
-    class Saying(OneStream):
-        def join(self) -> None:
-            said.append("join")
-
-        def let_go(self) -> None:
-            said.append("let go")
-
-    monkeypatch.setattr(plan, "streams_for", lambda *_, first=True: OneStream() if first else Saying())
-    monkeypatch.setattr(autograd, "give_away", lambda *tensors: given.append(tensors))
-
-    def run(group: Any) -> None:
-        context = ringspan.ContextParallel(group, kernel="reference", strategy="ulysses", stages=2, transport="peer_memory")
-        leaves = [torch.randn(1, 8, 4, 4, requires_grad=True) for _ in range(3)]
-        out = context.sequence(8).attention(*leaves)
-        assert len(given) == 1, "out and lse of the second stage are kept"
-        out.sum().backward()
-
-    ringspan.run_in_process(1, run)
-    assert said == ["join", "let go"] * 2
-    assert [tuple(tensor.shape) for tensors in given for tensor in tensors] == [(1, 8, 2, 4), (1, 2, 8)]
 
 
 @pytest.mark.parametrize("sums", ["Partial", "Accumulator"])

@@ -115,7 +115,9 @@ class Plan:
         """
         # Graphs share their memory: one after the other.
         two = self.stages and self.replays is None and self.observer is None
-        streams = streams_for(q, self.kernel, self.peers is not None, first=False) if two else OneStream()
+        # What a second call works in is of one stage's heads.
+        most_rows = MOST_ROWS * len(self.stages)
+        streams = streams_for(q, self.kernel, self.peers is not None, most_rows, first=False) if two else OneStream()
         streams.fork(lambda: None)
         try:
             yield lambda index, work: streams.beside(work) if index % 2 else work()
