@@ -95,7 +95,7 @@ for part in $parts; do
         --launch "${LAUNCH:-graph,eager,replay}" ;;
     many)
       # What four GPUs and more choose among.
-      SAMPLES=10 bench many 300 --kernel "$kernel" --strategy "${STRATEGIES:-ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto}" \
+      SAMPLES=10 bench many 500 --kernel "$kernel" --strategy "${STRATEGIES:-ring,direct:shards_at_once=2,direct:shards_at_once=4,all_gather,auto}" \
         --length "${LENGTHS:-2048,8192,32768}" --launch graph --peers "${PEERS:-yunchang_ulysses,pytorch_alltoall,pytorch_allgather}" ;;
     many_heads)
       SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length "${LENGTHS:-2048,8192,32768}" --heads "${HEADS:-64/8,32/32}" --launch graph --peers none ;;
@@ -105,7 +105,7 @@ for part in $parts; do
       # Heads in stages beside all at once, and where the time of the stages goes.
       SAMPLES=${SAMPLES:-10} bench stages 240 --kernel "$kernel" --strategy ulysses:stages=1,ulysses:stages=2,ulysses:stages=4 \
         --length 2048,8192,32768 --heads "${HEADS:-32/32}" --launch graph --peers none ;;
-    long) SAMPLES=10 bench long 400 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 131072 --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
+    long) SAMPLES=10 bench long 560 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 131072 --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
       bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;
