@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,11 +15,10 @@ from ringspan.attention.streams import MOST_ROWS, OneStream
 from ringspan.kernels import Kernel
 
 
-def test_stages_of_heads_run_beside_each_other_up_to_the_memory_that_one_of_them_works_in(monkeypatch: pytest.MonkeyPatch):
+def test_stages_run_beside_each_other_in_a_backward_up_to_the_memory_that_one_of_them_works_in(monkeypatch: pytest.MonkeyPatch):
     asked: list[float] = []
 
     def streams(q: Tensor, kernel: Kernel, lends: bool, most_rows: float, first: bool = True) -> OneStream:
-        assert tuple(q.shape) == (1, 8, 4, 4) or first
         asked.extend([] if first else [most_rows])
         return OneStream()
 
@@ -29,7 +29,7 @@ def test_stages_of_heads_run_beside_each_other_up_to_the_memory_that_one_of_them
         context.sequence(8).attention(*(torch.randn(1, 8, 4, 4, requires_grad=True) for _ in range(3))).sum().backward()
 
     ringspan.run_in_process(1, run)
-    assert asked == [4 * MOST_ROWS] * 2, "of a forward and a backward"
+    assert asked == [math.inf, 4 * MOST_ROWS], "a forward's of any length"
 
 
 def test_stages_beside_are_let_go_and_what_is_kept_of_them_is_given_away(monkeypatch: pytest.MonkeyPatch):

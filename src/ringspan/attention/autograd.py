@@ -37,7 +37,7 @@ class DistributedAttention(torch.autograd.Function):
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         stages, into = plan.stages or (plan,), {}
-        with plan.in_one_piece() as held, plan.in_turns(q) as turns:
+        with plan.in_one_piece() as held, plan.in_turns(q, math.inf) as turns:
             held += (coming := _inputs(q, k, v, plan, keep))
             done = []
             for stage, inputs in zip(stages, coming, strict=True):

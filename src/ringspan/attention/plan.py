@@ -108,16 +108,18 @@ class Plan:
         return OneStream() if self.observer is not None else streams_for(q, self.kernel, self.peers is not None, most_rows)
 
     @contextmanager
-    def in_turns(self, q: Tensor) -> Iterator[Turn]:
+    def in_turns(self, q: Tensor, most_rows: float = MOST_ROWS) -> Iterator[Turn]:
         """How stages are computed: given the number of one and its work, every other one beside the one before, and after its blocks.
 
         They fill up what the last blocks of the one before leave of a GPU, and what that one gave leaves as early as it can.
+
+        Args:
+            q: with the heads of all stages.
+            most_rows: see `streams_for`, of the heads of one: those of a call.
         """
         # Graphs share their memory: one after the other.
         two = self.stages and self.replays is None and self.observer is None
-        # What a second call works in is of one stage's heads.
-        most_rows = MOST_ROWS * len(self.stages)
-        streams = streams_for(q, self.kernel, self.peers is not None, most_rows, first=False) if two else OneStream()
+        streams = streams_for(q, self.kernel, self.peers is not None, most_rows * len(self.stages), first=False) if two else OneStream()
         streams.fork(lambda: None)
         try:
             yield lambda index, work: streams.beside(work) if index % 2 else work()
