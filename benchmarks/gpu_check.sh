@@ -100,12 +100,13 @@ for part in $parts; do
     many_heads)
       SAMPLES=${SAMPLES:-10} bench many_heads 300 --kernel "$kernel" --strategy "${STRATEGIES:-auto,all_gather,ulysses,two_dimensional}" --length "${LENGTHS:-2048,8192,32768}" --heads "${HEADS:-64/8,32/32}" --launch graph --peers none ;;
     many_narrow)
-      SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length 2048,8192,32768 --head-dim 64 --launch graph --peers none ;;
+      SAMPLES=${SAMPLES:-10} bench many_narrow 150 --kernel "$kernel" --strategy "${STRATEGIES:-auto,direct:shards_at_once=4,ulysses}" --length "${LENGTHS:-2048,8192,32768}" --head-dim 64 --launch graph --peers none ;;
     stages)
       # Heads in stages beside all at once, and where the time of the stages goes.
       SAMPLES=${SAMPLES:-10} bench stages 240 --kernel "$kernel" --strategy ulysses:stages=1,ulysses:stages=2,ulysses:stages=4 \
         --length 2048,8192,32768 --heads "${HEADS:-32/32}" --launch graph --peers none ;;
-    long) SAMPLES=10 bench long 560 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 131072 --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
+    long) SAMPLES=10 bench long 560 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 131072 --heads "${HEADS:-32/8}" --head-dim "${HEAD_DIM:-128}" \
+        --launch "${LAUNCH:-eager}" --warmup 1 --peers "${PEERS:-none}" ;;
     eager)
       # What is launched from Python, with and without graphs of attention's own.
       bench eager 120 --kernel "$kernel" --strategy "${STRATEGIES:-ring}" --length 1024,2048,4096 --launch graph,eager,replay ;;

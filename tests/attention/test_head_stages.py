@@ -148,6 +148,32 @@ def test_results_are_written_after_what_was_computed_where_they_lie(monkeypatch:
         assert said[end + 1 : said.index("copy", end)] == ["wait arrive"] * swaps
 
 
+def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one_launch_goes(monkeypatch: pytest.MonkeyPatch):
+    """Zigzag on three ranks: of a stage two runs of rows of three tensors, for two others and for itself."""
+    launches, mine, right = [], threading.local(), swap.copy_all
+
+    def copy_all(copies: list[Any], few: bool = False) -> None:
+        launches.extend([(len(copies), few)] * (hasattr(mine, "here") and bool(copies)))
+        right(copies, few)
+
+    def run(group: Any) -> list[torch.Tensor]:
+        vars(mine).update(here=True) if group.rank == 0 else None
+        return attended(group, "peer_memory", 4, 12, 12)
+
+    expected = ringspan.run_in_process(3, run)
+    monkeypatch.setattr(swap, "copy_all", copy_all)
+    found = ringspan.run_in_process(3, run)
+    # First the four stages' own beside what others get of the first, then what others get of the rest; what is kept of each.
+    assert launches[:8] == [(12 + 4 * 6, False)] + [(12, True)] * 3 + [(3, True)] * 4
+    launches.clear()
+    monkeypatch.setattr(swap, "AT_ONCE", 12 + 2 * 6)
+    fewer = ringspan.run_in_process(3, run)
+    assert launches[:8] == [(12 + 2 * 6, False), (12, True), (12 + 6, True), (12 + 6, True)] + [(3, True)] * 4
+    assert max(number for number, few in launches if not few) == 12 + 2 * 6, "on the way back too"
+    for each in (found, fewer):
+        assert all(torch.equal(*pair) for rank in zip(each, expected, strict=True) for pair in zip(*rank, strict=True))
+
+
 def test_a_tape_keeps_every_stage(monkeypatch: pytest.MonkeyPatch):
     def run(group: Any) -> bool:
         context = ringspan.ContextParallel(group, kernel="reference", strategy="ulysses", stages=2)

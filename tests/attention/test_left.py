@@ -110,7 +110,7 @@ def test_what_stages_of_a_backward_send_is_there_until_they_are_joined(seen: lis
             there.append([each() is not None for each in mine.seen])
 
     mine = threading.local()
-    monkeypatch.setattr(plan, "streams_for", lambda *_, first=True: OneStream() if first else Saying())
+    monkeypatch.setattr(plan, "streams_for", lambda *_, side=0: Saying() if side == 2 else OneStream())
     monkeypatch.setattr(Seen, "__init__", lambda self, *given: UnderWay.__init__(self, *given) or mine.seen.append(weakref.ref(self)))
 
     def run(group: Any) -> list[weakref.ref]:

@@ -40,10 +40,11 @@ def results(
     torch.manual_seed(0)
     length = 2 * SHARD
     q, dout = torch.randn(2, 1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, length, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    # As many stages as a rank has key heads.
+    kv_heads, stages = (2 * KV_HEADS, {"stages": KV_HEADS}) if strategy == "ulysses" else (KV_HEADS, {})
+    k, v = torch.randn(2, 1, length, kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
     def run(group: Any) -> list[Tensor]:
-        stages = {"stages": 2} if strategy == "ulysses" else {}
         context = ringspan.ContextParallel(group, strategy=strategy, kernel=kernel, deterministic=True, transport=transport, **stages)
         sequence, found = context.sequence(length), []
         for index in range(ROUNDS):
@@ -144,7 +145,7 @@ def of_a_model(device: torch.device, shard: int, kernel: str, make_store: Callab
 
 def test_memory_that_leaves_for_the_host_is_not_written_to_by_the_other_stream_of_heads_in_stages():
     device, offload = torch.device("cuda"), Offload(in_flight=1)
-    assert isinstance(streams_for(torch.empty(1, SHARD, 16, 32, device="cuda"), KERNELS["flash2"], True, first=False), TwoStreams)
+    assert isinstance(streams_for(torch.empty(1, SHARD, 16, 32, device="cuda"), KERNELS["flash2"], True, side=1), TwoStreams)
     right = of_a_model(device, SHARD, "flash2", None)
     found = of_a_model(device, SHARD, "flash2", lambda: HostStore(Slow(device), offload))
     # An embedding's gradient may be added up in another order.

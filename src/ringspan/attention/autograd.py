@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.observe import AFTER, BEFORE, watch
 from ringspan.attention.plan import Plan
-from ringspan.attention.reshard import Coming, Gathered, Heads, Inputs, OutputGradients, at_hand
+from ringspan.attention.reshard import Coming, Exchange, Gathered, Heads, Inputs, OutputGradients, at_hand
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.streams import give_away
 from ringspan.attention.tape import remembered
@@ -36,7 +36,7 @@ class DistributedAttention(torch.autograd.Function):
         plan.scores.keep_if_captured()
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
-        stages, into = plan.stages or (plan,), {}
+        stages, into = plan.stages or (plan,), _into(plan, lambda exchange: exchange.room_for_outputs(q, plan.return_lse))
         with plan.in_one_piece() as held, plan.in_turns(q, math.inf) as turns:
             held += (coming := _inputs(q, k, v, plan, keep))
             done = []
@@ -46,8 +46,8 @@ class DistributedAttention(torch.autograd.Function):
             out, lse = [going.wait() for _, going in done][-1]
             for inputs in coming:
                 inputs.settle()
-        # Some stages were computed beside; and a tape may have them as well.
-        give_away(*(tensor for results, _ in done[1:] for tensor in results))
+        # All stages but the last were computed beside; and a tape may have them as well.
+        give_away(*(tensor for results, _ in done[:-1] for tensor in results))
         if keep:
             # By stage, as many each.
             of_stages = ([*inputs.kept(), *results] for inputs, (results, _) in zip(coming, done, strict=True))
@@ -70,7 +70,7 @@ class DistributedAttention(torch.autograd.Function):
         dout, dlse = gradients
         sinks, *kept = saved
         plan, exchange = ctx.plan, ctx.plan.exchange
-        stages, into = plan.stages or (plan,), {}
+        stages = plan.stages or (plan,)
         each = len(kept) // len(stages)
         of_stages = [kept[index * each : (index + 1) * each] for index in range(len(stages))]
         _, _, _, out, lse, *_ = of_stages[0]
@@ -89,6 +89,7 @@ class DistributedAttention(torch.autograd.Function):
             dlse = lse.new_zeros((dout.shape[0], ctx.heads[0], dout.shape[1]))
         # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
         both_sinks = None if sinks is None else (sinks, torch.zeros_like(sinks))
+        into = _into(plan, lambda exchange: exchange.room_for_input_gradients(dout, ctx.heads[1]))
         with plan.in_turns(dout) as turns:
             held += (coming := _output_gradients(dout, dlse, plan))
             going = []
@@ -106,6 +107,11 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keep: bool) -> list[Hea
 
 def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> list[Heads[OutputGradients]]:
     return [at_hand((dout, dlse), [])] if plan.exchange is None else plan.exchange.output_gradients_to_heads(dout, dlse)
+
+
+def _into(plan: Plan, room: Callable[[Exchange], Gathered]) -> Gathered:
+    """Where results are gathered; of one stage they are made when there are any."""
+    return room(plan.exchange) if plan.stages and plan.exchange is not None else {}
 
 
 def _attended(

@@ -109,25 +109,44 @@ class Plan:
 
     @contextmanager
     def in_turns(self, q: Tensor, most_rows: float = MOST_ROWS) -> Iterator[Turn]:
-        """How stages are computed: given the number of one and its work, every other one beside the one before, and after its blocks.
+        """How stages are computed: given the number of one and its work, each beside the one before, and after its blocks.
 
-        They fill up what the last blocks of the one before leave of a GPU, and what that one gave leaves as early as it can.
+        They fill up what the last blocks of the one before leave of a GPU, and what that one gave leaves as early as it can. The last is
+        computed on the current stream, below the others: what is made of the one before it when its blocks are done, and then sent, would
+        otherwise wait until the last has no block left that has not begun.
 
         Args:
             q: with the heads of all stages.
             most_rows: see `streams_for`, of the heads of one: those of a call.
         """
         # Graphs share their memory: one after the other.
-        two = self.stages and self.replays is None and self.observer is None
-        streams = streams_for(q, self.kernel, self.peers is not None, most_rows * len(self.stages), first=False) if two else OneStream()
-        streams.fork(lambda: None)
+        some = self.stages and self.replays is None and self.observer is None
+        sides = [
+            streams_for(q, self.kernel, self.peers is not None, most_rows * len(self.stages), side=side) if some else OneStream()
+            for side in (1, 2)
+        ]
+
+        def turn(index: int, work: Callable[[], Result]) -> Result:
+            if index == 0:
+                # What the first needs has come on the current stream.
+                for side in sides:
+                    side.fork(lambda: None)
+            mine = sides[index % 2]
+            if index < len(self.stages) - 1:
+                return mine.beside(work)
+            # After the one before the one before it, as the others.
+            mine.join()
+            return work()
+
         try:
-            yield lambda index, work: streams.beside(work) if index % 2 else work()
+            yield turn
         except BaseException:
-            streams.leave()
+            for side in sides:
+                side.leave()
             raise
-        streams.join()
-        streams.let_go()
+        for side in sides:
+            side.join()
+            side.let_go()
 
     def courier(self, direction: str, q: Tensor) -> Courier:
         """Who carries what travels in one pass."""

@@ -114,6 +114,16 @@ class Exchange:
         shared = shared_keys(self.stages[stage])[self.place if place is None else place]
         return accumulator_dtype(dtype) if shared else dtype
 
+    def room_for_outputs(self, q: Tensor, with_lse: bool) -> Gathered:
+        """Memory of the current stream for `outputs_to_positions`, where stages are computed on others; q `[batch, own rows, heads, …]`."""
+        lse = [q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))] if with_lse else []
+        return {"out": [torch.empty_like(q, memory_format=torch.contiguous_format)], "lse": lse}
+
+    def room_for_input_gradients(self, dout: Tensor, kv_heads: int) -> Gathered:
+        """The same for `input_gradients_to_positions`."""
+        batch, rows, heads, *rest = dout.shape
+        return {"gradients": [dout.new_empty((batch, rows, of, *rest)) for of in (heads, kv_heads, kv_heads)]}
+
     def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> list[Heads[Inputs]]:
         """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`, stage by stage; `keep`: to be kept."""
         stages = [

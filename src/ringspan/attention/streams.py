@@ -199,7 +199,7 @@ def give_away(*tensors: Tensor) -> None:
 _SIDES = threading.local()
 
 
-def streams_for(q: Tensor, kernel: Kernel, lends: bool, most_rows: float = MOST_ROWS, first: bool = True) -> Streams:
+def streams_for(q: Tensor, kernel: Kernel, lends: bool, most_rows: float = MOST_ROWS, side: int = 0) -> Streams:
     """For a pass over queries `q [batch, shard, heads, head_dim]`: two streams on a GPU, where a round of blocks counts.
 
     Not where the kernel keeps on the device what another call may read at once (those that cannot be captured in a graph do); nor where
@@ -208,7 +208,7 @@ def streams_for(q: Tensor, kernel: Kernel, lends: bool, most_rows: float = MOST_
 
     Args:
         most_rows: rows times heads of q up to which there are two.
-        first: whether the calls beside go before the blocks of others that have not begun.
+        side: which of the sides, where several run beside each other.
     """
     if q.device.type != "cuda" or not (lends and kernel.can.graph_capture) or torch.cuda.get_allocator_backend() != "native":
         return OneStream()
@@ -217,7 +217,7 @@ def streams_for(q: Tensor, kernel: Kernel, lends: bool, most_rows: float = MOST_
         return OneStream()
     # Of each thread its own as well: ranks that are threads of one process do not wait for each other.
     sides, current = vars(_SIDES).setdefault("of", {}), torch.cuda.current_stream(q.device)
-    if (current, first) not in sides:
-        # Above the current stream or like it, below what the ranks tell each other.
-        sides[(current, first)] = torch.cuda.Stream(q.device, priority=-1 if first else 0)
-    return TwoStreams(sides[(current, first)])
+    if (current, side) not in sides:
+        # Above the current stream, below what the ranks tell each other.
+        sides[(current, side)] = torch.cuda.Stream(q.device, priority=current.priority - 1)
+    return TwoStreams(sides[(current, side)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ringspan.attention.landing import Landing, Message, aligned
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import AFTER, BEFORE, Observer, Swap, watch
-from ringspan.kernels import Copy, copy_all
+from ringspan.kernels import AT_ONCE, Copy, copy_all
 from ringspan.transport import Parcel, PeerMemory, Pending, Transport, WhenWaited
 
 
@@ -186,7 +186,8 @@ class PeerSwapper:
 
     A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter.
     Beside a kernel few blocks write what is to be found among other heads, from before that kernel begins: a copy engine would need it
-    packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then.
+    packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then. What is kept is
+    copied beside a kernel too, by few blocks: those that wait until multiprocessors have nothing else to do are waited for by the pass.
 
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
@@ -216,20 +217,25 @@ class PeerSwapper:
         mine = [[self._lying(landing, group.place) for landing in stage] for stage in stages]
         # The caller's stream's, as all that is read after the pass.
         kept = [[[torch.empty_like(each) for each in wholes] * keep for wholes in of_stage] for of_stage in mine]
-        own = [
-            copy
+        at_once, *own = (
+            [
+                copy
+                for wholes, landing in zip(of_stage, stage, strict=True)
+                for copy in landing.put(wholes, group.place, landing.pieces(group.place))
+            ]
             for of_stage, stage in zip(mine, stages, strict=True)
-            for wholes, landing in zip(of_stage, stage, strict=True)
-            for copy in landing.put(wholes, group.place, landing.pieces(group.place))
-        ]
+        )
         first, *later = ([copy for other in group.others for landing in stage for copy in self._put(landing, other)] for stage in stages)
+        # What this rank gives itself is copied while a link is waited for, as much as one launch can, and the rest with its stage.
+        for copies, carried_with in zip(own, later, strict=True):
+            (at_once if len(first) + len(at_once) + len(copies) <= AT_ONCE else carried_with).extend(copies)
         for other in group.others:
             self._count(other, [landing.part(group.place, other) for stage in stages for landing in stage])
         carried: list[Pending] = []
 
         def write() -> None:
             memory.meet()
-            copy_all(_mixed(first, own))
+            copy_all(_mixed(first, at_once))
             carried.extend(memory.beside("carry", partial(copy_all, copies, few=True)) for copies in later)
 
         self._exchanged(lambda source, target: [landing.part(source, target) for landing in stages[0]], write, observer, BEFORE)
@@ -241,13 +247,10 @@ class PeerSwapper:
         ]
 
     def _kept(self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, observer: Observer | None) -> Pending:
-        def keep() -> None:
-            for wholes, copies in zip(mine, kept, strict=True):
-                for target, source in zip(copies, wholes, strict=True):
-                    target.copy_(source)
-
+        copies = [copy for of_kept, wholes in zip(kept, mine, strict=True) for copy in zip(of_kept, wholes, strict=True)]
+        keep = partial(copy_all, copies, few=True)
         if observer is None:
-            return self.memory.beside("keep", keep, [ready], urgent=False)
+            return self.memory.beside("keep", keep, [ready])
         keep()
         return nothing
 
@@ -263,18 +266,20 @@ class PeerSwapper:
             self._count(other, mail.messages(group.place, other))
         found = {other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others}
         if observer is None and not last:
+            # What this rank gives itself waits until a link is waited for, where that launch has room for it beside the last stage's.
+            waits = len(self._own) + 2 * len(own) + len(remote) <= AT_ONCE
+            self._own += own if waits else []
 
             def arrive() -> None:
                 memory.meet()
+                copy_all([] if waits else own)
                 arrived(found)
 
-            # What this rank gives itself waits until a link is waited for.
-            self._own += own
             pending = memory.beside("arrive", arrive, self._carried(remote))
             self._beside.append(pending)
             # What is read beside must not be freed before.
             return UnderWay(pending, [mail, own, remote])
-        # Ranks meet in the same order; and the memory of results may be what another stream computed in before they were made.
+        # Ranks meet in the same order; and what is copied within this rank now was computed on other streams.
         for each in self._beside:
             each.wait()
         self._exchanged(mail.messages, partial(copy_all, _mixed(remote, [*self._own, *own])), observer, AFTER)

@@ -4,7 +4,7 @@ from ringspan.errors import UnsupportedError
 from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.capture import is_captured
-from ringspan.kernels.copies import Copy, copy_all
+from ringspan.kernels.copies import AT_ONCE, Copy, copy_all
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
@@ -16,6 +16,7 @@ from ringspan.kernels.speed import Comparison, Speeds, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
 __all__ = [
+    "AT_ONCE",
     "KERNELS",
     "SPEEDS",
     "Capabilities",

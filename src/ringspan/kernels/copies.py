@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AT_ONCE = 48
+"""Copies in one launch: what says where they lie is the kernel's arguments, of at most 4 KiB."""
+
 Copy = tuple[Tensor, Tensor]
 """(target, source), `[batch, rows, heads]` or `[batch, rows, heads, head_dim]`, of one shape and dtype and any strides."""
 

@@ -9,14 +9,12 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from ringspan.kernels.copies import Copy, in_eights
+from ringspan.kernels.copies import AT_ONCE, Copy, in_eights
 
 BYTES, MOST_ITEMS = 1 << 15, 1024
 """What one program copies at most, with 256 threads: heads of so many rows, each thread with eight loads of sixteen bytes under way."""
 FEW, FEW_WARPS = 24, 16
 """Programs of a launch that is to take few multiprocessors, and the warps of each: enough bytes under way to fill a link."""
-MOST = 48
-"""Copies in one launch: what says where they lie is the kernel's arguments, of at most 4 KiB."""
 
 
 @triton.jit
@@ -80,7 +78,7 @@ def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
         width = triton.next_power_of_2(columns)
         wider = FEW_WARPS // 8 if few else 1
         items = max(1, min(MOST_ITEMS, BYTES // (width * dtype.itemsize))) * wider
-        at_once = FEW if few else MOST
+        at_once = FEW if few else AT_ONCE
         for some in (same[first : first + at_once] for first in range(0, len(same), at_once)):
             most = max(target.numel() for target, _ in some) // columns
             assert most < 1 << 30

@@ -70,9 +70,9 @@ class SomePeers:
         """See `PeerMemory.aside`."""
         return self._whole.aside(lane, room, writes, arrive)
 
-    def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
         """See `PeerMemory.beside`."""
-        return self._whole.beside(lane, work, after, urgent)
+        return self._whole.beside(lane, work, after)
 
 
 def peer_memory(transport: Transport, device: torch.device) -> PeerMemory | str:

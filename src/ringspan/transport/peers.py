@@ -80,11 +80,11 @@ class PeerMemory(Protocol):
         """
         ...
 
-    def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
         """Has `work` done beside what follows, on every rank in the same order. What it returns waits until it is done.
 
-        It comes after what the current stream has done until here, `after`, and all work before it on the same lane. What is `urgent`
-        goes before the blocks of a kernel that have not begun; a lane is so always or never.
+        It comes after what the current stream has done until here, `after`, and all work before it on the same lane; and it goes
+        before the blocks of a kernel that have not begun.
         """
         ...
 

@@ -111,7 +111,7 @@ class SharedMemory:
 
         return self._at_once(lane, write, arrive)
 
-    def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
         """See `PeerMemory.beside`: done at once."""
         for pending in after:
             pending.wait()

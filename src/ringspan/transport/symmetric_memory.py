@@ -179,9 +179,9 @@ class SymmetricMemory:
         # On streams of their own: what a lane sends next does not wait for what it is still to receive.
         return _Aside([self._on(f"write {lane}", room, writes, BRANCHES[lane]), self._on(f"arrive {lane}", arrive, [], 1)], self._index)
 
-    def beside(self, lane: str, work: Work, after: Sequence[Pending] = (), urgent: bool = True) -> Pending:
+    def beside(self, lane: str, work: Work, after: Sequence[Pending] = ()) -> Pending:
         """See `PeerMemory.beside`: each lane is a stream."""
-        stream, done = self._stream(f"beside, {lane}", urgent), torch.cuda.Event()
+        stream, done = self._stream(f"beside, {lane}"), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream(self._index))
         with torch.cuda.stream(stream):
             for pending in after:
@@ -209,9 +209,9 @@ class SymmetricMemory:
         done.record(stream)
         return done
 
-    def _stream(self, name: str, urgent: bool = True) -> torch.cuda.Stream:
+    def _stream(self, name: str) -> torch.cuda.Stream:
         if name not in self._streams:
             # Its few words of work must not queue behind the blocks of an attention kernel, whatever its priority.
-            lowest, highest = torch.cuda.Stream.priority_range()  # pyright: ignore[reportCallIssue]
-            self._streams[name] = torch.cuda.Stream(self._device, priority=highest if urgent else lowest)
+            _, highest = torch.cuda.Stream.priority_range()  # pyright: ignore[reportCallIssue]
+            self._streams[name] = torch.cuda.Stream(self._device, priority=highest)
         return self._streams[name]
