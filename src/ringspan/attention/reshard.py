@@ -223,7 +223,7 @@ class Exchange:
             alone = [i for i, of_tensor in enumerate(heads) if _sharers(of_tensor, self.place) == [self.place]]
             return [(results[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
 
-        def arrived(found: Found) -> None:
+        def arrived(found: Found, few: bool) -> None:
             late: list[Copy] = []
             for i, of_tensor in enumerate(heads):
                 came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
@@ -238,7 +238,7 @@ class Exchange:
                         for other in others:
                             parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
                         add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
-            copy_all(late)
+            copy_all(late, few)
 
         last = stage == len(self.stages) - 1
         return self.swapper.swap(Mail(messages, copies, own, room), arrived, wholes[0].device, self.observer, last)

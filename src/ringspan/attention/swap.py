@@ -39,8 +39,8 @@ Found = dict[int, list[list[Tensor]]]
 """By place of the sender the tensors of its messages, to be read before the next swap."""
 
 
-Arrived = Callable[[Found], None]
-"""Reads what came."""
+Arrived = Callable[[Found, bool], None]
+"""Reads what came, as `copy_all` does: by few multiprocessors or not."""
 
 
 @dataclass
@@ -119,8 +119,8 @@ class TransportSwapper:
             wholes.extend(torch.empty(shape, dtype=message.dtype, device=device) for shape in message.shapes)
             return landing.put(wholes, place, landing.pieces(place))
 
-        def arrived(found: Found) -> None:
-            copy_all([copy for source, (came,) in found.items() for copy in landing.put(wholes, source, came)])
+        def arrived(found: Found, few: bool) -> None:
+            copy_all([copy for source, (came,) in found.items() for copy in landing.put(wholes, source, came)], few)
 
         mail = Mail(
             lambda source, target: (landing.part(source, target),),
@@ -142,7 +142,7 @@ class TransportSwapper:
             found = exchanged()
             # There is room for it where what was sent has been.
             copy_all([*mail.own()])
-            arrived(found)
+            arrived(found, False)
 
         return WhenWaited(wait)
 
@@ -186,8 +186,9 @@ class PeerSwapper:
 
     A link that is slower than the multiprocessors holds up the blocks that write to it. While nothing is computed that does not matter.
     Beside a kernel few blocks write what is to be found among other heads, from before that kernel begins: a copy engine would need it
-    packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then. What is kept is
-    copied beside a kernel too, by few blocks: those that wait until multiprocessors have nothing else to do are waited for by the pass.
+    packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then. Few blocks copy
+    what is kept, and what came home, as well: the pass would wait for those that wait until there is nothing else to do, and many would
+    take all multiprocessors between two rounds of a kernel's blocks, for as long as memory needs.
 
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
@@ -272,8 +273,8 @@ class PeerSwapper:
 
             def arrive() -> None:
                 memory.meet()
-                copy_all([] if waits else own)
-                arrived(found)
+                copy_all([] if waits else own, few=True)
+                arrived(found, True)
 
             pending = memory.beside("arrive", arrive, self._carried(remote))
             self._beside.append(pending)
@@ -284,7 +285,7 @@ class PeerSwapper:
             each.wait()
         self._exchanged(mail.messages, partial(copy_all, _mixed(remote, [*self._own, *own])), observer, AFTER)
         self._own.clear()
-        arrived(found)
+        arrived(found, False)
         return nothing
 
     def _exchanged(
