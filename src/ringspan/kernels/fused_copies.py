@@ -13,7 +13,7 @@ from ringspan.kernels.copies import AT_ONCE, Copy, in_eights
 
 BYTES, MOST_ITEMS = 1 << 15, 1024
 """What one program copies at most, with 256 threads: heads of so many rows, each thread with eight loads of sixteen bytes under way."""
-FEW, FEW_WARPS = 12, 16
+FEW, FEW_WARPS = 24, 16
 """Programs of a launch that is to take few multiprocessors, and the warps of each: enough bytes under way to fill a link."""
 
 
