@@ -67,6 +67,17 @@ def test_a_ratio_is_of_the_samples_that_were_taken_in_turns(report: BenchReport)
     assert found["forward"]["one_device_rank_medians_ms"] == [4.0, 2.0] and found["forward"]["rank_medians_ms"] == [2.0, 1.0]
 
 
+def test_a_ratio_to_a_share_is_of_one_device_with_its_part_of_the_heads(report: BenchReport):
+    ring = replace(report.records[3], share={"both": Timing(((9.0, 12.0, 10.0), (11.0, 8.0, 7.0)), 1)})
+    assert report.ratio_to_share(ring, "both") == 11.0 / 12.0 and report.ratio_to_share(ring, "forward") is None
+    shared = replace(report, records=(*report.records[:3], ring))
+    found = shared.as_json()["records"][3]["passes"]
+    assert found["both"]["share_samples_ms"] == [11.0, 12.0, 10.0] and found["both"]["ratio_to_share"] == 11.0 / 12.0
+    assert found["forward"]["share_samples_ms"] is found["forward"]["ratio_to_share"] is None
+    assert "0.917 of one device with its share of the heads alone, 11.000 ms" in markdown(shared)
+    assert "its share of the heads" not in markdown(report)
+
+
 def test_samples_taken_later_are_each_ranks_own():
     early, late = Timing(((1.0, 5.0), (3.0, 4.0)), 1), Timing(((2.0,), (2.5,)), 1)
     both = early.with_more(late)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ringspan.bench import run as running
 from ringspan.bench.energy import joules
 from ringspan.bench.overlap import Awaited
 from ringspan.bench.together import Together
-from ringspan.errors import RankFailure
+from ringspan.errors import RankFailure, RingspanError
 from ringspan.kernels import KERNELS
 from ringspan.transport import Parcel, SingleRank
 
@@ -54,6 +55,13 @@ def test_a_graph_is_timed_beside_a_graph(monkeypatch: pytest.MonkeyPatch):
             kernel, beside = ours.beside[which]
             assert kernel == alone.kernel and len(ours.timings[which].samples_ms) == len(beside.samples_ms) == CLOCK.samples
             assert alone.timings[which].samples_ms[CLOCK.samples // 2 :] == beside.samples_ms, "and half as many before"
+
+
+def test_a_share_is_whole_key_heads():
+    grid = Grid(num_ranks=4, tokens=(20,), heads=((12, 6),), head_dims=(16,), dtypes=("float32",), share=True)
+    with pytest.raises(RingspanError, match=r"--share on 4 devices with --heads 12/6: .*leaves 2.*--heads 8/4, or no --share"):
+        grid.check("cpu")
+    replace(grid, share=False).check("cpu")
 
 
 def test_what_is_timed_in_turns_is_called_in_turns(monkeypatch: pytest.MonkeyPatch):

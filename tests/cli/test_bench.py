@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_two_processes_over_gloo_are_timed_and_every_number_comes_from_samples(tmp_path: Path):
     files = [tmp_path / name for name in ("bench.json", "bench.png", "bench.md")]
     command = [sys.executable, "-m", "ringspan.cli.main", "bench", "--device", "cpu", "--ranks", "2", "--length", "64,96", "--heads", "4/2",
-               "--head-dim", "16", "--strategy", "ring", "--ablate", "--documents", "realistic:1", "--mask", "causal",
+               "--head-dim", "16", "--strategy", "ring", "--ablate", "--share", "--documents", "realistic:1", "--mask", "causal",
                "--json", str(files[0]), "--png", str(files[1]), "--markdown", str(files[2])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,6 +90,9 @@ def test_two_processes_over_gloo_are_timed_and_every_number_comes_from_samples(t
             assert timed["ratio_to_one_device"] == pytest.approx(statistics.median(beside) / 2 / timed["median_ms"])
             assert len(beside) == 10 and set(beside) < set(base["samples_ms"]) and len(base["samples_ms"]) == 5 + 5 * 10
             assert timed["one_device_kernel"] == "torch_cpu"
+            share = timed["share_samples_ms"]
+            assert len(share) == 10 and timed["ratio_to_share"] == pytest.approx(statistics.median(share) / timed["median_ms"])
+            assert base["share_samples_ms"] is None, "of ringspan's alone"
     assert not list(tmp_path.glob("*.partial"))
 
 

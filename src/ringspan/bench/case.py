@@ -190,6 +190,7 @@ class Grid:
         ablate: beside them the experiment that takes one thing away at a time.
         peers: names of `ringspan.bench.PEERS` to time beside.
         baselines: kernels to time on one device; empty for all that can.
+        share: beside the whole on one device, in turns with every setting, what it takes for an equal share of the heads.
     """
 
     num_ranks: int
@@ -208,6 +209,7 @@ class Grid:
     ablate: bool = False
     peers: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
+    share: bool = False
 
     def check(self, device: str) -> None:
         """That every entry is one that exists, on `device` (`cpu` or `cuda`).
@@ -224,6 +226,12 @@ class Grid:
                 raise RingspanError(
                     f"--heads {heads}/{kv_heads}", f"{heads} / {kv_heads} leaves {heads % kv_heads}", "KV heads divide the query heads",
                     f"--heads {heads}/{heads}",
+                )  # fmt: skip
+            if self.share and kv_heads % self.num_ranks:
+                raise RingspanError(
+                    f"--share on {self.num_ranks} devices with --heads {heads}/{kv_heads}",
+                    f"{kv_heads} / {self.num_ranks} leaves {kv_heads % self.num_ranks}", "A device's share is whole KV heads",
+                    f"--heads {heads // kv_heads * self.num_ranks}/{self.num_ranks}, or no --share",
                 )  # fmt: skip
         for strategy in self.strategies:
             parse_strategy(strategy)

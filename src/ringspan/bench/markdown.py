@@ -91,6 +91,8 @@ def summary(report: BenchReport, shape: Shape, launch: str) -> list[str]:
         said = [f"{words}, {launch}: on one device {best.name} is the fastest" if best else f"{words}, {launch}"]
         if fastest is not None:
             said.append(f"over the ranks {fastest.label}")
+            if (ratio := report.ratio_to_share(fastest, which)) is not None:
+                said.append(f"{ratio:.3f} of one device with its share of the heads alone, {fastest.share[which].median_ms:.3f} ms")
             peers = report.ratios_to_peers(fastest, which)
             if peers:
                 name = min(peers, key=lambda peer: peers[peer])

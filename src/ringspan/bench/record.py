@@ -35,6 +35,8 @@ class Record:
         budgets: by tensor.
         timings: by pass.
         beside: by pass, the kernel on one device that it was timed in turns with, and that one's samples; empty where it was not.
+        share: by pass, the samples of the same kernel for an equal share of the heads over the whole length, taken in the same turns; empty
+            where that was not asked for.
         bytes_sent: over all links in one forward and one backward, as the transport counted them; None where it does not.
         bytes_promised: the same, as the schedule has them.
         extra_bytes: by pass, beyond inputs and results, of the rank that held most, `peer_bytes` included.
@@ -56,6 +58,7 @@ class Record:
     budgets: Mapping[str, Budget] = field(default_factory=dict)
     timings: Mapping[str, Timing] = field(default_factory=dict)
     beside: Mapping[str, tuple[str, Timing]] = field(default_factory=dict)
+    share: Mapping[str, Timing] = field(default_factory=dict)
     bytes_sent: int | None = None
     bytes_promised: int | None = None
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -142,6 +145,15 @@ class BenchReport:
             return self._in_turns(record, which)
         return self._against(self.best_one_device(record.shape, record.launch, which), record, which)
 
+    @staticmethod
+    def ratio_to_share(record: Record, which: str) -> float | None:
+        """The time of one device for an equal share of the heads over the time of `record`; None where it was not taken.
+
+        No rank waits for another there and nothing is sent, and a pass lasts as long: what a pass that is N times as long has over one
+        of such a length, since a GPU at its limit of power follows a change of work slowly, is not in it.
+        """
+        return record.share[which].median_ms / record.median_ms(which) if which in record.share else None
+
     def ratio_to_same_kernel(self, record: Record, which: str) -> float | None:
         """The same against the kernel that `record` itself computes with."""
         if which in record.beside and record.beside[which][0] == record.kernel:
@@ -220,6 +232,8 @@ class BenchReport:
                 "one_device_samples_ms": None if alone is None else list(alone.samples_ms),
                 "one_device_rank_medians_ms": None if alone is None else list(alone.rank_medians_ms),
                 "ratio_to_same_kernel": self.ratio_to_same_kernel(record, which),
+                "share_samples_ms": list(record.share[which].samples_ms) if which in record.share else None,
+                "ratio_to_share": self.ratio_to_share(record, which),
                 "ratio_to_peers": {} if record.kind == "peer" else self.ratios_to_peers(record, which),
             }
         return made

@@ -356,17 +356,29 @@ class _Problem:
             # A peer's sample lasts as long as those that it is compared with.
             alone_ms = [self.records[place].median_ms(which) for place in self.alone if record.kind != "one device"]
             return replace(record, timings={which: clock.time(work, min(alone_ms, default=SHORTEST_SAMPLE_MS)), **record.timings})
-        timing, other = clock.in_turns(work, beside)
+        share = self._alone(self.records[fastest], which, self.shape.num_ranks) if self.grid.share else None
+        timing, other, *of_share = clock.in_turns(work, beside, *([] if share is None else [share]))
         alone = self.records[fastest]
         self.records[fastest] = replace(alone, timings={**alone.timings, which: alone.timings[which].with_more(other)})
         self.watch.timed_again(self.records)
-        return replace(record, timings={which: timing, **record.timings}, beside={which: (alone.kernel, other), **record.beside})
+        return replace(
+            record,
+            timings={which: timing, **record.timings},
+            beside={which: (alone.kernel, other), **record.beside},
+            share={**record.share, **({which: of_share[0]} if of_share else {})},
+        )
 
-    def _alone(self, record: Record, which: str) -> Callable[[], object] | None:
-        """What a record of one device timed, or None where a rank lacks the memory for it beside what is timed now. Collective."""
+    def _alone(self, record: Record, which: str, parts: int = 1) -> Callable[[], object] | None:
+        """What a record of one device timed, or None where a rank lacks the memory for it beside what is timed now. Collective.
+
+        Args:
+            parts: of as many equal parts of the heads the first.
+        """
         try:
-            assert self.whole is not None
-            passes, _ = one_device(record.kernel, self.shape, self.whole)
+            whole = cast(Inputs, self.whole)
+            shape = replace(self.shape, heads=self.shape.heads // parts, kv_heads=self.shape.kv_heads // parts)
+            part = Inputs(*(each[:, :, : each.shape[2] // parts] for each in (whole.q, whole.k, whole.v, whole.dout)))
+            passes, _ = one_device(record.kernel, shape, part)
             call = getattr(passes, which)
             made = captured(call) if record.launch == "graph" else call
             made()

@@ -53,6 +53,10 @@ def command(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also take away one thing at a time: overlap, balance, stages.", rich_help_panel=_SOLVERS)
     ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Also one device with its share of the heads alone, in turns with each.", rich_help_panel=_SOLVERS),
+    ] = False,
     launch: Annotated[str | None, _option(_HOW, f"eager, graph (one CUDA graph), replay (cuda_graphs=True), {_LIST}.", "eager")] = None,
     ranks: Annotated[int | None, _option(_HOW, "Processes; under torchrun, its own.", "every GPU, or 2 on CPUs")] = None,
     device: Annotated[str, _option(_HOW, "auto, cpu or cuda (one GPU a rank).", "auto")] = "auto",
@@ -86,6 +90,7 @@ def command(
         "launches": names("--launch", launch),
         "num_ranks": ranks,
         "ablate": ablate,
+        "share": share,
     }
     files = {"json_file": json_file, "png": png, "markdown": markdown}
     raise typer.Exit(
