@@ -5,7 +5,7 @@ Start with `ContextParallel`, with `attention` where flash-attn's stood, with `p
 """
 
 from ringspan import transformers
-from ringspan.attention import ContextParallel, Sequence
+from ringspan.attention import ContextParallel, Sequence, measure_weights
 from ringspan.attention.functional import attention, attention_varlen, scaled_dot_product_attention
 from ringspan.errors import RankFailure, RingspanError, ScheduleError, UnsupportedError
 from ringspan.geometry import LAYOUTS as _LAYOUTS
@@ -34,6 +34,7 @@ __all__ = [
     "full",
     "layouts",
     "mask_mod",
+    "measure_weights",
     "parallelize",
     "parse_mask",
     "prefix_lm",

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ringspan import run_in_process
-from ringspan.bench import Bench, Clock, Grid, Meter, Record
+from ringspan.bench import Bench, Clock, Grid, Meter, Record, Setting, Timing
 from ringspan.bench import clock as clock_room
 from ringspan.bench import run as running
 from ringspan.bench.energy import joules
 from ringspan.bench.overlap import Awaited
+from ringspan.bench.passes import weights_for
 from ringspan.bench.together import Together
 from ringspan.errors import RankFailure, RingspanError
 from ringspan.kernels import KERNELS
@@ -55,6 +56,22 @@ def test_a_graph_is_timed_beside_a_graph(monkeypatch: pytest.MonkeyPatch):
             kernel, beside = ours.beside[which]
             assert kernel == alone.kernel and len(ours.timings[which].samples_ms) == len(beside.samples_ms) == CLOCK.samples
             assert alone.timings[which].samples_ms[CLOCK.samples // 2 :] == beside.samples_ms, "and half as many before"
+
+
+def test_layout_weighted_is_by_the_speeds_that_ranks_show_alone():
+    grid = Grid(
+        num_ranks=1, tokens=(40,), heads=((4, 2),), head_dims=(16,), dtypes=("float32",), strategies=("ring",),
+        layouts=("zigzag", "weighted"),
+    )  # fmt: skip
+    alone, even, weighted = Bench(CLOCK, Meter("there is none")).run(grid)
+    assert even.is_timed and weighted.is_timed and (even.reason, weighted.reason) == ("", "weights (1.0,)")
+    setting = replace(weighted.setting or Setting(), launch="graph")
+    slow = replace(alone, launch="graph", timings={"both": Timing(((9.0, 10.0, 11.0), (20.0, 19.0, 30.0)), 1)})
+    fast = replace(slow, timings={"both": Timing(((4.0, 4.0, 6.0), (5.0, 5.0, 4.5)), 1)})
+    assert weights_for(setting, [alone, slow, fast]) == (1.0, 0.8), "of the fastest kernel, launched in the same way"
+    assert weights_for(replace(setting, layout="zigzag"), [fast]) is None
+    with pytest.raises(RingspanError, match="no kernel was timed on one device"):
+        weights_for(setting, [alone])
 
 
 def test_a_share_is_whole_key_heads():

@@ -45,6 +45,13 @@ def test_weights_are_shares():
     assert layout.shard_lengths == (8, 0, 16)
     assert make_layout("weighted", 4, 2, (1.0, 0.0)).positions(0) == [0, 1, 2, 3]
     assert make_layout("weighted", 64, 4).shards == make_layout("zigzag", 64, 4).shards
+    # Chunks of 16,384 and more are whole blocks of a kernel, and what is left is with the largest weight.
+    assert make_layout("weighted", 131072, 4).shards == make_layout("zigzag", 131072, 4).shards
+    long = make_layout("weighted", 131072 + 6, 4, (1.0, 0.98, 0.99, 0.955))
+    assert [len(span) % 128 for shard in long.shards for span in shard] == [3, 3, 0, 0, 0, 0, 0, 0]
+    assert long.shard_lengths == (33286, 32768, 33024, 32000), "of 33,396, 32,728, 33,062 and 31,893 positions"
+    short = make_layout("weighted", 65536, 4, (1.0, 0.98, 0.99, 0.955)).shard_lengths
+    assert short == (16696, 16364, 16530, 15946)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_weighted_parts_follow_one_another_and_are_within_one_of_their_share(len
 
 def test_a_part_without_weight_is_empty_where_the_shares_come_out_even():
     assert [len(part) for part in split_by_weight(12, (1.0, 0.0, 2.0))] == [4, 0, 8]
+    assert [len(part) for part in split_by_weight(131, (1.0, 3.0, 2.0), 10)] == [20, 71, 40], "in tens, and one that is left"
 
 
 def test_a_span_runs_forwards():

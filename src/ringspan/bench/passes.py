@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ringspan.attention import ContextParallel, Sequence
+from ringspan.attention.rank_speeds import weights_of
 from ringspan.bench.case import Setting, Shape, parse_strategy
 from ringspan.bench.overlap import Awaited
+from ringspan.bench.record import Record
+from ringspan.errors import RingspanError
 from ringspan.transport import Transport
 from ringspan.verify import Inputs
 
@@ -50,8 +53,25 @@ def passes_of(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs
     return Passes(forward, both, mine)
 
 
-def open_sequence(setting: Setting, shape: Shape) -> Sequence:
-    """Ringspan's view of `shape` as `setting` asks. Collective.
+def weights_for(setting: Setting, alone: Iterable[Record]) -> tuple[float, ...] | None:
+    """For layout `weighted` each rank's speed as the records of one device tell it, the same on every rank; None for other layouts.
+
+    Raises:
+        RingspanError: where there is none that was launched in the same way.
+    """
+    if setting.layout != "weighted":
+        return None
+    fastest = min((each for each in alone if each.launch == setting.launch), key=lambda record: record.median_ms("both"), default=None)
+    if fastest is None:
+        raise RingspanError(
+            "layout 'weighted'", "no kernel was timed on one device", "A rank's weight is the speed that it shows alone",
+            "layout='zigzag', or --one-device with a kernel that can",
+        )  # fmt: skip
+    return weights_of([1 / each for each in fastest.timings["both"].rank_medians_ms])
+
+
+def open_sequence(setting: Setting, shape: Shape, weights: tuple[float, ...] | None = None) -> Sequence:
+    """Ringspan's view of `shape` as `setting` asks, its layout `weighted` by `weights`. Collective.
 
     Raises:
         RingspanError: on every rank, for what it does not do.
@@ -62,7 +82,7 @@ def open_sequence(setting: Setting, shape: Shape) -> Sequence:
         more["transport"] = setting.transport
     if setting.launch == "replay":
         more["cuda_graphs"] = True
-    context = ContextParallel(None, strategy=strategy, layout=setting.layout, kernel=setting.kernel, **more)
+    context = ContextParallel(None, strategy=strategy, layout=setting.layout, kernel=setting.kernel, weights=weights, **more)
     if not setting.overlap:
         context.transport = cast(Transport, Awaited(context.transport))
     return context.sequence(shape.length, shape.made_mask)

@@ -29,7 +29,7 @@ from ringspan.bench.energy import Meter, joules
 from ringspan.bench.graph import captured
 from ringspan.bench.memory import peak_bytes, promise, release, releasing, staged
 from ringspan.bench.one_device import capable_kernels, one_device
-from ringspan.bench.passes import Passes, open_sequence, passes_of, whole_inputs
+from ringspan.bench.passes import Passes, open_sequence, passes_of, weights_for, whole_inputs
 from ringspan.bench.peers import PEERS, Peer
 from ringspan.bench.record import PASSES, Record, worst
 from ringspan.bench.together import Broken, Together, first_of, one_line
@@ -199,7 +199,8 @@ class _Problem:
         transport = self.bench.clock.transport
 
         def check() -> tuple[Passes, Record]:
-            sequence = open_sequence(setting, self.shape)
+            weights = weights_for(setting, [self.records[place] for place in self.alone])
+            sequence = open_sequence(setting, self.shape, weights)
             passes = passes_of(lambda q, k, v: sequence.attention(q, k, v), inputs, sequence.shard)
             for _ in range(EAGER_CALLS + 1 if setting.launch == "replay" else 0):
                 # What is checked then is a replay.
@@ -208,8 +209,7 @@ class _Problem:
             results = passes.both()
             assert sequence.kernel is not None
             sent = sum((Counter(sequence.context.transport.bytes_sent) - before).values())
-            schedules, layout = sequence.schedules, sequence.layout
-            context = sequence.context
+            schedules, layout, context = sequence.schedules, sequence.layout, sequence.context
             # Ring Self-Attention computes its tiles itself, and rounds nothing on the way.
             materialised = "ring_self_attention" in (context.strategy, context.options.get("inner"))
             sizes = self.shape.sizes_with(None if materialised else sequence.kernel)
@@ -222,11 +222,11 @@ class _Problem:
             gathered = self.together.gather_objects(
                 (sent, {**forward.as_json()}, {**both.as_json(), "lse": lse, "total": both.total + lse}, sequence.choice)
             )
-            reason = f"{sequence.choice.strategy}: {sequence.choice.reason}" if sequence.choice is not None else ""
+            chosen = f"{sequence.choice.strategy}: {sequence.choice.reason}" if sequence.choice is not None else ""
             made = replace(
                 record,
                 kernel=sequence.kernel.name,
-                reason=reason,
+                reason="; ".join(each for each in (chosen, f"weights {weights}" if weights else "") if each),
                 bytes_sent=sum(each[0] for each in gathered),
                 bytes_promised=promised,
                 peer_bytes=sequence.peer_bytes,

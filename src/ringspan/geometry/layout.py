@@ -9,6 +9,11 @@ from functools import cached_property, lru_cache
 from ringspan.errors import RingspanError
 from ringspan.geometry.span import Span, split_by_weight, split_evenly
 
+KERNEL_ROWS = 128
+"""Rows that a kernel's block has, mostly: one that is begun takes as long as a whole one."""
+LONG_CHUNK = 128 * KERNEL_ROWS
+"""Chunks that are so long on average are whole blocks, which then is off by less than what GPUs of one kind differ by."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,7 +89,8 @@ def striped(length: int, num_ranks: int) -> Layout:
 def weighted(length: int, num_ranks: int, weights: Sequence[float] | None = None) -> Layout:
     """Zigzag whose chunks are proportional to `weights`: for ranks of unequal speed, or unequal memory.
 
-    Rank r owns chunk r and its mirror image, both of size ∝ weights[r]; equal weights give zigzag up to rounding.
+    Rank r owns chunk r and its mirror image, both of size ∝ weights[r]; equal weights give zigzag up to rounding, long chunks to whole
+    blocks of a kernel.
     Four tokens on two ranks with weights 1, 0: `0 0 0 0` (rank 1 owns nothing).
     """
     chosen = tuple(float(weight) for weight in (weights or (1.0,) * num_ranks))
@@ -95,8 +101,9 @@ def weighted(length: int, num_ranks: int, weights: Sequence[float] | None = None
             "There is one finite weight ≥ 0 for each rank, and at least one of them is above 0",
             f"weights={(1.0,) * num_ranks}",
         )
-    first = split_by_weight(length - length // 2, chosen)
-    mirror = split_by_weight(length // 2, chosen[::-1])[::-1]
+    unit = KERNEL_ROWS if length // (2 * num_ranks) >= LONG_CHUNK else 1
+    first = split_by_weight(length - length // 2, chosen, unit)
+    mirror = split_by_weight(length // 2, chosen[::-1], unit)[::-1]
     offset = length - length // 2
     shards = [[first[rank], Span(mirror[rank].start + offset, mirror[rank].stop + offset)] for rank in range(num_ranks)]
     return _layout("weighted", length, shards)

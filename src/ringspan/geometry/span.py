@@ -63,14 +63,19 @@ def split_evenly(length: int, parts: int) -> list[Span]:
     return spans
 
 
-def split_by_weight(length: int, weights: tuple[float, ...]) -> list[Span]:
-    """Contiguous spans whose sizes are proportional to `weights` (largest remainder), covering `length` positions."""
+def split_by_weight(length: int, weights: tuple[float, ...], unit: int = 1) -> list[Span]:
+    """Contiguous spans whose sizes are proportional to `weights` (largest remainder), covering `length` positions.
+
+    Sizes are multiples of `unit`, but for that of the largest weight, which has what is left.
+    """
     total = sum(weights)
-    exact = [length * weight / total for weight in weights]
+    exact = [length // unit * weight / total for weight in weights]
     sizes = [int(size) for size in exact]
     by_remainder = sorted(range(len(weights)), key=lambda part: sizes[part] - exact[part])
-    for part in by_remainder[: length - sum(sizes)]:
+    for part in by_remainder[: length // unit - sum(sizes)]:
         sizes[part] += 1
+    sizes = [size * unit for size in sizes]
+    sizes[weights.index(max(weights))] += length % unit
     spans, start = [], 0
     for size in sizes:
         spans.append(Span(start, start + size))

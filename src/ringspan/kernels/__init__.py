@@ -12,7 +12,7 @@ from ringspan.kernels.partial import accumulator_dtype, add_, batch_first, merge
 from ringspan.kernels.protocol import Kernel, Scores, lowered, packed
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.signals import signal_kernels
-from ringspan.kernels.speed import Comparison, Speeds, time_kernel
+from ringspan.kernels.speed import Comparison, Speeds, kernel_pass, time_kernel
 from ringspan.kernels.torch_kernels import CuDnn, Flash2, TorchCpu
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "copy_all",
     "dtype_name",
     "is_captured",
+    "kernel_pass",
     "lowered",
     "lse_gradient_refusal",
     "merge_",

@@ -126,11 +126,26 @@ def time_kernel(kernel: Kernel, problem: Problem, tokens: int, repeats: int = 7)
     A window leaves a quarter of the sequence, a softcap is 30, and a mask_mod hides each seventh pair. The caller's function modes, such as
     `torch.set_default_device`, are left for the time.
     """
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        return _median_seconds(kernel, problem, tokens, repeats)
+    run = kernel_pass(kernel, problem, tokens)
+    seconds = _seconds_on_gpu if problem.device == "cuda" else _seconds
+    for _ in range(2):
+        run()
+    return statistics.median(seconds(run) for _ in range(repeats))
 
 
-def _median_seconds(kernel: Kernel, problem: Problem, tokens: int, repeats: int) -> float:
+def kernel_pass(kernel: Kernel, problem: Problem, tokens: int) -> Callable[[], None]:
+    """A forward and a backward of one causal sequence on the current device, for what is timed: see `time_kernel`."""
+    with torch._C.DisableTorchFunction():
+        run = _pass(kernel, problem, tokens)
+
+    def undisturbed() -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            run()
+
+    return undisturbed
+
+
+def _pass(kernel: Kernel, problem: Problem, tokens: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -154,10 +169,7 @@ def _median_seconds(kernel: Kernel, problem: Problem, tokens: int, repeats: int)
             # A kernel is handed merged statistics in the inputs' dtype and in float32.
             kernel.backward(dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out.to(q.dtype), lse, None, scores(part))
 
-    seconds = _seconds_on_gpu if problem.device == "cuda" else _seconds
-    for _ in range(2):
-        run()
-    return statistics.median(seconds(run) for _ in range(repeats))
+    return run
 
 
 def _seconds(run: Callable[[], None]) -> float:
