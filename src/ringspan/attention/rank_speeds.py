@@ -56,9 +56,10 @@ def measure_weights(
     agree(transport, "measure_weights", asked, checks.problem_of(lambda: _check(kernel, device, seconds)))
     has_gpu = "cuda" in transport.devices and torch.cuda.is_available()
     made: list[Callable[[], None]] = []
-    problem = checks.problem_of(lambda: made.append(_tried(kernel, device or ("cuda" if has_gpu else "cpu"))))
+    where = device or ("cuda" if has_gpu else "cpu")
+    problem = checks.problem_of(lambda: made.append(_tried(kernel, where)))
     agree(transport, "measure_weights", asked, problem)
-    speeds = [_passes_a_second(made[0], transport, seconds / 2) for _ in ("warm", "timed")]
+    speeds = [_passes_a_second(made[0], where, transport, seconds / 2) for _ in ("warm", "timed")]
     return weights_of(transport.gather_objects(speeds[-1]))
 
 
@@ -86,11 +87,11 @@ def _tried(kernel: str, device: str) -> Callable[[], None]:
     problem, tokens = PROBLEMS[device]
     run = kernel_pass(select_kernel(kernel, problem), problem, tokens)
     run()
-    _synchronise()
+    _synchronise(device)
     return run
 
 
-def _passes_a_second(run: Callable[[], None], transport: Transport, seconds: float) -> float:
+def _passes_a_second(run: Callable[[], None], device: str, transport: Transport, seconds: float) -> float:
     """Of passes that begin on all ranks at once, and follow one another for so long."""
     transport.gather_objects(None)
     began, passes = time.perf_counter(), 0
@@ -98,11 +99,11 @@ def _passes_a_second(run: Callable[[], None], transport: Transport, seconds: flo
         # Some are queued at a time, so that a GPU waits for no launch.
         for _ in range(AT_A_TIME):
             run()
-        _synchronise()
+        _synchronise(device)
         passes += AT_A_TIME
     return passes / (time.perf_counter() - began)
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
+def _synchronise(device: str) -> None:
+    if device == "cuda":
         torch.cuda.synchronize()

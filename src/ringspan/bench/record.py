@@ -149,8 +149,8 @@ class BenchReport:
     def ratio_to_share(record: Record, which: str) -> float | None:
         """The time of one device for an equal share of the heads over the time of `record`; None where it was not taken.
 
-        No rank waits for another there and nothing is sent, and a pass lasts as long: what a pass that is N times as long has over one
-        of such a length, since a GPU at its limit of power follows a change of work slowly, is not in it.
+        Nothing is sent there and no rank waits for another, and its passes are as long as those over the ranks are meant to be: what
+        a longer pass of one device has over shorter ones is not in it.
         """
         return record.share[which].median_ms / record.median_ms(which) if which in record.share else None
 
