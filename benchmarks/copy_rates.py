@@ -2,8 +2,8 @@
 
     python3 benchmarks/copy_rates.py --length 131072 --heads 8
 
-One GPU. `whole`: three contiguous tensors of one head, as what a backward needs is kept; `parts`: a head of each of 18 runs of rows among 32
-heads, as a stage of heads is sent. Each is copied by as many blocks as there are rows for (`many`), by few (`few`), and by
+One GPU. `whole`: three contiguous tensors of one head, as what a backward needs is kept; `parts`: a head of each of 18 runs of rows among
+32 heads, as a stage of heads is sent. Each is copied by as many blocks as there are rows for (`many`), by few (`few`), and by
 `torch.Tensor.copy_` (`torch`), twice for each of the forward kernels of one head that follow each other. All times are of CUDA graphs, in
 microseconds a copy; kernels without copies are timed in turns, since they vary by some percent themselves.
 """
