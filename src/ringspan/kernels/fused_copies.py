@@ -32,6 +32,44 @@ def _copy_items(
 
 
 @triton.jit
+def _block(number, rows, heads, ITEMS: tl.constexpr):
+    blocks = tl.cdiv(rows, ITEMS)
+    return (number % heads).to(tl.int64), number // heads % blocks * ITEMS, (number // heads // blocks).to(tl.int64)
+
+
+@triton.jit
+def _lies(where, number, of_batch, of_row, of_head, rows, heads, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+    head, row, batch = _block(number, rows, heads, ITEMS)
+    first = where + batch * of_batch + row.to(tl.int64) * of_row + head * of_head
+    return first + (tl.arange(0, ITEMS)[:, None] * of_row + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def _is_inside(number, total, rows, heads, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+    _, row, _ = _block(number, rows, heads, ITEMS)
+    return ((tl.arange(0, ITEMS) < rows - row) & (number < total))[:, None] & (tl.arange(0, WIDTH) < COLUMNS)[None, :]
+
+
+@triton.jit
+def _copy_rounds(
+    target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, batches,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    # Some rows of one head at a time, so that single numbers are divided and not one for each row. The next are loaded while these are
+    # stored; nothing but their values and numbers goes round the loop: addresses would take all registers.
+    number, total = tl.program_id(0), batches * heads * tl.cdiv(rows, ITEMS)
+    there = _lies(source, number, source_batch, source_row, source_head, rows, heads, WIDTH, ITEMS)
+    values = tl.load(there, _is_inside(number, total, rows, heads, COLUMNS, WIDTH, ITEMS))
+    while number < total:
+        following = number + tl.num_programs(0)
+        there = _lies(source, following, source_batch, source_row, source_head, rows, heads, WIDTH, ITEMS)
+        next_values = tl.load(there, _is_inside(following, total, rows, heads, COLUMNS, WIDTH, ITEMS))
+        here = _lies(target, number, target_batch, target_row, target_head, rows, heads, WIDTH, ITEMS)
+        tl.store(here, values, _is_inside(number, total, rows, heads, COLUMNS, WIDTH, ITEMS))
+        values, number = next_values, following
+
+
+@triton.jit
 def _copy_kernel(
     copies, batches, COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr, ROUNDS: tl.constexpr
 ):  # fmt: skip
@@ -45,15 +83,13 @@ def _copy_kernel(
         target_head, source_head = tl.where(mine, copies[i][3], target_head), tl.where(mine, copies[i][7], source_head)
         rows, heads = tl.where(mine, copies[i][8], rows), tl.where(mine, copies[i][9], heads)
     rows = rows // 2
-    first, total = tl.program_id(0) * ITEMS, batches * rows * heads
     if ROUNDS:
-        while first < total:
-            _copy_items(
-                target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, first, total,
-                COLUMNS, WIDTH, ITEMS,
-            )  # fmt: skip
-            first += tl.num_programs(0) * ITEMS
+        _copy_rounds(
+            target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, batches,
+            COLUMNS, WIDTH, ITEMS,
+        )  # fmt: skip
     else:
+        first, total = tl.program_id(0) * ITEMS, batches * rows * heads
         _copy_items(
             target, target_batch, target_row, target_head, source, source_batch, source_row, source_head, rows, heads, first, total,
             COLUMNS, WIDTH, ITEMS,
@@ -81,7 +117,7 @@ def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
         at_once = FEW if few else AT_ONCE
         for some in (same[first : first + at_once] for first in range(0, len(same), at_once)):
             most = max(target.numel() for target, _ in some) // columns
-            assert most < 1 << 30
+            assert most < 1 << 30 and items * max(each.stride(1) for pair in some for each in pair) < 1 << 31
             programs = triton.cdiv(most, items)
             # An odd number stands for the rows: for 1, and for multiples of 16, Triton would compile a kernel of its own.
             _copy_kernel[(min(programs, FEW // len(some)) if few else programs, len(some))](  # pyright: ignore[reportIndexIssue]
