@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with GPUs must show, each part within its seconds; all files of a call are in one archive, renewed after each
 # bench, step and part, and where SIGTERM ends it.
-# SHARE=1: every bench also times one device with its share of the heads alone.
+# SHARE=1: every bench also times one device with its share of the heads alone. LAYOUT=zigzag,weighted: in these layouts, where a part names none.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
 # usage: gpu_check.sh OUT_FOLDER [exact|units|sanitizer|correct|queues|speed|eager|many|many_heads|many_narrow|stages|long|masks|heads|auto|ablate|memory|soak|
 #   steps|account|parts|reach|alone|host|timeline|run|half_million|million ...]
@@ -29,7 +29,7 @@ trap 'kill $(jobs -p) 2> /dev/null; wait; keep; exit 143' TERM
 bench() {
   local name=$1 seconds=$2; shift 2
   timeout "$seconds" python3 -m ringspan.cli.main bench --device cuda --one-device "$kernel" --json "$out/$name.json" \
-    --samples "${SAMPLES:-20}" ${SHARE:+--share} --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1 &
+    --samples "${SAMPLES:-20}" ${SHARE:+--share} ${LAYOUT:+--layout "$LAYOUT"} --markdown "$out/$name.md" --png "$out/$name.png" "$@" > "$out/$name.log" 2>&1 &
   wait $!
   echo "bench $name: $?"
   grep -E '^(ring|direct|all_gather|ulysses|pass_query|auto|one device|rfa|yunch|pytorch|error|ended|passed|refused|wrong|failed)|tokens a device on|the heads alone' "$out/$name.log" | cut -c1-150
