@@ -17,24 +17,15 @@ from functools import partial
 
 import torch
 
+from ringspan.bench.clock import Clock
 from ringspan.bench.graph import captured
 from ringspan.geometry import Tile
 from ringspan.kernels import KERNELS, Scores
 from ringspan.kernels.copies import Copy, copy_all
+from ringspan.transport import SingleRank
 
 WIDTH, OTHERS, RUNS = 128, 32, 18
 SAMPLES, ALONE = 9, 4
-
-
-def milliseconds(replay: Callable[[], object]) -> float:
-    """Of one replay."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def one_by_one(copies: list[Copy]) -> None:
@@ -86,18 +77,20 @@ def main() -> None:
         return ()
 
     print(torch.__version__, torch.cuda.get_device_name(), arguments.kernel)
+    clock = Clock(torch.device("cuda"), SingleRank(), 2, SAMPLES)
     nothing = captured(attention)
     for name, copies in (("whole", list(zip(targets, sources, strict=True))), ("parts", parts)):
         size = sum(target.numel() * target.element_size() for target, _ in copies) / 1e6
         for called, way in (("many", copy_all), ("few", partial(copy_all, few=True)), ("torch", one_by_one)):
             by_itself, both = captured(partial(alone, way, copies)), captured(partial(beside, way, copies))
-            pairs = [(milliseconds(nothing), milliseconds(both)) for _ in range(SAMPLES)]
-            took = statistics.median(milliseconds(by_itself) for _ in range(SAMPLES)) * 1e3 / ALONE
-            more = sorted((with_copies - without) * 1e3 / (2 * heads) for without, with_copies in pairs)
-            usual, middle = statistics.median(without for without, _ in pairs), statistics.median(more)
+            took = clock.time(by_itself).median_ms * 1e3 / ALONE
+            without, with_copies = clock.in_turns(nothing, both)
+            pairs = zip(without.samples_ms, with_copies.samples_ms, strict=True)
+            more = sorted((longer - shorter) * 1e3 / (2 * heads) for shorter, longer in pairs)
+            middle = statistics.median(more)
             print(
                 f"{name} {called:5s} {size:7.1f} MB: alone {took:7.1f}, beside {middle:7.1f} [{more[0]:.1f} to {more[-1]:.1f}], "
-                f"kernels {usual:.3f} ms",
+                f"kernels {without.median_ms:.3f} ms",
                 flush=True,
             )
 

@@ -10,34 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import torch
 
+from ringspan.bench.clock import Clock
 from ringspan.bench.graph import captured
 from ringspan.geometry import Tile
 from ringspan.kernels import KERNELS, Scores
+from ringspan.transport import SingleRank
 
 WIDTH, SAMPLES, CYCLES = 128, 7, 1_000_000
-
-
-def milliseconds(replay: Callable[[], object], seconds: float = 0.0) -> float:
-    """Of one replay, of as many as fit into `seconds`, one at least."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    replay()
-    end.record()
-    end.synchronize()
-    repeats = int(seconds * 1e3 / start.elapsed_time(end))
-    if repeats < 2:
-        return start.elapsed_time(end)
-    start.record()
-    for _ in range(repeats):
-        replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
 
 
 def main() -> None:
@@ -67,18 +49,18 @@ def main() -> None:
         return pause(cycles)
 
     print(torch.__version__, torch.cuda.get_device_name(), arguments.kernel)
+    clock = Clock(torch.device("cuda"), SingleRank(), 2, SAMPLES)
     usual = captured(lambda: both(0))
-    a_million = statistics.median(milliseconds(captured(lambda: pause(CYCLES))) for _ in range(SAMPLES))
+    a_million = clock.time(captured(lambda: pause(CYCLES))).median_ms
     for asked in map(float, arguments.pauses.split(",")):
         cycles = int(asked / a_million * CYCLES)
-        own = statistics.median(milliseconds(captured(lambda cycles=cycles: pause(cycles))) for _ in range(SAMPLES))
-        paused = captured(lambda cycles=cycles: both(cycles))
-        pairs = [(milliseconds(usual, arguments.seconds), milliseconds(paused, arguments.seconds)) for _ in range(SAMPLES)]
-        lost = [longer - shorter - 2 * own for shorter, longer in pairs]
-        shortest = statistics.median(shorter for shorter, _ in pairs)
+        own = clock.time(captured(lambda cycles=cycles: pause(cycles))).median_ms
+        without, paused = clock.in_turns(usual, captured(lambda cycles=cycles: both(cycles)), least_ms=arguments.seconds * 1e3)
+        lost = [longer - shorter - 2 * own for shorter, longer in zip(without.samples_ms, paused.samples_ms, strict=True)]
+        middle = statistics.median(lost)
         print(
-            f"a pass {shortest:.3f} ms, with pauses of {own:.3f} ms {statistics.median(longer for _, longer in pairs):.3f} ms: lost "
-            f"{statistics.median(lost):.3f} ms [{min(lost):.3f} to {max(lost):.3f}], {statistics.median(lost) / shortest:.1%}",
+            f"a pass {without.median_ms:.3f} ms, with pauses of {own:.3f} ms {paused.median_ms:.3f} ms: lost {middle:.3f} ms "
+            f"[{min(lost):.3f} to {max(lost):.3f}], {middle / without.median_ms:.1%}",
             flush=True,
         )
 
