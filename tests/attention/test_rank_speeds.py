@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
+import threading
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +18,21 @@ from ringspan.kernels import KERNELS
 
 
 def test_a_rank_that_takes_three_times_as_long_has_a_third_of_the_weight(monkeypatch: pytest.MonkeyPatch):
-    def tried(kernel: str, device: str) -> Any:
-        assert (kernel, device) == ("auto", "cpu")
-        # Ranks make it one after the other.
-        made.append(len(made))
-        mine = 0.03 if len(made) == 2 else 0.01
-        return lambda: time.sleep(mine)
+    mine = threading.local()
 
-    made: list[int] = []
-    monkeypatch.setattr(rank_speeds, "_tried", tried)
-    found = ringspan.run_in_process(3, lambda group: measure_weights(group, seconds=1.0))
-    assert found[0] == found[1] == found[2] and sorted(found[0])[1:] == pytest.approx([1.0, 1.0], abs=0.1)
-    assert min(found[0]) == pytest.approx(1 / 3, abs=0.05)
+    def take(milliseconds: int) -> None:
+        mine.now += milliseconds
+
+    monkeypatch.setattr(rank_speeds, "time", SimpleNamespace(perf_counter=lambda: mine.now / 1000))
+    monkeypatch.setattr(rank_speeds, "_tried", lambda kernel, device: partial(take, mine.pass_takes))
+
+    def run(group: Any) -> tuple[float, ...]:
+        mine.now, mine.pass_takes = 0, (10, 30, 10)[group.rank]
+        weights = measure_weights(group, seconds=2.0)
+        assert 2000 <= mine.now < 2000 + 2 * rank_speeds.AT_A_TIME * mine.pass_takes, "half of it before it is timed"
+        return weights
+
+    assert ringspan.run_in_process(3, run) == [(1.0, 0.333, 1.0)] * 3
 
 
 def test_every_rank_computes_and_is_told_the_same():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
 from ringspan.attention.observe import AFTER, BEFORE, watch
 from ringspan.attention.plan import Plan
-from ringspan.attention.reshard import Coming, Exchange, Gathered, Heads, Inputs, OutputGradients, at_hand
+from ringspan.attention.reshard import Coming, Heads, Inputs, Into, OutputGradients, at_hand
 from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.streams import give_away
 from ringspan.attention.tape import remembered
@@ -36,12 +36,13 @@ class DistributedAttention(torch.autograd.Function):
         plan.scores.keep_if_captured()
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
-        stages, into = plan.stages or (plan,), _into(plan, lambda exchange: exchange.room_for_outputs(q, plan.return_lse))
+        lse_shapes = [(q.shape[:3], accumulator_dtype(q.dtype))] if plan.return_lse else []
+        stages, into = plan.stages or (plan,), _into(plan, q, (q.shape, q.dtype), *lse_shapes)
         with plan.in_one_piece() as held, plan.in_turns(q, math.inf) as turns:
             held += (coming := _inputs(q, k, v, plan, keep))
             done = []
             for stage, inputs in zip(stages, coming, strict=True):
-                done.append(turns(stage.stage, partial(_attended, inputs, sinks, ctx.heads[0], stage, into)))
+                done.append(turns(stage.stage, partial(_attended, inputs, sinks, stage, into)))
                 held.append(done[-1])
             out, lse = [going.wait() for _, going in done][-1]
             for inputs in coming:
@@ -89,12 +90,13 @@ class DistributedAttention(torch.autograd.Function):
             dlse = lse.new_zeros((dout.shape[0], ctx.heads[0], dout.shape[1]))
         # A rank without heads has a gradient too, of zeros: who adds them up need not ask whether there is one.
         both_sinks = None if sinks is None else (sinks, torch.zeros_like(sinks))
-        into = _into(plan, lambda exchange: exchange.room_for_input_gradients(dout, ctx.heads[1]))
+        of_keys = (*dout.shape[:2], ctx.heads[1], dout.shape[3])
+        into = _into(plan, dout, *((shape, dout.dtype) for shape in (dout.shape, of_keys, of_keys)))
         with plan.in_turns(dout) as turns:
             held += (coming := _output_gradients(dout, dlse, plan))
             going = []
             for stage, of_results, found in zip(stages, coming, of_stages, strict=True):
-                going.append(turns(stage.stage, partial(_differentiated, of_results, found, both_sinks, ctx.heads, stage, into)))
+                going.append(turns(stage.stage, partial(_differentiated, of_results, found, both_sinks, stage, into)))
                 # Until the stages beside have been joined.
                 held.append(going[-1].under_way)
             dq, dk, dv = [each.wait() for each in going][-1]
@@ -109,13 +111,24 @@ def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> list[Hea
     return [at_hand((dout, dlse), [])] if plan.exchange is None else plan.exchange.output_gradients_to_heads(dout, dlse)
 
 
-def _into(plan: Plan, room: Callable[[Exchange], Gathered]) -> Gathered:
-    """Where results are gathered; of one stage they are made when there are any."""
-    return room(plan.exchange) if plan.stages and plan.exchange is not None else {}
+def _into(plan: Plan, like: Tensor, *results: tuple[tuple[int, ...], torch.dtype]) -> Into:
+    """Where results of such shapes and dtypes are gathered, made when they are first asked for: a kernel's memory is free again then.
+
+    Of several stages they are made now: memory of the current stream, and stages are computed on others.
+    """
+    made: list[Tensor] = []
+
+    def into() -> list[Tensor]:
+        made.extend([] if made else [like.new_empty(shape, dtype=dtype) for shape, dtype in results])
+        return made
+
+    if plan.stages:
+        into()
+    return into
 
 
 def _attended(
-    inputs: Heads[Inputs], sinks: Tensor | None, heads: int, plan: Plan, into: Gathered
+    inputs: Heads[Inputs], sinks: Tensor | None, plan: Plan, into: Into
 ) -> tuple[list[Tensor], Coming[tuple[Tensor, Tensor | None]]]:
     """What the backward needs of the results of one stage's heads, and their out and lse on the way to who owns their positions."""
     q, k, v = inputs.wait()
@@ -127,7 +140,7 @@ def _attended(
     kept, lse = [out, lse, *weights], lse if plan.return_lse else None
     if plan.exchange is None:
         return kept, Coming([], lambda: (out, lse))
-    return kept, plan.exchange.outputs_to_positions(plan.stage, out, lse, heads, into)
+    return kept, plan.exchange.outputs_to_positions(plan.stage, out, lse, into)
 
 
 def _launched_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -139,9 +152,8 @@ def _differentiated(
     gradients: Heads[OutputGradients],
     kept: list[Tensor],
     sinks: tuple[Tensor, Tensor] | None,
-    heads: tuple[int, int],
     plan: Plan,
-    into: Gathered,
+    into: Into,
 ) -> Coming[tuple[Tensor, Tensor, Tensor]]:
     """dq, dk and dv of the heads of one stage on the way to who owns their positions. `sinks`: and where their gradient goes."""
     dout, dlse = gradients.wait()
@@ -152,7 +164,7 @@ def _differentiated(
         of_own[1].copy_(sinks_gradient(dout, out, lse, dlse, of_own[0]))
     if plan.exchange is None:
         return Coming([], lambda: (dq, dk, dv))
-    return plan.exchange.input_gradients_to_positions(plan.stage, dq, dk, dv, *heads, into)
+    return plan.exchange.input_gradients_to_positions(plan.stage, dq, dk, dv, into)
 
 
 class _Stage(NamedTuple):

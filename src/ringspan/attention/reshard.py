@@ -22,8 +22,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 """q, k and v."""
 OutputGradients = tuple[Tensor, Tensor | None]
 """dO, and that of lse where there is one."""
-Gathered = dict[str, list[Tensor]]
-"""Results of all heads by what they are, each stage of the heads having filled in its own."""
+Into = Callable[[], list[Tensor]]
+"""Results of all heads, the same at every call: each stage of the heads fills in its own."""
 
 
 class Coming(Generic[Result]):
@@ -114,16 +114,6 @@ class Exchange:
         shared = shared_keys(self.stages[stage])[self.place if place is None else place]
         return accumulator_dtype(dtype) if shared else dtype
 
-    def room_for_outputs(self, q: Tensor, with_lse: bool) -> Gathered:
-        """Memory of the current stream for `outputs_to_positions`, where stages are computed on others; q `[batch, own rows, heads, …]`."""
-        lse = [q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))] if with_lse else []
-        return {"out": [torch.empty_like(q, memory_format=torch.contiguous_format)], "lse": lse}
-
-    def room_for_input_gradients(self, dout: Tensor, kv_heads: int) -> Gathered:
-        """The same for `input_gradients_to_positions`."""
-        batch, rows, heads, *rest = dout.shape
-        return {"gradients": [dout.new_empty((batch, rows, of, *rest)) for of in (heads, kv_heads, kv_heads)]}
-
     def inputs_to_heads(self, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> list[Heads[Inputs]]:
         """`[batch, own rows, all heads, head_dim]` to `[batch, group's rows, own heads, head_dim]`, stage by stage; `keep`: to be kept."""
         stages = [
@@ -136,18 +126,18 @@ class Exchange:
 
         return [Heads(landed, partial(all_three, landed[0].tensors)) for landed in self.swapper.land(stages, keep, self.observer)]
 
-    def outputs_to_positions(
-        self, stage: int, out: Tensor, lse: Tensor | None, heads: int, into: Gathered
-    ) -> Coming[tuple[Tensor, Tensor | None]]:  # fmt: skip
-        """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads."""
+    def outputs_to_positions(self, stage: int, out: Tensor, lse: Tensor | None, into: Into) -> Coming[tuple[Tensor, Tensor | None]]:
+        """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads.
+
+        `into`: out, and lse `[batch, own rows, heads]` where it is wanted.
+        """
         places, pending, rooms = len(self.stages[stage]), [], self.rooms[stage]
-        results = into.setdefault("out", []), into.setdefault("lse", [])
         every = (out, rooms.outputs), (None if lse is None else lse.transpose(1, 2), rooms.lse)
-        for (each, room), whole in zip(every, results, strict=True):
+        for index, (each, room) in enumerate(every):
             if each is not None:
                 sent = [[each.dtype] * places]
-                pending.append(self._to_positions(stage, [each], [self.q_heads[stage]], [heads], sent, [each.dtype], whole, room))
-        return Coming(pending, lambda: (results[0][0], None if lse is None else results[1][0].transpose(1, 2)))
+                pending.append(self._to_positions(stage, [each], [self.q_heads[stage]], sent, lambda index=index: [into()[index]], room))
+        return Coming(pending, lambda: (into()[0], None if lse is None else into()[1].transpose(1, 2)))
 
     def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> list[Heads[OutputGradients]]:
         """The gradients of what `outputs_to_positions` returned to those of what it was given, stage by stage."""
@@ -164,7 +154,7 @@ class Exchange:
         return [Heads(of_stage, partial(both, *(each.tensors for each in of_stage))) for of_stage in landed]
 
     def input_gradients_to_positions(
-        self, stage: int, dq: Tensor, dk: Tensor, dv: Tensor, heads: int, kv_heads: int, into: Gathered
+        self, stage: int, dq: Tensor, dk: Tensor, dv: Tensor, into: Into
     ) -> Coming[tuple[Tensor, Tensor, Tensor]]:
         """The gradients of what `inputs_to_heads` brought to those of what it was given, all in the dtype of `dq`.
 
@@ -172,19 +162,15 @@ class Exchange:
         """
         places = len(self.stages[stage])
         keys = [self.key_gradients_in(dq.dtype, stage, place) for place in range(places)]
-        split, results = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]], into.setdefault("gradients", [])
-        pending = self._to_positions(
-            stage, [dq, dk, dv], split, [heads, kv_heads, kv_heads], [[dq.dtype] * places, keys, keys], [dq.dtype] * 3, results,
-            self.rooms[stage].gradients,
-        )  # fmt: skip
-        return Coming([pending], lambda: (results[0], results[1], results[2]))
+        split = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]]
+        pending = self._to_positions(stage, [dq, dk, dv], split, [[dq.dtype] * places, keys, keys], into, self.rooms[stage].gradients)
+        return Coming([pending], lambda: (into()[0], into()[1], into()[2]))
 
     def _landing(self, mine: list[Tensor], heads: list[list[slice]], room: int) -> Landing:
         return Landing(mine, heads, self.rows, self.part_lengths, self.length, room)
 
     def _to_positions(
-        self, stage: int, wholes: list[Tensor], heads: list[list[slice]], totals: list[int], sent: list[list[torch.dtype]],
-        wanted: list[torch.dtype], results: list[Tensor], room: int,
+        self, stage: int, wholes: list[Tensor], heads: list[list[slice]], sent: list[list[torch.dtype]], into: Into, room: int
     ) -> Pending:  # fmt: skip
         """The way back: heads that several places have add up.
 
@@ -192,13 +178,11 @@ class Exchange:
             stage: whose heads these are.
             wholes: `[batch, group's rows, own heads, …]` each.
             heads: `heads[i][place]`, those of tensor i that a place has.
-            totals: how many heads tensor i has in all.
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
-            wanted: the dtype of result i.
-            results: where this is the first stage of several none yet, of all heads; they are there before what is returned has waited.
+            into: the results `[batch, own rows, all heads, …]`.
             room: where it travels in peer memory.
         """
-        batch, own_rows, rest = wholes[0].shape[0], self.part_lengths[self.place], wholes[0].shape[3:]
+        batch, rest = wholes[0].shape[0], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
         alike = [_alike([of_tensor[place] for of_tensor in sent]) for place in range(len(self.group.members))]
 
@@ -217,27 +201,24 @@ class Exchange:
             return [(part_rows, wholes[i][:, whole_rows]) for part_rows, whole_rows in self.rows[self.place]]
 
         def own() -> list[Copy]:
-            if not results:
-                shapes = [(batch, own_rows, of, *rest) for of in totals]
-                results.extend(wholes[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, wanted, strict=True))
             alone = [i for i, of_tensor in enumerate(heads) if _sharers(of_tensor, self.place) == [self.place]]
-            return [(results[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
+            return [(into()[i][:, rows, heads[i][self.place]], part) for i in alone for rows, part in of_own(i)]
 
         def arrived(found: Found, few: bool) -> None:
             late: list[Copy] = []
             for i, of_tensor in enumerate(heads):
                 came = {place: self._came(i, alike[place], tensors) for place, tensors in found.items()}
                 for place, of_place in enumerate(of_tensor):
-                    sharers, into = _sharers(of_tensor, place), results[i][:, :, of_place]
+                    sharers, here = _sharers(of_tensor, place), into()[i][:, :, of_place]
                     if sharers == [place]:
-                        late += [(into, came[place])] if place != self.place else []
+                        late += [(here, came[place])] if place != self.place else []
                     elif place == sharers[0] and width(of_place):
                         # In the order of the places: the same at every run. Of the first two either may be, and one that came has all rows.
                         first, *others = sharers if place != self.place else [sharers[1], place, *sharers[2:]]
                         parts: list[tuple[int, Tensor]] = []
                         for other in others:
                             parts += [(rows.start, part) for rows, part in of_own(i)] if other == self.place else [(0, came[other])]
-                        add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(into))
+                        add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(here))
             copy_all(late, few)
 
         last = stage == len(self.stages) - 1
