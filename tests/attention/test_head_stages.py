@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 import ringspan
-from ringspan.attention import planning, swap
+from ringspan.attention import planning, reshard, swap
+from ringspan.attention.landing import Message
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
 from ringspan.errors import RingspanError
 from ringspan.geometry import HeadShare, head_shares, head_stages
 from ringspan.transport.shared_memory import SharedMemory
+from ringspan.transport.symmetric_memory import SymmetricMemory
+from tests.support.device import Device, Stream, device
+
+__all__ = ["device"]
 
 LENGTH = 45
 
@@ -46,6 +53,57 @@ def test_any_number_of_stages_gives_what_one_does(transport: str, ranks: int, he
     for stages in (2, 3, 8):
         found = ringspan.run_in_process(ranks, lambda group, n=stages: attended(group, transport, n, heads, kv_heads, sinks=True))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "heads", "kv_heads", "stages"), [(2, 8, 8, 4), (3, 10, 5, 2), (4, 16, 16, 4), (3, 12, 12, 3)])
+def test_what_leaves_together_brings_the_same_bits(ranks: int, heads: int, kv_heads: int, stages: int, monkeypatch: pytest.MonkeyPatch):
+    def run(group: Any) -> list[Any]:
+        # A second pass begins with nothing of the first.
+        return [*attended(group, "peer_memory", stages, heads, kv_heads), *attended(group, "peer_memory", stages, heads, kv_heads)]
+
+    expected = ringspan.run_in_process(ranks, run)
+    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 0)
+    for found, right in zip(ringspan.run_in_process(ranks, run), expected, strict=True):
+        assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_links_rest_until_the_last_stage_where_there_is_time_for_that(rests: bool, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    right_launched, right_beside, mine = planning.Plan.launched, SharedMemory.beside, threading.local()
+
+    def launched(self: Any, direction: str, *given: Any) -> Any:
+        said.extend([f"{direction} {self.stage}"] * hasattr(mine, "here"))
+        return right_launched(self, direction, *given)
+
+    def beside(self: Any, lane: str, *given: Any, **named: Any) -> Any:
+        said.extend([lane] * (hasattr(mine, "here") and lane == "arrive"))
+        return right_beside(self, lane, *given, **named)
+
+    def run(group: Any) -> None:
+        vars(mine).update(here=True) if group.rank == 0 else None
+        sequence = ringspan.ContextParallel(group, transport="peer_memory", kernel="reference", strategy="ulysses", stages=4).sequence(16)
+        x = torch.randn(1, 8, 8, 8, requires_grad=True)
+        sequence.attention(x, x, x).sum().backward()
+
+    monkeypatch.setattr(planning.Plan, "launched", launched)
+    monkeypatch.setattr(SharedMemory, "beside", beside)
+    # A rank computes 136 pairs of a query and a key for each head, of 8 columns, and three of its heads before the last.
+    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 136 * 3 * 8 * (10 if rests else 11))
+    ringspan.run_in_process(2, run)
+    there, each = ["arrive"] * 3, [f"{{}} {stage}" for stage in range(4)]
+    in_turn = [said for stage in each[:3] for said in (stage, "arrive")] + each[3:]
+    together = [*each[:3], "arrive", each[3]]
+    assert said[:10] == [*there, *(text.format("forward") for text in in_turn)], "its operations are four for ten of a backward"
+    assert said[10:] == [*there, *(text.format("backward") for text in (together if rests else in_turn))]
+
+
+def test_all_ranks_send_together_where_one_with_more_heads_does(monkeypatch: pytest.MonkeyPatch):
+    """Seven heads on two ranks, in three stages: before the last the first has three and the second two, in a batch of two."""
+    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 2 * 3 * 8 * (LENGTH * (LENGTH + 1) // 2) * 10)
+    expected = ringspan.run_in_process(2, lambda group: attended(group, "process_group", 1, 7, 7))
+    found = ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 3, 7, 7), timeout_seconds=20.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_a_mask_that_knows_heads_is_told_the_number_of_each():
@@ -172,6 +230,41 @@ def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one
     assert max(number for number, few in launches if not few) == 12 + 2 * 6, "on the way back too"
     for each in (found, fewer):
         assert all(torch.equal(*pair) for rank in zip(each, expected, strict=True) for pair in zip(*rank, strict=True))
+
+
+def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(device: Device):
+    class Memory(SymmetricMemory):
+        def __init__(self) -> None:
+            self._index, self._device, self._streams = 0, torch.device("cuda", 0), {}
+
+        def inbox(self, rank: int) -> torch.Tensor:
+            return torch.zeros(1 << 12, dtype=torch.uint8)
+
+        def meet(self) -> None:
+            device.work(f"meet {len([name for name in device.seen if name.startswith('meet')])}")
+
+        def beside(self, lane: str, work: Any, after: Any = ()) -> Any:
+            def told() -> None:
+                device.work(f"{lane} {len([name for name in device.seen if name.startswith(lane)])}")
+                work()
+
+            return super().beside(lane, told, after)
+
+    swapper = swap.PeerSwapper(Memory(), Counter(), swap.Group((0, 1), 0))
+    message, sides, waits = Message(((1, 1, 1, 8),), torch.float32), (Stream(), Stream()), []
+    mail = swap.Mail(
+        lambda source, target: [message], lambda target, index, views: [(view, torch.ones(1, 1, 1, 8)) for view in views], list, 0
+    )
+    for stage, leaves in enumerate(("together", "together", "beside", "last")):
+        with device.stream(sides[stage % 2]) if leaves != "last" else nullcontext():
+            device.work(f"stage {stage}")
+            waits.append(swapper.swap(mail, lambda found, few: None, torch.device("cpu"), None, leaves))
+    sent = [name for name in device.seen if name.startswith("carry") and {"stage 0", "stage 1", "stage 2"} <= device.seen[name]]
+    assert sent == ["carry 2"] and "stage 3" not in device.seen["carry 2"], "two that only keep the order, and one that carries"
+    assert "carry 2" in device.seen["meet 0"] and "meet 0" in device.seen["meet 1"], "ranks meet twice, in one order"
+    waits[0].wait()
+    device.work("read")
+    assert "meet 0" in device.seen["read"]
 
 
 def test_a_tape_keeps_every_stage(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import plan
+from ringspan.attention import plan, reshard
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.kernels import KERNELS, Problem
 from ringspan.kernels import refusal as refusal_of
@@ -66,9 +66,12 @@ def results(
     return found
 
 
+@pytest.mark.parametrize("rests", [False, True])
 @pytest.mark.parametrize("kernel", ["flash4", "flash2"])
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
-def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatch: pytest.MonkeyPatch):
+def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, rests: bool, monkeypatch: pytest.MonkeyPatch):
+    if rests and strategy != "ulysses":
+        pytest.skip("there are no stages whose results could leave together")
     problem = Problem(device="cuda", dtype=torch.bfloat16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, deterministic=True)
     if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
         pytest.skip(f"{kernel}: {reason}")
@@ -76,7 +79,9 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, monkeypatc
     long = torch.empty(1, 1 + MOST_ROWS // HEADS, HEADS, 1, device="cuda")
     assert isinstance(streams_for(long, KERNELS[kernel], True), OneStream)
     assert isinstance(streams_for(long, KERNELS[kernel], True, math.inf), TwoStreams)
+    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 0 if rests else math.inf)
     found = results(kernel, strategy)
+    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", math.inf)
     monkeypatch.setattr(plan, "streams_for", lambda *given, **named: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))

@@ -111,7 +111,8 @@ def make_plan(
         if peers is not None:
             swapper = PeerSwapper(peers[0], context.transport.bytes_sent, group)
             peers = SomePeers(peers[0], members, first), peers[1]
-        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms)
+        pairs = sum(launch.pairs for step in forward.steps for launch in step.launches)
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, pairs)
     if context.replays is not None:
         refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
         if refused is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringspan.attention.landing import Landing, Message, Rooms, width
 from ringspan.attention.observe import Observer
-from ringspan.attention.swap import Found, Group, Landed, Mail, Swapper, nothing
+from ringspan.attention.swap import Found, Group, Landed, Leaving, Mail, Swapper, nothing
 from ringspan.geometry import Grid, HeadShare, Layout, rows_within, shared_keys
 from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
 from ringspan.transport import Pending
@@ -22,6 +22,12 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 """q, k and v."""
 OutputGradients = tuple[Tensor, Tensor | None]
 """dO, and that of lse where there is one."""
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 4, 10
+"""Of a pair of a query and a key, for each column of a head: two products of matrices, and five."""
+OPERATIONS_UNTIL_REST = 35e12
+"""What a GPU of 700 TFLOP/s computes in 50 ms. NVLink's links rest when not used for so long (`nvidia-smi nvlink -gLowPwrInfo`),
+and a GPU at its limit of power is 2 to 3% faster then. Slower GPUs take longer, and their links rest as well."""
+
 Into = Callable[[], list[Tensor]]
 """Results of all heads, the same at every call: each stage of the heads fills in its own."""
 
@@ -78,6 +84,7 @@ class Exchange:
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
+        pairs: of a query and a key that a stage computes for each of its heads.
         observer: looks on.
     """
 
@@ -88,6 +95,7 @@ class Exchange:
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
+    pairs: int
     observer: Observer | None = None
 
     @property
@@ -132,11 +140,13 @@ class Exchange:
         `into`: out, and lse `[batch, own rows, heads]` where it is wanted.
         """
         places, pending, rooms = len(self.stages[stage]), [], self.rooms[stage]
+        leaves = self._leaving(stage, out, FORWARD_OPERATIONS)
         every = (out, rooms.outputs), (None if lse is None else lse.transpose(1, 2), rooms.lse)
         for index, (each, room) in enumerate(every):
             if each is not None:
                 sent = [[each.dtype] * places]
-                pending.append(self._to_positions(stage, [each], [self.q_heads[stage]], sent, lambda index=index: [into()[index]], room))
+                one_of_them = partial(_one, into, index)
+                pending.append(self._to_positions(stage, [each], [self.q_heads[stage]], sent, one_of_them, room, leaves))
         return Coming(pending, lambda: (into()[0], None if lse is None else into()[1].transpose(1, 2)))
 
     def output_gradients_to_heads(self, dout: Tensor, dlse: Tensor | None) -> list[Heads[OutputGradients]]:
@@ -163,14 +173,29 @@ class Exchange:
         places = len(self.stages[stage])
         keys = [self.key_gradients_in(dq.dtype, stage, place) for place in range(places)]
         split = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]]
-        pending = self._to_positions(stage, [dq, dk, dv], split, [[dq.dtype] * places, keys, keys], into, self.rooms[stage].gradients)
+        sent, leaves = [[dq.dtype] * places, keys, keys], self._leaving(stage, dq, BACKWARD_OPERATIONS)
+        pending = self._to_positions(stage, [dq, dk, dv], split, sent, into, self.rooms[stage].gradients, leaves)
         return Coming([pending], lambda: (into()[0], into()[1], into()[2]))
+
+    def _leaving(self, stage: int, like: Tensor, operations: int) -> Leaving:
+        """When what a stage gives leaves, of `like [batch, rows, heads, head_dim]`; `operations` of a pair and a column of a head.
+
+        Links that nobody uses for a while rest, and what they do not take then the multiprocessors have: if there is time for that between
+        what all stages are sent at first and the last stage, nothing is sent before that begins.
+        """
+        last = len(self.stages) - 1
+        if stage >= last - 1:
+            return "last" if stage == last else "beside"
+        heads = sum(max(map(width, of_stage)) for of_stage in self.q_heads[:-1])
+        rests = like.shape[0] * heads * like.shape[3] * self.pairs * operations >= OPERATIONS_UNTIL_REST
+        return "together" if rests else "beside"
 
     def _landing(self, mine: list[Tensor], heads: list[list[slice]], room: int) -> Landing:
         return Landing(mine, heads, self.rows, self.part_lengths, self.length, room)
 
     def _to_positions(
-        self, stage: int, wholes: list[Tensor], heads: list[list[slice]], sent: list[list[torch.dtype]], into: Into, room: int
+        self, stage: int, wholes: list[Tensor], heads: list[list[slice]], sent: list[list[torch.dtype]], into: Into, room: int,
+        leaves: Leaving,
     ) -> Pending:  # fmt: skip
         """The way back: heads that several places have add up.
 
@@ -181,6 +206,7 @@ class Exchange:
             sent: `sent[i][place]`, the dtype that tensor i has there, in which it travels.
             into: the results `[batch, own rows, all heads, …]`.
             room: where it travels in peer memory.
+            leaves: when.
         """
         batch, rest = wholes[0].shape[0], wholes[0].shape[3:]
         # What is of one dtype at a place travels from there as one message.
@@ -221,8 +247,7 @@ class Exchange:
                         add_(rows_first(came[first]), [(start, rows_first(part)) for start, part in parts], into=rows_first(here))
             copy_all(late, few)
 
-        last = stage == len(self.stages) - 1
-        return self.swapper.swap(Mail(messages, copies, own, room), arrived, wholes[0].device, self.observer, last)
+        return self.swapper.swap(Mail(messages, copies, own, room), arrived, wholes[0].device, self.observer, leaves)
 
     @staticmethod
     def _came(i: int, alike: list[list[int]], tensors: list[list[Tensor]]) -> Tensor:
@@ -232,9 +257,9 @@ class Exchange:
 
 def make_exchange(
     swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, stages: tuple[tuple[HeadShare, ...], ...],
-    rooms: tuple[Rooms, ...],
+    rooms: tuple[Rooms, ...], pairs: int,
 ) -> Exchange:  # fmt: skip
-    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others."""
+    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others; `pairs`: see `Exchange`."""
     mine = grid.group(group.members[group.place])
     return Exchange(
         swapper,
@@ -244,12 +269,18 @@ def make_exchange(
         tuple(tuple(rows_within(layout.shards[rank], merged.shards[mine])) for rank in group.members),
         tuple(layout.shard_length(rank) for rank in group.members),
         merged.shard_length(mine),
+        pairs,
     )
 
 
 def head_group(grid: Grid, rank: int) -> Group:
     """Who `rank` exchanges with."""
     return Group(grid.head_group(grid.group(rank)), grid.place(rank))
+
+
+def _one(into: Into, index: int) -> list[Tensor]:
+    """One of the results alone."""
+    return [into()[index]]
 
 
 def _sharers(heads: list[slice], place: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ Found = dict[int, list[list[Tensor]]]
 Arrived = Callable[[Found, bool], None]
 """Reads what came, as `copy_all` does: by few multiprocessors or not."""
 
+Leaving = Literal["together", "beside", "last"]
+"""When something leaves: with the next that leaves beside, beside what is computed next, or when nothing is computed any more."""
+
 
 @dataclass
 class Landed:
@@ -67,10 +70,10 @@ class Swapper(Protocol):
         """Sends off what this rank has, what is in the first of `stages` first of all. `keep`: what lands is kept as well."""
         ...
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
         """Sends off what this rank gives. What it returns waits until what came for this rank has been read by `arrived`.
 
-        `last`: nothing is computed any more meanwhile.
+        `leaves`: when, the same on every rank; what leaves together is waited for once the next that leaves beside has been given.
         """
         ...
 
@@ -131,8 +134,8 @@ class TransportSwapper:
         pending = self._swap(mail, arrived, device, observer, BEFORE)
         return Landed(wholes, wholes, pending, nothing)
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
-        """See `Swapper`. Nothing is sent of what is empty."""
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
+        """See `Swapper`. Nothing is sent of what is empty, and what may wait for others does not: it is packed at once in any case."""
         return self._swap(mail, arrived, device, observer, AFTER)
 
     def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
@@ -176,6 +179,14 @@ class TransportSwapper:
         return exchanged
 
 
+class _Letter(NamedTuple):
+    """What a rank gives, and what reads what it gets for it."""
+
+    own: list[Copy]
+    remote: list[Copy]
+    arrived: Callable[[], None]
+
+
 @dataclass
 class PeerSwapper:
     """Through peer memory: a sender writes into the receiver's inbox, and what lands there is read there.
@@ -190,6 +201,8 @@ class PeerSwapper:
     what is kept, and what came home, as well: the pass would wait for those that wait until there is nothing else to do, and many would
     take all multiprocessors between two rounds of a kernel's blocks, for as long as memory needs.
 
+    What leaves together is one more stream's work and one more meeting, with what leaves beside after it.
+
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
         sent: counts the bytes that go to each rank.
@@ -201,11 +214,15 @@ class PeerSwapper:
     group: Group
     _beside: list[Pending] = field(default_factory=list)
     _own: list[Copy] = field(default_factory=list)
+    _letters: list[_Letter] = field(default_factory=list)
+    _sent: list[Pending] = field(default_factory=list)
 
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. All but the first stage comes beside what is computed."""
         self._beside.clear()
         self._own.clear()
+        # What an error left, if any.
+        self._letters, self._sent = [], []
         self.memory.begin()
         # Whoever looks on sees one after the other.
         together = [[stage] for stage in stages] if observer is not None else [stages]
@@ -255,7 +272,7 @@ class PeerSwapper:
         keep()
         return nothing
 
-    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, last: bool) -> Pending:
+    def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
         """See `Swapper`."""
         group, memory = self.group, self.memory
         # Memory for what came is the caller's stream's, who keeps it.
@@ -266,20 +283,17 @@ class PeerSwapper:
             remote += [copy for index, tensors in enumerate(views) for copy in mail.copies(other, index, tensors)]
             self._count(other, mail.messages(group.place, other))
         found = {other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others}
-        if observer is None and not last:
-            # What this rank gives itself waits until a link is waited for, where that launch has room for it beside the last stage's.
-            waits = len(self._own) + 2 * len(own) + len(remote) <= AT_ONCE
-            self._own += own if waits else []
-
-            def arrive() -> None:
-                memory.meet()
-                copy_all([] if waits else own, few=True)
-                arrived(found, True)
-
-            pending = memory.beside("arrive", arrive, self._carried(remote))
-            self._beside.append(pending)
+        if observer is None and leaves != "last":
+            self._letters.append(_Letter(own, remote, partial(arrived, found, True)))
+            sent = self._sent
+            if leaves == "together":
+                # What goes that way later comes after what was computed here.
+                memory.beside("carry", lambda: None)
+            else:
+                self._leave()
             # What is read beside must not be freed before.
-            return UnderWay(pending, [mail, own, remote])
+            return UnderWay(WhenWaited(lambda: sent[0].wait()), [mail, own, remote])
+        assert not self._letters, "what leaves together leaves before the last"
         # Ranks meet in the same order; and what is copied within this rank now was computed on other streams.
         for each in self._beside:
             each.wait()
@@ -287,6 +301,25 @@ class PeerSwapper:
         self._own.clear()
         arrived(found, False)
         return nothing
+
+    def _leave(self) -> None:
+        """Sends off, beside what is computed, all that was to leave together."""
+        letters, sent, memory = self._letters, self._sent, self.memory
+        self._letters, self._sent = [], []
+        own: list[Copy] = []
+        for letter in letters:
+            # What this rank gives itself waits until a link is waited for, where that launch has room for it beside the last stage's.
+            waits = len(self._own) + 2 * len(letter.own) + len(letter.remote) <= AT_ONCE
+            (self._own if waits else own).extend(letter.own)
+
+        def arrive() -> None:
+            memory.meet()
+            copy_all(own, few=True)
+            for letter in letters:
+                letter.arrived()
+
+        sent.append(memory.beside("arrive", arrive, self._carried(copy for letter in letters for copy in letter.remote)))
+        self._beside += sent
 
     def _exchanged(
         self, messages: Callable[[int, int], Sequence[Message]], write: Callable[[], None], observer: Observer | None, step: int
