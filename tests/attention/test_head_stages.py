@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from contextlib import nullcontext
@@ -55,29 +56,46 @@ def test_any_number_of_stages_gives_what_one_does(transport: str, ranks: int, he
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("ranks", "heads", "kv_heads", "stages"), [(2, 8, 8, 4), (3, 10, 5, 2), (4, 16, 16, 4), (3, 12, 12, 3)])
-def test_what_leaves_together_brings_the_same_bits(ranks: int, heads: int, kv_heads: int, stages: int, monkeypatch: pytest.MonkeyPatch):
+LATE = {"beside the last": {"UNTIL_REST": 0, "A_BYTE": math.inf}, "at the end": {"UNTIL_REST": 0, "A_BYTE": 0}}
+"""Links that rest at once: what leaves together does so beside the last stage where a byte costs more than rest saves, else after it."""
+
+
+def leaving(monkeypatch: pytest.MonkeyPatch, **given: float) -> None:
+    for name, value in given.items():
+        monkeypatch.setattr(reshard, name, value)
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "stages"), [(2, 8, 8, 4), (3, 10, 5, 2), (4, 16, 16, 4), (3, 12, 12, 3), (2, 6, 1, 3)]
+)
+def test_what_leaves_together_brings_the_same_bits(
+    ranks: int, heads: int, kv_heads: int, stages: int, late: str, monkeypatch: pytest.MonkeyPatch
+):
     def run(group: Any) -> list[Any]:
         # A second pass begins with nothing of the first.
         return [*attended(group, "peer_memory", stages, heads, kv_heads), *attended(group, "peer_memory", stages, heads, kv_heads)]
 
     expected = ringspan.run_in_process(ranks, run)
-    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 0)
+    leaving(monkeypatch, **LATE[late])
     for found, right in zip(ringspan.run_in_process(ranks, run), expected, strict=True):
         assert all(map(torch.equal, found, right))
 
 
-@pytest.mark.parametrize("rests", [True, False])
-def test_links_rest_until_the_last_stage_where_there_is_time_for_that(rests: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("late", ["no", *LATE])
+def test_links_rest_until_the_last_stage_begins_or_ends_where_there_is_time_for_that(late: str, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     right_launched, right_beside, mine = planning.Plan.launched, SharedMemory.beside, threading.local()
 
+    def say(what: str) -> None:
+        said.extend([what] * hasattr(mine, "here"))
+
     def launched(self: Any, direction: str, *given: Any) -> Any:
-        said.extend([f"{direction} {self.stage}"] * hasattr(mine, "here"))
+        say(f"{direction} {self.stage}")
         return right_launched(self, direction, *given)
 
     def beside(self: Any, lane: str, *given: Any, **named: Any) -> Any:
-        said.extend([lane] * (hasattr(mine, "here") and lane == "arrive"))
+        say(lane) if lane == "arrive" else None
         return right_beside(self, lane, *given, **named)
 
     def run(group: Any) -> None:
@@ -88,22 +106,47 @@ def test_links_rest_until_the_last_stage_where_there_is_time_for_that(rests: boo
 
     monkeypatch.setattr(planning.Plan, "launched", launched)
     monkeypatch.setattr(SharedMemory, "beside", beside)
-    # A rank computes 136 pairs of a query and a key for each head, of 8 columns, and three of its heads before the last.
-    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 136 * 3 * 8 * (10 if rests else 11))
+    # A rank computes 136 pairs of a query and a key for each of four heads of 8 columns, three of them before the last stage.
+    backward = 136 * 3 * 8 * 10
+    leaving(monkeypatch, **{**LATE.get(late, LATE["beside the last"]), "UNTIL_REST": backward - 1 if late in LATE else backward})
     ringspan.run_in_process(2, run)
-    there, each = ["arrive"] * 3, [f"{{}} {stage}" for stage in range(4)]
-    in_turn = [said for stage in each[:3] for said in (stage, "arrive")] + each[3:]
-    together = [*each[:3], "arrive", each[3]]
+    there, stages = ["arrive"] * 3, [f"{{}} {stage}" for stage in range(4)]
+    in_turn = [text for stage in stages[:3] for text in (stage, "arrive")] + stages[3:]
+    ways = {"no": in_turn, "beside the last": [*stages[:3], "arrive", stages[3]], "at the end": stages}
     assert said[:10] == [*there, *(text.format("forward") for text in in_turn)], "its operations are four for ten of a backward"
-    assert said[10:] == [*there, *(text.format("backward") for text in (together if rests else in_turn))]
+    assert said[10:] == [*there, *(text.format("backward") for text in ways[late])]
 
 
 def test_all_ranks_send_together_where_one_with_more_heads_does(monkeypatch: pytest.MonkeyPatch):
     """Seven heads on two ranks, in three stages: before the last the first has three and the second two, in a batch of two."""
-    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 2 * 3 * 8 * (LENGTH * (LENGTH + 1) // 2) * 10)
+    leaving(monkeypatch, UNTIL_REST=2 * 3 * 8 * (LENGTH * (LENGTH + 1) // 2) * 10 - 1, A_BYTE=math.inf)
     expected = ringspan.run_in_process(2, lambda group: attended(group, "process_group", 1, 7, 7))
     found = ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 3, 7, 7), timeout_seconds=20.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "per_rank", "ranks", "stages", "forward", "backward"),
+    [
+        (32, 32, 128, 32768, 4, 8, "beside", "beside the last"),
+        (32, 32, 128, 8192, 4, 8, "beside", "beside"),
+        (32, 8, 64, 32768, 4, 2, "beside", "at the end"),
+        (64, 8, 128, 32768, 4, 2, "at the end", "at the end"),
+        (64, 8, 128, 131072, 2, 4, "at the end", "at the end"),
+    ],
+)
+def test_what_is_sent_when_at_the_lengths_that_are_measured(
+    heads: int, kv_heads: int, head_dim: int, per_rank: int, ranks: int, stages: int, forward: str, backward: str
+):
+    shares, length = head_shares(heads, kv_heads, ranks), per_rank * ranks
+    group = swap.Group(tuple(range(ranks)), 0)
+    swapper: Any = None
+    exchange = Exchange(swapper, group, tuple(head_stages(shares, stages)), (), (), (per_rank,) * ranks, length, length * (length + 1) // 2)
+    like = torch.empty(1, 0, 1, head_dim, dtype=torch.bfloat16)
+    ways = {"beside": ("beside",) * 2, "beside the last": ("together", "beside"), "at the end": ("together",) * 2}
+    for operations, keys, expected in ((reshard.FORWARD_OPERATIONS, 0, forward), (reshard.BACKWARD_OPERATIONS, 2, backward)):
+        first, second = (exchange._leaving(stage, like, operations, keys) for stage in (0, stages - 2))
+        assert (first, second) == ways[expected] and exchange._leaving(stages - 1, like, operations, keys) == "last"
 
 
 def test_a_mask_that_knows_heads_is_told_the_number_of_each():
@@ -232,7 +275,8 @@ def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one
         assert all(torch.equal(*pair) for rank in zip(each, expected, strict=True) for pair in zip(*rank, strict=True))
 
 
-def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(device: Device):
+@pytest.mark.parametrize("third", ["beside", "together"])
+def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(third: swap.Leaving, device: Device):
     class Memory(SymmetricMemory):
         def __init__(self) -> None:
             self._index, self._device, self._streams = 0, torch.device("cuda", 0), {}
@@ -255,13 +299,17 @@ def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(d
     mail = swap.Mail(
         lambda source, target: [message], lambda target, index, views: [(view, torch.ones(1, 1, 1, 8)) for view in views], list, 0
     )
-    for stage, leaves in enumerate(("together", "together", "beside", "last")):
+    for stage, leaves in enumerate(("together", "together", third, "last")):
         with device.stream(sides[stage % 2]) if leaves != "last" else nullcontext():
             device.work(f"stage {stage}")
             waits.append(swapper.swap(mail, lambda found, few: None, torch.device("cpu"), None, leaves))
-    sent = [name for name in device.seen if name.startswith("carry") and {"stage 0", "stage 1", "stage 2"} <= device.seen[name]]
-    assert sent == ["carry 2"] and "stage 3" not in device.seen["carry 2"], "two that only keep the order, and one that carries"
-    assert "carry 2" in device.seen["meet 0"] and "meet 0" in device.seen["meet 1"], "ranks meet twice, in one order"
+    made = {"stage 0", "stage 1", "stage 2"}
+    if third == "together":
+        assert made <= device.seen["meet 0"] and "meet 1" not in device.seen, "ranks meet once, after all"
+    else:
+        sent = [name for name in device.seen if name.startswith("carry") and made <= device.seen[name]]
+        assert sent == ["carry 2"] and "stage 3" not in device.seen["carry 2"], "two that only keep the order, and one that carries"
+        assert "carry 2" in device.seen["meet 0"] and "meet 0" in device.seen["meet 1"], "ranks meet twice, in one order"
     waits[0].wait()
     device.work("read")
     assert "meet 0" in device.seen["read"]

@@ -66,11 +66,11 @@ def results(
     return found
 
 
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("late", [None, math.inf, 0], ids=["at once", "beside the last stage", "after it"])
 @pytest.mark.parametrize("kernel", ["flash4", "flash2"])
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
-def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, rests: bool, monkeypatch: pytest.MonkeyPatch):
-    if rests and strategy != "ulysses":
+def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, late: float | None, monkeypatch: pytest.MonkeyPatch):
+    if late is not None and strategy != "ulysses":
         pytest.skip("there are no stages whose results could leave together")
     problem = Problem(device="cuda", dtype=torch.bfloat16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, deterministic=True)
     if (reason := refusal_of(KERNELS[kernel], problem)) is not None:
@@ -79,9 +79,10 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, rests: boo
     long = torch.empty(1, 1 + MOST_ROWS // HEADS, HEADS, 1, device="cuda")
     assert isinstance(streams_for(long, KERNELS[kernel], True), OneStream)
     assert isinstance(streams_for(long, KERNELS[kernel], True, math.inf), TwoStreams)
-    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", 0 if rests else math.inf)
+    monkeypatch.setattr(reshard, "UNTIL_REST", math.inf if late is None else 0)
+    monkeypatch.setattr(reshard, "A_BYTE", late or 0)
     found = results(kernel, strategy)
-    monkeypatch.setattr(reshard, "OPERATIONS_UNTIL_REST", math.inf)
+    monkeypatch.setattr(reshard, "UNTIL_REST", math.inf)
     monkeypatch.setattr(plan, "streams_for", lambda *given, **named: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))

@@ -24,9 +24,9 @@ OutputGradients = tuple[Tensor, Tensor | None]
 """dO, and that of lse where there is one."""
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 4, 10
 """Of a pair of a query and a key, for each column of a head: two products of matrices, and five."""
-OPERATIONS_UNTIL_REST = 35e12
-"""What a GPU of 700 TFLOP/s computes in 50 ms. NVLink's links rest when not used for so long (`nvidia-smi nvlink -gLowPwrInfo`),
-and a GPU at its limit of power is 2 to 3% faster then. Slower GPUs take longer, and their links rest as well."""
+UNTIL_REST, REST_SAVES, A_BYTE = 35e12, 0.025, 2300
+"""In operations of a GPU of 700 TFLOP/s: NVLink's links rest after 50 ms without use (`nvidia-smi nvlink -gLowPwrInfo`), a GPU at its power
+limit then needs so much less of the time, and a link carries a byte. Slower GPUs take longer for all three."""
 
 Into = Callable[[], list[Tensor]]
 """Results of all heads, the same at every call: each stage of the heads fills in its own."""
@@ -140,7 +140,7 @@ class Exchange:
         `into`: out, and lse `[batch, own rows, heads]` where it is wanted.
         """
         places, pending, rooms = len(self.stages[stage]), [], self.rooms[stage]
-        leaves = self._leaving(stage, out, FORWARD_OPERATIONS)
+        leaves = self._leaving(stage, out, FORWARD_OPERATIONS, 0)
         every = (out, rooms.outputs), (None if lse is None else lse.transpose(1, 2), rooms.lse)
         for index, (each, room) in enumerate(every):
             if each is not None:
@@ -173,22 +173,35 @@ class Exchange:
         places = len(self.stages[stage])
         keys = [self.key_gradients_in(dq.dtype, stage, place) for place in range(places)]
         split = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]]
-        sent, leaves = [[dq.dtype] * places, keys, keys], self._leaving(stage, dq, BACKWARD_OPERATIONS)
+        sent, leaves = [[dq.dtype] * places, keys, keys], self._leaving(stage, dq, BACKWARD_OPERATIONS, 2)
         pending = self._to_positions(stage, [dq, dk, dv], split, sent, into, self.rooms[stage].gradients, leaves)
         return Coming([pending], lambda: (into()[0], into()[1], into()[2]))
 
-    def _leaving(self, stage: int, like: Tensor, operations: int) -> Leaving:
-        """When what a stage gives leaves, of `like [batch, rows, heads, head_dim]`; `operations` of a pair and a column of a head.
+    def _leaving(self, stage: int, like: Tensor, operations: int, keys: int) -> Leaving:
+        """When what a stage gives leaves.
 
-        Links that nobody uses for a while rest, and what they do not take then the multiprocessors have: if there is time for that between
-        what all stages are sent at first and the last stage, nothing is sent before that begins.
+        Links that nobody uses for a while rest, and the power that they take when awake is the multiprocessors' then. So they may from when
+        all that the stages need has come until the last stage begins, if all that was made before leaves beside it; or until that ends, if
+        it leaves with what that gives, and nothing hides it. Where neither saves anything, each leaves as soon as it is made.
+
+        Args:
+            stage: which.
+            like: something of all rows, `[batch, rows, heads, head_dim]`.
+            operations: for a pair of a query and a key and a column of a head.
+            keys: how many tensors of key heads leave beside that of query heads.
         """
         last = len(self.stages) - 1
-        if stage >= last - 1:
-            return "last" if stage == last else "beside"
-        heads = sum(max(map(width, of_stage)) for of_stage in self.q_heads[:-1])
-        rests = like.shape[0] * heads * like.shape[3] * self.pairs * operations >= OPERATIONS_UNTIL_REST
-        return "together" if rests else "beside"
+        if stage == last:
+            return "last"
+        # The most of any place: all decide alike.
+        heads, kv_heads = ([max(map(width, of_stage)) for of_stage in which] for which in (self.q_heads, self.kv_heads))
+        columns, places = like.shape[0] * like.shape[3], len(self.group.members)
+        before, whole = (sum(some) * columns * self.pairs * operations for some in (heads[:-1], heads))
+        sent = (sum(heads[:-1]) + keys * sum(kv_heads[:-1])) * columns * self.length * like.element_size() * (places - 1) / places
+        beside, at_the_end = (before - UNTIL_REST) * REST_SAVES, (whole - UNTIL_REST) * REST_SAVES - sent * A_BYTE
+        if max(beside, at_the_end) <= 0 or (stage == last - 1 and beside >= at_the_end):
+            return "beside"
+        return "together"
 
     def _landing(self, mine: list[Tensor], heads: list[list[slice]], room: int) -> Landing:
         return Landing(mine, heads, self.rows, self.part_lengths, self.length, room)

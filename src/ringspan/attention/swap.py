@@ -43,7 +43,7 @@ Arrived = Callable[[Found, bool], None]
 """Reads what came, as `copy_all` does: by few multiprocessors or not."""
 
 Leaving = Literal["together", "beside", "last"]
-"""When something leaves: with the next that leaves beside, beside what is computed next, or when nothing is computed any more."""
+"""When something leaves: with the next that does not, beside what is computed next, or when nothing is computed any more."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Swapper(Protocol):
     def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
         """Sends off what this rank gives. What it returns waits until what came for this rank has been read by `arrived`.
 
-        `leaves`: when, the same on every rank; what leaves together is waited for once the next that leaves beside has been given.
+        `leaves`: when, the same on every rank; what leaves together is waited for once the next has been given that does not.
         """
         ...
 
@@ -135,7 +135,7 @@ class TransportSwapper:
         return Landed(wholes, wholes, pending, nothing)
 
     def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
-        """See `Swapper`. Nothing is sent of what is empty, and what may wait for others does not: it is packed at once in any case."""
+        """See `Swapper`. Nothing is sent of what is empty. All leaves at once."""
         return self._swap(mail, arrived, device, observer, AFTER)
 
     def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:
@@ -184,7 +184,7 @@ class _Letter(NamedTuple):
 
     own: list[Copy]
     remote: list[Copy]
-    arrived: Callable[[], None]
+    arrived: Callable[[bool], None]
 
 
 @dataclass
@@ -201,8 +201,6 @@ class PeerSwapper:
     what is kept, and what came home, as well: the pass would wait for those that wait until there is nothing else to do, and many would
     take all multiprocessors between two rounds of a kernel's blocks, for as long as memory needs.
 
-    What leaves together is one more stream's work and one more meeting, with what leaves beside after it.
-
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
         sent: counts the bytes that go to each rank.
@@ -215,14 +213,13 @@ class PeerSwapper:
     _beside: list[Pending] = field(default_factory=list)
     _own: list[Copy] = field(default_factory=list)
     _letters: list[_Letter] = field(default_factory=list)
-    _sent: list[Pending] = field(default_factory=list)
+    _gone: list[Pending] = field(default_factory=list)
 
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. All but the first stage comes beside what is computed."""
         self._beside.clear()
-        self._own.clear()
-        # What an error left, if any.
-        self._letters, self._sent = [], []
+        # An error may have left something.
+        self._forget()
         self.memory.begin()
         # Whoever looks on sees one after the other.
         together = [[stage] for stage in stages] if observer is not None else [stages]
@@ -283,29 +280,37 @@ class PeerSwapper:
             remote += [copy for index, tensors in enumerate(views) for copy in mail.copies(other, index, tensors)]
             self._count(other, mail.messages(group.place, other))
         found = {other: _views(mail, other, group.place, self._room(mail, other, group.place)) for other in group.others}
+        letter, gone = _Letter(own, remote, partial(arrived, found)), self._gone
         if observer is None and leaves != "last":
-            self._letters.append(_Letter(own, remote, partial(arrived, found, True)))
-            sent = self._sent
+            self._letters.append(letter)
             if leaves == "together":
-                # What goes that way later comes after what was computed here.
-                memory.beside("carry", lambda: None)
+                # Whatever stream made it, it leaves after that.
+                self._beside.append(memory.beside("carry", lambda: None))
             else:
                 self._leave()
             # What is read beside must not be freed before.
-            return UnderWay(WhenWaited(lambda: sent[0].wait()), [mail, own, remote])
-        assert not self._letters, "what leaves together leaves before the last"
+            return UnderWay(WhenWaited(lambda: gone[0].wait()), [mail, own, remote])
         # Ranks meet in the same order; and what is copied within this rank now was computed on other streams.
         for each in self._beside:
             each.wait()
-        self._exchanged(mail.messages, partial(copy_all, _mixed(remote, [*self._own, *own])), observer, AFTER)
-        self._own.clear()
-        arrived(found, False)
+        letters = [*self._letters, letter]
+        given = [copy for each in letters for copy in each.remote]
+        self._own += [copy for each in letters for copy in each.own]
+        self._exchanged(mail.messages, partial(copy_all, _mixed(given, self._own)), observer, AFTER)
+        for each in letters:
+            each.arrived(False)
+        gone.append(nothing)
+        self._forget()
         return nothing
+
+    def _forget(self) -> None:
+        """All has been sent."""
+        self._own, self._letters, self._gone = [], [], []
 
     def _leave(self) -> None:
         """Sends off, beside what is computed, all that was to leave together."""
-        letters, sent, memory = self._letters, self._sent, self.memory
-        self._letters, self._sent = [], []
+        letters, gone, memory = self._letters, self._gone, self.memory
+        self._letters, self._gone = [], []
         own: list[Copy] = []
         for letter in letters:
             # What this rank gives itself waits until a link is waited for, where that launch has room for it beside the last stage's.
@@ -316,10 +321,10 @@ class PeerSwapper:
             memory.meet()
             copy_all(own, few=True)
             for letter in letters:
-                letter.arrived()
+                letter.arrived(True)
 
-        sent.append(memory.beside("arrive", arrive, self._carried(copy for letter in letters for copy in letter.remote)))
-        self._beside += sent
+        gone.append(memory.beside("arrive", arrive, self._carried(copy for letter in letters for copy in letter.remote)))
+        self._beside += gone
 
     def _exchanged(
         self, messages: Callable[[int, int], Sequence[Message]], write: Callable[[], None], observer: Observer | None, step: int
