@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import reshard, swap
+from ringspan.attention import peer_swapper, reshard
 from ringspan.attention.landing import make_rooms
 from ringspan.geometry import head_shares, make_layout
 from ringspan.kernels import copy_all
@@ -53,7 +53,7 @@ def exchanged(group, transport: str, strategy: str = "ulysses") -> list[torch.Te
     return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("late", [swap, reshard], ids=["writes", "reads"])
+@pytest.mark.parametrize("late", [peer_swapper, reshard], ids=["writes", "reads"])
 def test_nobody_reads_before_all_is_there_or_writes_before_all_have_read(monkeypatch: pytest.MonkeyPatch, late: Any):
     expected = ringspan.run_in_process(4, lambda group: exchanged(group, "process_group"))
     right, slow = late.copy_all, threading.local()
@@ -84,7 +84,7 @@ def test_a_pass_is_three_meetings_and_three_launches_of_copies(monkeypatch: pyte
 
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name in ((swap, "copy_all"), (reshard, "copy_all"), (SharedMemory, "meet")):
+    for owner, name in ((peer_swapper, "copy_all"), (reshard, "copy_all"), (SharedMemory, "meet")):
         count(owner, name)
 
     def run(group):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import planning, reshard, swap
+from ringspan.attention import peer_swapper, planning, reshard, swap
 from ringspan.attention.landing import Message
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
@@ -211,7 +211,7 @@ def test_a_stage_waits_for_its_own_heads_alone(monkeypatch: pytest.MonkeyPatch):
 def test_results_are_written_after_what_was_computed_where_they_lie(monkeypatch: pytest.MonkeyPatch):
     """Memory for them was asked for behind the first stage's kernel, which may still compute there when another stream has its own."""
     said, mine = [], threading.local()
-    right_copy, right_launched, right_beside = swap.copy_all, planning.Plan.launched, SharedMemory.beside
+    right_copy, right_launched, right_beside = peer_swapper.copy_all, planning.Plan.launched, SharedMemory.beside
 
     def say(what: str) -> None:
         said.extend([what] * hasattr(mine, "here"))
@@ -239,7 +239,7 @@ def test_results_are_written_after_what_was_computed_where_they_lie(monkeypatch:
         vars(mine).update(here=True) if group.rank == 0 else None
         attended(group, "peer_memory", 2, 8, 4)
 
-    monkeypatch.setattr(swap, "copy_all", copy_all)
+    monkeypatch.setattr(peer_swapper, "copy_all", copy_all)
     monkeypatch.setattr(planning.Plan, "launched", launched)
     monkeypatch.setattr(SharedMemory, "beside", beside)
     ringspan.run_in_process(2, run)
@@ -251,7 +251,7 @@ def test_results_are_written_after_what_was_computed_where_they_lie(monkeypatch:
 
 def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one_launch_goes(monkeypatch: pytest.MonkeyPatch):
     """Zigzag on three ranks: of a stage two runs of rows of three tensors, for two others and for itself."""
-    launches, mine, right = [], threading.local(), swap.copy_all
+    launches, mine, right = [], threading.local(), peer_swapper.copy_all
 
     def copy_all(copies: list[Any], few: bool = False) -> None:
         launches.extend([(len(copies), few)] * (hasattr(mine, "here") and bool(copies)))
@@ -262,12 +262,12 @@ def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one
         return attended(group, "peer_memory", 4, 12, 12)
 
     expected = ringspan.run_in_process(3, run)
-    monkeypatch.setattr(swap, "copy_all", copy_all)
+    monkeypatch.setattr(peer_swapper, "copy_all", copy_all)
     found = ringspan.run_in_process(3, run)
     # First the four stages' own beside what others get of the first, then what others get of the rest; what is kept of each.
     assert launches[:8] == [(12 + 4 * 6, False)] + [(12, True)] * 3 + [(3, True)] * 4
     launches.clear()
-    monkeypatch.setattr(swap, "AT_ONCE", 12 + 2 * 6)
+    monkeypatch.setattr(peer_swapper, "AT_ONCE", 12 + 2 * 6)
     fewer = ringspan.run_in_process(3, run)
     assert launches[:8] == [(12 + 2 * 6, False), (12, True), (12 + 6, True), (12 + 6, True)] + [(3, True)] * 4
     assert max(number for number, few in launches if not few) == 12 + 2 * 6, "on the way back too"
@@ -294,7 +294,7 @@ def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(t
 
             return super().beside(lane, told, after)
 
-    swapper = swap.PeerSwapper(Memory(), Counter(), swap.Group((0, 1), 0))
+    swapper = peer_swapper.PeerSwapper(Memory(), Counter(), swap.Group((0, 1), 0))
     message, sides, waits = Message(((1, 1, 1, 8),), torch.float32), (Stream(), Stream()), []
     mail = swap.Mail(
         lambda source, target: [message], lambda target, index, views: [(view, torch.ones(1, 1, 1, 8)) for view in views], list, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import weakref
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import peer_courier, plan, swap
+from ringspan.attention import peer_courier, peer_swapper, plan, reshard
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.replay import CudaCapture
 from ringspan.attention.streams import OneStream, give_away
@@ -40,13 +41,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     found: list[weakref.ref] = []
     monkeypatch.setattr(Seen, "wanted", found)
     monkeypatch.setattr(peer_courier, "UnderWay", Seen)
-    monkeypatch.setattr(swap, "UnderWay", Seen)
+    monkeypatch.setattr(peer_swapper, "UnderWay", Seen)
     return found
 
 
 def attention(group: Any, strategy: str, heads: int = 4, **options: Any) -> tuple[Any, list[Any]]:
     context = ringspan.ContextParallel(group, kernel="reference", strategy=strategy, transport="peer_memory", **options)
     return context, [torch.randn(1, 8, heads, 4, requires_grad=True) for _ in range(3)]
+
+
+def leave(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether what stages give leaves at the end, as over long sequences."""
+    for name, value in {"UNTIL_REST": 0.0 if late else math.inf, "A_BYTE": 0.0}.items():
+        monkeypatch.setattr(reshard, name, value)
 
 
 def interrupting(*_: Any) -> Any:
@@ -75,8 +82,9 @@ def test_what_is_on_its_way_in_a_pass_that_an_error_ends_is_kept(direction: str,
     assert not any(each() is not None for each in seen), "longer than the memory nothing is kept"
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_what_is_on_its_way_between_an_exchange_and_a_pass_that_an_error_ends_is_kept(
-    seen: list[weakref.ref], monkeypatch: pytest.MonkeyPatch
+    late: bool, seen: list[weakref.ref], monkeypatch: pytest.MonkeyPatch
 ):
     calls: Counter[int] = Counter()
     right = KERNELS["reference"].backward
@@ -84,6 +92,8 @@ def test_what_is_on_its_way_between_an_exchange_and_a_pass_that_an_error_ends_is
     def first_alone(*given: Any) -> Any:
         calls[threading.get_ident()] += 1
         return right(*given) if calls[threading.get_ident()] == 1 else interrupting()
+
+    leave(late, monkeypatch)
 
     def run(group: Any) -> Any:
         context, leaves = attention(group, "ulysses", stages=2)
@@ -102,7 +112,11 @@ def test_what_is_on_its_way_between_an_exchange_and_a_pass_that_an_error_ends_is
     del left
 
 
-def test_what_stages_of_a_backward_send_is_there_until_they_are_joined(seen: list[weakref.ref], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_what_stages_of_a_backward_send_is_there_until_they_are_joined(
+    late: bool, seen: list[weakref.ref], monkeypatch: pytest.MonkeyPatch
+):
+    leave(late, monkeypatch)
     there: list[list[bool]] = []
 
     class Saying(OneStream):

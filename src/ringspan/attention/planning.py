@@ -14,11 +14,12 @@ from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.landing import make_rooms
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.peer_courier import row_bytes
+from ringspan.attention.peer_swapper import PeerSwapper
 from ringspan.attention.plan import Plan
 from ringspan.attention.program import resolve
 from ringspan.attention.reshard import head_group, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
-from ringspan.attention.swap import PeerSwapper, TransportSwapper
+from ringspan.attention.swap import TransportSwapper
 from ringspan.errors import UnsupportedError
 from ringspan.geometry import HeadShare, head_shares, head_stages
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
