@@ -6,6 +6,8 @@ import math
 import threading
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +63,7 @@ LATE = {"beside the last": {"UNTIL_REST": 0, "A_BYTE": math.inf}, "at the end": 
 
 
 def leaving(monkeypatch: pytest.MonkeyPatch, **given: float) -> None:
+    monkeypatch.setattr(SharedMemory, "links_rest", True)
     for name, value in given.items():
         monkeypatch.setattr(reshard, name, value)
 
@@ -140,13 +143,15 @@ def test_what_is_sent_when_at_the_lengths_that_are_measured(
 ):
     shares, length = head_shares(heads, kv_heads, ranks), per_rank * ranks
     group = swap.Group(tuple(range(ranks)), 0)
-    swapper: Any = None
+    swapper: Any = SimpleNamespace(links_rest=True)
     exchange = Exchange(swapper, group, tuple(head_stages(shares, stages)), (), (), (per_rank,) * ranks, length, length * (length + 1) // 2)
     like = torch.empty(1, 0, 1, head_dim, dtype=torch.bfloat16)
     ways = {"beside": ("beside",) * 2, "beside the last": ("together", "beside"), "at the end": ("together",) * 2}
     for operations, keys, expected in ((reshard.FORWARD_OPERATIONS, 0, forward), (reshard.BACKWARD_OPERATIONS, 2, backward)):
         first, second = (exchange._leaving(stage, like, operations, keys) for stage in (0, stages - 2))
         assert (first, second) == ways[expected] and exchange._leaving(stages - 1, like, operations, keys) == "last"
+        other: Any = SimpleNamespace(links_rest=False)
+        assert replace(exchange, swapper=other)._leaving(0, like, operations, keys) == "beside", "slower links than these must be hidden"
 
 
 def test_a_mask_that_knows_heads_is_told_the_number_of_each():

@@ -19,6 +19,7 @@ from ringspan.attention.mail import UnderWay
 from ringspan.attention.replay import CudaCapture
 from ringspan.attention.streams import OneStream, give_away
 from ringspan.kernels import KERNELS
+from ringspan.transport.shared_memory import SharedMemory
 from tests.support.device import Device, Stream, device
 from tests.support.interruptions import Interrupted
 
@@ -52,6 +53,7 @@ def attention(group: Any, strategy: str, heads: int = 4, **options: Any) -> tupl
 
 def leave(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether what stages give leaves at the end, as over long sequences."""
+    monkeypatch.setattr(SharedMemory, "links_rest", True)
     for name, value in {"UNTIL_REST": 0.0 if late else math.inf, "A_BYTE": 0.0}.items():
         monkeypatch.setattr(reshard, name, value)
 

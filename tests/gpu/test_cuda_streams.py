@@ -18,6 +18,7 @@ from ringspan.kernels import KERNELS, Problem
 from ringspan.kernels import refusal as refusal_of
 from ringspan.transformer import HostStore, Offload, decoder_layers, rematerialise
 from ringspan.transformer.offload import CudaCopier
+from ringspan.transport.shared_memory import SharedMemory
 from tests.support.errors import relative
 from tests.support.models import make_batch, tiny_llama
 
@@ -79,6 +80,7 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, late: floa
     long = torch.empty(1, 1 + MOST_ROWS // HEADS, HEADS, 1, device="cuda")
     assert isinstance(streams_for(long, KERNELS[kernel], True), OneStream)
     assert isinstance(streams_for(long, KERNELS[kernel], True, math.inf), TwoStreams)
+    monkeypatch.setattr(SharedMemory, "links_rest", True)
     monkeypatch.setattr(reshard, "UNTIL_REST", math.inf if late is None else 0)
     monkeypatch.setattr(reshard, "A_BYTE", late or 0)
     found = results(kernel, strategy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import torch
 
 from ringspan.errors import RingspanError
 from ringspan.transport import SingleRank
+from ringspan.transport.peer_memory import NATIVE_ATOMICS, _is_on_nvlink
 from ringspan.transport.symmetric_memory import SymmetricMemory
 from tests.support.device import Device, device
 
@@ -89,6 +91,48 @@ def test_several_signals_are_one_kernel_on_the_words_of_torchs_own(device: Devic
     monkeypatch.setattr(MODULE, "signal_kernels", lambda: None)
     memory.signal(two)
     assert done[-2:] == [("put", 0, 3, 7), ("put", 3, 1, 7)], "without Triton"
+
+
+class Driver:
+    """CUDA's, of GPUs whose handles are ten more than their numbers; `joined` are those that NVLink joins."""
+
+    def __init__(self, joined: set[int], gpus: int = 3) -> None:
+        self.joined, self.gpus = joined, gpus
+
+    def cuDeviceGet(self, handle: Any, number: int) -> int:
+        handle._obj.value = number + 10
+        return 0 if number < self.gpus else 101
+
+    def cuDeviceGetP2PAttribute(self, value: Any, attribute: int, one: Any, other: Any) -> int:
+        assert attribute == NATIVE_ATOMICS == 3
+        value._obj.value = {one.value - 10, other.value - 10} <= self.joined
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "of_three", "of_two"),
+    [
+        (Driver({0, 1, 2}), True, True),
+        (Driver({0, 1}), False, True),
+        (Driver(set()), False, False),
+        (Driver({0, 1, 2}, gpus=2), False, True),
+    ],
+)
+def test_links_rest_where_nvlink_joins_a_gpu_to_those_of_all_others(
+    driver: Driver, of_three: bool, of_two: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    places = [("host", index) for index in range(3)]
+    assert _is_on_nvlink(torch.device("cuda", 0), places) is of_three
+    assert _is_on_nvlink(torch.device("cuda", 1), places[:2]) is of_two
+
+
+def test_without_a_driver_nothing_is_known_of_links(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert not _is_on_nvlink(torch.device("cuda", 0), [("host", 0), ("host", 1)])
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -191,8 +191,8 @@ class Exchange:
             keys: how many tensors of key heads leave beside that of query heads.
         """
         last = len(self.stages) - 1
-        if stage == last:
-            return "last"
+        if stage == last or not self.swapper.links_rest:
+            return "last" if stage == last else "beside"
         # The most of any place: all decide alike.
         heads, kv_heads = ([max(map(width, of_stage)) for of_stage in which] for which in (self.q_heads, self.kv_heads))
         columns, places = like.shape[0] * like.shape[3], len(self.group.members)

@@ -63,7 +63,14 @@ class Landed:
 
 
 class Swapper(Protocol):
-    """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails."""
+    """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails.
+
+    Attributes:
+        links_rest: see `PeerMemory`; False where nothing can be put off.
+    """
+
+    @property
+    def links_rest(self) -> bool: ...
 
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """Sends off what this rank has, what is in the first of `stages` first of all. `keep`: what lands is kept as well."""
@@ -106,6 +113,8 @@ class Group:
 class TransportSwapper:
     """By sends and receives of any transport: packed here, and read there where it was received."""
 
+    links_rest = False
+
     def __init__(self, transport: Transport, group: Group) -> None:
         self._transport, self._group = transport, group
 
@@ -134,7 +143,7 @@ class TransportSwapper:
         return Landed(wholes, wholes, pending, nothing)
 
     def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
-        """See `Swapper`. Nothing is sent of what is empty. All leaves at once."""
+        """See `Swapper`. Nothing is sent of what is empty."""
         return self._swap(mail, arrived, device, observer, AFTER)
 
     def _swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, step: int) -> Pending:

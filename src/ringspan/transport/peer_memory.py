@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ from ringspan.transport.protocol import Pending, Transport
 from ringspan.transport.shared_memory import SharedMemory
 from ringspan.transport.symmetric_memory import SymmetricMemory
 
+NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver."""
+
 
 class SomePeers:
     """The peer memory of some ranks, counted from 0, within that of all: nobody else takes part in their passes.
@@ -29,6 +33,7 @@ class SomePeers:
 
     def __init__(self, whole: PeerMemory, members: Sequence[int], first: int = 0) -> None:
         self._whole, self._members, self._first, self.channels = whole, tuple(members), first, whole.channels
+        self.links_rest = whole.links_rest
 
     def reserve(self, nbytes: int) -> None:
         """Not offered: every inbox is as large as all others."""
@@ -97,8 +102,9 @@ def _make(transport: Transport, device: torch.device) -> PeerMemory | str:
     for rank, reason in enumerate(transport.gather_objects(_unreachable(device, places))):
         if reason is not None:
             return f"rank {rank}: {reason}"
+    rests = all(transport.gather_objects(_is_on_nvlink(device, places)))
     try:
-        memory, problem = SymmetricMemory(transport, device), None
+        memory, problem = SymmetricMemory(transport, device, rests), None
     except (RuntimeError, RingspanError) as error:
         memory, problem = None, str(error).splitlines()[0]
     for rank, reason in enumerate(transport.gather_objects(problem)):
@@ -124,6 +130,23 @@ def _place(device: torch.device) -> tuple[str, int]:
     """(host, GPU) of this rank; visible devices are assumed to be numbered alike on one host."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip(), device.index or 0
+
+
+def _is_on_nvlink(device: torch.device, places: list[tuple[str, int]]) -> bool:
+    """Whether NVLink joins this rank's GPU to those of all others: a link whose atomic operations are its own, which PCIe has not."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    _, own = _place(device)
+    return all(index == own or _has_atomics(driver, own, index) for _, index in places)
+
+
+def _has_atomics(driver: ctypes.CDLL, own: int, other: int) -> bool:
+    value, handles = ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
+    failed = [driver.cuDeviceGet(ctypes.byref(handle), number) for handle, number in zip(handles, (own, other), strict=True)]
+    failed.append(driver.cuDeviceGetP2PAttribute(ctypes.byref(value), NATIVE_ATOMICS, *handles))
+    return not any(failed) and value.value == 1
 
 
 def _unreachable(device: torch.device, places: list[tuple[str, int]]) -> str | None:

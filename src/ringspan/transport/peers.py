@@ -22,9 +22,11 @@ class PeerMemory(Protocol):
 
     Attributes:
         channels: how many signals there are from each rank to each other.
+        links_rest: whether links join the ranks that take less power when nobody uses them for a while: NVLink's.
     """
 
     channels: int
+    links_rest: bool
 
     def reserve(self, nbytes: int) -> None:
         """Makes every inbox at least so large. Collective, with the same number on every rank, and between passes."""

@@ -24,6 +24,8 @@ class SharedMemory:
     """
 
     channels = 1 << 16
+    links_rest = False
+    """There are none."""
 
     def __init__(self, transport: InProcessTransport, device: torch.device) -> None:
         self._transport, self._device = transport, device

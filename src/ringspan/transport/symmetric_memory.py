@@ -47,12 +47,13 @@ class SymmetricMemory:
     Args:
         transport: the process group.
         device: this rank's GPU.
+        links_rest: see `PeerMemory`.
     """
 
-    def __init__(self, transport: ProcessGroupTransport, device: torch.device) -> None:
+    def __init__(self, transport: ProcessGroupTransport, device: torch.device, links_rest: bool = False) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self._module = symmetric_memory
+        self._module, self.links_rest = symmetric_memory, links_rest
         self._transport, self._device, self._size = transport, device, transport.size
         # As a number: torch takes some microseconds to read it off a device, and short sequences are launched in few.
         self._index = torch.cuda.current_device() if device.index is None else device.index
