@@ -1,14 +1,15 @@
 """Why a pass over ranks takes longer than one device's share of it: more cycles, or slower ones.
 
-    torchrun --nproc-per-node 4 benchmarks/clocks.py --strategies ulysses:stages=8 --awake --heads 32/32 --lengths 32768
+    torchrun --nproc-per-node 4 benchmarks/clocks.py --strategies ulysses:stages=8 --sent 65536,100663296 --heads 32/32 --lengths 32768
     torchrun --nproc-per-node 1 benchmarks/clocks.py --pauses 0.3,1 --fills 0.3 --heads 8/8 --lengths 131072
 
 Each length is tokens per GPU. Passes are CUDA graphs of a forward with its backward, replayed for `--seconds` in turns: `share`, one device
 with its share of the heads over the whole length; the same with a pause without work, or with other work for as long (`filled`), after the
-forward and after the backward; a call for each head, and the same with 64 KB sent to the next rank beside each call, which keep links awake
-that would rest otherwise (`nvidia-smi nvlink -gLowPwrInfo` tells after how long); each strategy. Meanwhile NVML says every few milliseconds
-what clock the multiprocessors have and what holds it down. `lost` is what a pass takes longer than the share and its pauses; `cycles` is
-time by clock, beside the share's: where they are the same and the time is not, it is the clock.
+forward and after the backward; a call for each head, and the same with bytes sent to the next rank beside each call, or with those of all
+calls sent at the start of the forward and of the backward; each strategy. Any use keeps NVLink's links awake, and awake they take power
+(`nvidia-smi nvlink -gLowPwrInfo` tells after how long they rest). Meanwhile NVML says every few milliseconds what clock the multiprocessors
+have and what holds it down. `lost` is what a pass takes longer than the share and its pauses; `cycles` is time by clock, beside the
+share's: where they are the same and the time is not, it is the clock.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ from ringspan.transport import make_transport
 Nothing = tuple[()]
 FILLER = 2048
 """Rows and columns of the matrices that fill a pause."""
-SENT = 1 << 16
-"""Bytes that keep a link awake."""
 EVERY_SECONDS = 0.004
 REASONS = {0x4: "power", 0x8: "slowdown", 0x20: "warm", 0x40: "hot", 0x80: "brake"}
 """Of NVML's reasons for a clock below the highest, those that are none of the user's."""
@@ -134,34 +133,37 @@ class Passes:
                 units = float(milliseconds) / self.clock.time(captured(partial(amount, unit))).median_ms
                 self.add_share(f"{name} {milliseconds} ms", partial(amount, max(1, round(units * unit))))
 
-    def add_awake(self) -> None:
-        """The share, a call for each of its heads: by itself, and with a word to the next rank beside each call."""
+    def add_sent(self) -> None:
+        """The share, a call for each of its heads: by itself, and with so many bytes sent to the next rank by a copy engine."""
         rank, ranks, kernel = self.clock.transport.rank, self.clock.transport.size, KERNELS[self.arguments.kernel]
-        mine = symmetric_memory.empty(SENT, dtype=torch.uint8, device=self.clock.device)
-        theirs = symmetric_memory.rendezvous(mine, dist.group.WORLD).get_buffer((rank + 1) % ranks, (SENT,), torch.uint8)
-        word, side = torch.zeros_like(mine), torch.cuda.Stream(priority=-3)
-        pairs = [[self.normal(self.length, 1) for _ in range(4)] for _ in range(self.heads // ranks)]
+        sizes = [int(size) for size in self.arguments.sent.split(",")]
+        mine = symmetric_memory.empty(max(sizes), dtype=torch.uint8, device=self.clock.device)
+        assert dist.group.WORLD is not None
+        theirs = symmetric_memory.rendezvous(mine, dist.group.WORLD).get_buffer((rank + 1) % ranks, (max(sizes),), torch.uint8)
+        source, side = torch.zeros_like(mine), torch.cuda.Stream(priority=-3)
+        of_heads = [[self.normal(self.length, 1) for _ in range(4)] for _ in range(self.heads // ranks)]
         scores = Scores(Tile(0, self.length, 0, self.length, 0, None), self.arguments.head_dim**-0.5)
 
-        def say(says: bool) -> None:
+        def send(size: int, times: int) -> None:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                (theirs if says else mine).copy_(word)
+                for _ in range(times):
+                    theirs[:size].copy_(source[:size])
 
-        def both(says: bool) -> Nothing:
-            results = []
-            for q, k, v, _ in pairs:
-                say(says)
+        def both(size: int, at_once: bool) -> Nothing:
+            results, heads = [], len(of_heads)
+            for index, (q, k, v, _) in enumerate(of_heads):
+                send(size, (heads * (index == 0) if at_once else 1) * bool(size))
                 results.append(kernel.forward(q, k, v, scores))
-            for (q, k, v, dout), result in zip(pairs, results, strict=True):
-                say(says)
-                out, lse = result
+            for index, ((q, k, v, dout), (out, lse)) in enumerate(zip(of_heads, results, strict=True)):
+                send(size, (heads * (index == 0) if at_once else 1) * bool(size))
                 kernel.backward(dout, q, k, v, out, lse, None, scores)
             torch.cuda.current_stream().wait_stream(side)
             return ()
 
-        for name, says in (("a call a head", False), ("links awake", True)):
-            self.calls[name], self.own[name] = captured(partial(both, says)), 0.0
+        ways = [("a call a head", 0, False)] + [(f"{size} bytes a call", size, False) for size in sizes]
+        for name, size, at_once in ways + [(f"{size} bytes, at first", size, True) for size in sizes]:
+            self.calls[name], self.own[name] = captured(partial(both, size, at_once)), 0.0
 
     def add_strategy(self, text: str) -> None:
         """All ranks by a strategy."""
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="", help="of ringspan, none by default")
     parser.add_argument("--pauses", default="", help="milliseconds without work")
     parser.add_argument("--fills", default="", help="milliseconds of matrix products in their place")
-    parser.add_argument("--awake", action="store_true", help="what links cost that are awake; as many key heads as query heads")
+    parser.add_argument("--sent", default="", help="bytes beside each call for a head; as many key heads as query heads")
     parser.add_argument("--kernel", default="flash4")
     parser.add_argument("--lengths", default="32768")
     parser.add_argument("--heads", default="32/32", help="query/KV heads over all ranks")
@@ -209,8 +211,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="a sample")
     arguments = parser.parse_args()
-    if arguments.awake and len(set(arguments.heads.split("/"))) > 1:
-        parser.error(f"--awake calls a kernel for each head: as many key heads as query heads, not {arguments.heads}")
+    if arguments.sent and len(set(arguments.heads.split("/"))) > 1:
+        parser.error(f"--sent calls a kernel for each head: as many key heads as query heads, not {arguments.heads}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
@@ -222,8 +224,8 @@ def main() -> None:
         passes = Passes(arguments, Clock(device, transport, 2, 1), per_rank * transport.size)
         passes.add_share()
         passes.add_pauses()
-        if arguments.awake:
-            passes.add_awake()
+        if arguments.sent:
+            passes.add_sent()
         for strategy in filter(None, arguments.strategies.split(",")):
             passes.add_strategy(strategy)
         lines = measure(passes, {name: Watch(nvml, handle) for name in passes.calls})

@@ -5,7 +5,8 @@ the mask; forward and backward are eight all-to-alls in the paper and four here,
 works, uneven shares included; key heads that several ranks need are sent to each of them.
 
 The exchange stands before the computing and after it. In stages, of some of a rank's key heads each, all but the first stage's way there
-and the last's way back goes on beside the computing of others (UPipe, 2026, takes stages for memory's sake, one after the other).
+and the last's way back goes on beside the computing of others (UPipe, 2026, takes stages for memory's sake, one after the other). Over long
+sequences all ways back wait for the last stage, so that links rest until then.
 """
 
 from __future__ import annotations
