@@ -55,12 +55,16 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "ulysses": (4.097, 14.592),
         "ulysses stages=2": (3.707, 14.142),
         "ulysses stages=4": (3.586, 13.648),
+        # 4fcdf8d, benchmarks/reports/2026-11-27-every-head-four-h200.md.
+        "ulysses stages=8": (3.512, 13.019),
         "all_gather": (4.037, 14.833),
     },
     (4, 32, 32, 128, 32768): {
         "direct shards_at_once=2": (56.201, 211.531),
         "ulysses": (58.734, 212.136),
         "ulysses stages=4": (55.608, 206.495),
+        # H100, e1bea9c, benchmarks/reports/2026-11-28-links-that-rest-four-h100.md.
+        "ulysses stages=8": (56.062, 201.859),
         "all_gather": (55.783, 212.368),
     },
     (4, 64, 8, 128, 2048): {

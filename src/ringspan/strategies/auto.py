@@ -63,7 +63,7 @@ def candidates(num_ranks: int) -> list[tuple[str, dict[str, int | str]]]:
     found: list[tuple[str, dict[str, int | str]]] = [("ring", {}), ("direct", {})]
     found.extend(("direct", {"shards_at_once": shards}) for shards in (2, 4, 8) if 2 < num_ranks >= shards)
     found.extend([("all_gather", {}), ("balanced", {}), ("pass_query", {}), ("ulysses", {})])
-    found.extend(("ulysses", {"stages": stages}) for stages in (2, 4))
+    found.extend(("ulysses", {"stages": stages}) for stages in (2, 4, 8))
     degrees = [degree for degree in range(2, num_ranks) if num_ranks % degree == 0]
     found.extend(("two_dimensional", {"ulysses": degree}) for degree in degrees)
     return found
