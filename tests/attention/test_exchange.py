@@ -134,6 +134,37 @@ def test_a_sequence_tells_how_large_its_inbox_is_also_where_heads_are_exchanged_
         assert told == size > 0
 
 
+@pytest.mark.parametrize(
+    ("strategy", "heads", "grows"),
+    [({"strategy": "ring"}, 4, True), ({"strategy": "two_dimensional"}, 4, True), ({"strategy": "ulysses", "stages": 2}, 8, False)],
+)
+def test_peer_memory_is_for_a_forward_alone_until_a_gradient_is_wanted(strategy: dict, heads: int, grows: bool):
+    """Where heads are exchanged, and each rank has its own, a backward brings less than a forward."""
+    same = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, 64, heads, 8, generator=same) for _ in range(3)]
+
+    def run(group, transport: str):
+        sequence = ringspan.ContextParallel(group, transport=transport, **strategy).sequence(64)
+        leaves = [sequence.shard(x).requires_grad_() for x in whole]
+        with torch.no_grad():
+            first = sequence.attention(*leaves)
+        alone = sequence.peer_bytes
+        out = sequence.attention(*leaves)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        taken = sequence.peer_bytes
+        with torch.no_grad():
+            last = sequence.attention(*leaves)
+        assert sequence.peer_bytes == taken, "what is there stays"
+        return (alone, taken), [first, out.detach(), last, *gradients]
+
+    for (sizes, found), (_, right) in zip(
+        *(ringspan.run_in_process(4, lambda group, way=way: run(group, way)) for way in ("peer_memory", "process_group")), strict=True
+    ):
+        assert 0 < sizes[0] <= sizes[1] and (sizes[0] < sizes[1]) is grows
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert all(map(torch.equal, found, right))
+
+
 @pytest.mark.parametrize(("kv_heads", "wide"), [(8, 2), (2, 4)], ids=["each its own", "shared"])
 def test_an_inbox_is_no_larger_than_what_a_pass_brings(kv_heads: int, wide: int):
     layout, q = make_layout("zigzag", 1024, 4), torch.empty(1, 256, 8, 64, dtype=torch.bfloat16)
@@ -144,6 +175,7 @@ def test_an_inbox_is_no_larger_than_what_a_pass_brings(kv_heads: int, wide: int)
     forward = 64 * 2 * (1024 * (query + keys) + 3 * 256 * query) + 3 * 256 * query * 4
     backward = 64 * (1024 * query * 2 + 3 * 256 * (query * 2 + keys * wide)) + 1024 * query * 4
     assert nbytes == max(forward, backward)
+    assert make_rooms(schedules.grid, layout, schedules.layout, q, [head_shares(8, kv_heads, 4)], differentiable=False)[1] == forward
 
 
 def test_what_is_copied_in_eights_is_what_is_copied():

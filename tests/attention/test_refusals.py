@@ -114,6 +114,10 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "the layout": (lambda group: ringspan.ContextParallel(group, layout="striped" if group.rank else "zigzag"), "striped"),
     "the weights": (lambda group: ringspan.ContextParallel(group, layout="weighted", weights=(1.0, 1.0, 1.0 + group.rank)), "weights"),
     "the kernel": (lambda group: ringspan.ContextParallel(group, kernel="reference" if group.rank else "auto"), "reference"),
+    "whether a backward comes": (
+        lambda group: ringspan.ContextParallel(group).sequence(12).attention(*(torch.zeros(1, 4, 2, 4, requires_grad=group.rank < 2),) * 3),
+        "gradients=False",
+    ),
     "the shape to unshard": (
         lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 4, 5 + (group.rank == 1))),
         "other sizes",

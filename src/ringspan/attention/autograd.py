@@ -31,15 +31,15 @@ class DistributedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Runs the forward program and keeps q, k, v, out and lse of this rank's heads if `keep`; lse is None where it is not wanted."""
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """Runs the forward program and keeps q, k, v, out and lse of this rank's heads for a backward; lse is None if it is not wanted."""
         plan.scores.keep_if_captured()
         ctx.plan, ctx.device, ctx.heads = plan, q.device, (q.shape[2], k.shape[2])
         ctx.set_materialize_grads(False)
         lse_shapes = [(q.shape[:3], accumulator_dtype(q.dtype))] if plan.return_lse else []
         stages, into = plan.stages or (plan,), _into(plan, q, (q.shape, q.dtype), *lse_shapes)
         with plan.in_one_piece() as held, plan.in_turns(q, math.inf) as turns:
-            held += (coming := _inputs(q, k, v, plan, keep))
+            held += (coming := _inputs(q, k, v, plan))
             done = []
             for stage, inputs in zip(stages, coming, strict=True):
                 done.append(turns(stage.stage, partial(_attended, inputs, sinks, stage, into)))
@@ -49,7 +49,7 @@ class DistributedAttention(torch.autograd.Function):
                 inputs.settle()
         # All stages but the last were computed beside; and a tape may have them as well.
         give_away(*(tensor for results, _ in done[:-1] for tensor in results))
-        if keep:
+        if plan.differentiable:
             # By stage, as many each.
             of_stages = ([*inputs.kept(), *results] for inputs, (results, _) in zip(coming, done, strict=True))
             ctx.save_for_backward(sinks, *(tensor for kept in of_stages for tensor in kept))
@@ -100,11 +100,11 @@ class DistributedAttention(torch.autograd.Function):
                 # Until the stages beside have been joined.
                 held.append(going[-1].under_way)
             dq, dk, dv = [each.wait() for each in going][-1]
-        return dq, dk, dv, None if both_sinks is None else both_sinks[1], None, None
+        return dq, dk, dv, None if both_sinks is None else both_sinks[1], None
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, keep: bool) -> list[Heads[Inputs]]:
-    return [at_hand((q, k, v), [q, k, v])] if plan.exchange is None else plan.exchange.inputs_to_heads(q, k, v, keep)
+def _inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[Heads[Inputs]]:
+    return [at_hand((q, k, v), [q, k, v])] if plan.exchange is None else plan.exchange.inputs_to_heads(q, k, v, plan.differentiable)
 
 
 def _output_gradients(dout: Tensor, dlse: Tensor | None, plan: Plan) -> list[Heads[OutputGradients]]:
@@ -263,5 +263,4 @@ def _own(sinks: Tensor | None, plan: Plan) -> Tensor | None:
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted, of this rank's q, with the exchange of positions for heads around it where the plan has one."""
     with watch(plan.observer, BEFORE, "whole"), without_autocast(q.device):
-        keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, sinks))
-        return DistributedAttention.apply(q, k, v, sinks, plan, keep)
+        return DistributedAttention.apply(q, k, v, sinks, plan)

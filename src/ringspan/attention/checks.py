@@ -264,13 +264,15 @@ def check_device(device: str, devices: frozenset[str], num_ranks: int) -> None:
 
 
 def describe_attention(
-    q: Tensor, k: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool = False
-) -> str:
+    q: Tensor, k: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool = False,
+    differentiable: bool = False,
+) -> str:  # fmt: skip
     """What all ranks must have in common."""
     if q.ndim != 4 or k.ndim != 4:
         return "malformed tensors"
     heads = f"batch={q.shape[0]} heads={q.shape[2]} kv_heads={k.shape[2]} head_dim={q.shape[3]}"
-    return f"{heads} {q.dtype} on {q.device.type} scale={scale} softcap={softcap} sinks={sinks is not None} return_lse={return_lse}"
+    about = f"scale={scale} softcap={softcap} sinks={sinks is not None} return_lse={return_lse} gradients={differentiable}"
+    return f"{heads} {q.dtype} on {q.device.type} {about}"
 
 
 def describe_shard(x: Tensor, dim: int) -> str:

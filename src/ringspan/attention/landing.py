@@ -94,9 +94,12 @@ class Rooms:
 
 
 def make_rooms(
-    grid: Grid, layout: Layout, merged: Layout, q: Tensor, stages: Sequence[Sequence[HeadShare]]
+    grid: Grid, layout: Layout, merged: Layout, q: Tensor, stages: Sequence[Sequence[HeadShare]],
+    differentiable: bool = True,
 ) -> tuple[tuple[Rooms, ...], int]:  # fmt: skip
     """The rooms of each of `stages`, by place the heads, of q `[batch, shard, heads, head_dim]`; and where they end.
+
+    Those of a backward are no rooms where none comes.
 
     Room for what the largest rank gets: every rank has the same. Nothing of a pass lies where something else of it does, so that ranks say
     once in a pass that all they have may be written.
@@ -114,7 +117,7 @@ def make_rooms(
         inputs, douts, dlse = (aligned(all_rows * size) for size in (query + 2 * key, query, lse))
         outputs, lses, dq, keys_back = ((grid.degree - 1) * aligned(rows * size) for size in (query, lse, query, 2 * key_gradient))
         found.append(Rooms(start, start + inputs, start + inputs + outputs, start, start + douts, start + douts + dlse))
-        start += max(inputs + outputs + lses, douts + dlse + dq + keys_back)
+        start += max(inputs + outputs + lses, (douts + dlse + dq + keys_back) * differentiable)
     return tuple(found), start
 
 

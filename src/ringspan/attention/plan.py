@@ -41,7 +41,8 @@ class Plan:
     of its own, which is number `stage`; `materialised` where these are Ring Self-Attention's;
     `kv_heads_per_stage` where heads take turns; `lse_gradient_refusal` where the kernel computes no gradient through lse, with the reason;
     `peers` where pieces go through peer memory, with this rank's part in each direction; `return_lse` whether lse is wanted, and a gradient
-    of it may come; `replays` where passes are captured and replayed; `observer` where somebody looks on, who wants to see each launch.
+    of it may come; `differentiable` whether a backward may, for which its forward keeps what it needs; `replays` where passes are captured
+    and replayed; `observer` where somebody looks on, who wants to see each launch.
     """
 
     forward: RankProgram
@@ -56,6 +57,7 @@ class Plan:
     lse_gradient_refusal: str | None = None
     peers: tuple[PeerMemory, Mapping[str, Inbox]] | None = None
     return_lse: bool = False
+    differentiable: bool = False
     replays: Replays | None = None
     observer: Observer | None = None
     stages: tuple[Plan, ...] = ()

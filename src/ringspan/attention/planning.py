@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ringspan.attention import checks
@@ -21,9 +22,9 @@ from ringspan.attention.reshard import head_group, make_exchange
 from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.swap import TransportSwapper
 from ringspan.errors import UnsupportedError
-from ringspan.geometry import HeadShare, head_shares, head_stages
+from ringspan.geometry import Grid, HeadShare, head_shares, head_stages
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
-from ringspan.schedule import PieceBytes
+from ringspan.schedule import PieceBytes, Schedule
 from ringspan.strategies import MACHINES, SENDING, Choice, Schedules, choose, complete_ring, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
@@ -48,12 +49,18 @@ def whole_scale(q: Tensor, scale: float | None) -> float | None:
     return q.shape[-1] ** -0.5 if scale is None and q.ndim and q.shape[-1] else scale
 
 
+def wants_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Whether a backward may come after the forward."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (q, k, v, sinks))
+
+
 def plan_key(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, return_lse: bool
 ) -> Hashable:
     """What a plan is found again by: calls with another one are agreed on anew."""
-    about_sinks = None if sinks is None else (sinks.shape, sinks.device)
-    return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, softcap, about_sinks, return_lse)
+    about_sinks, differentiable = None if sinks is None else (sinks.shape, sinks.device), wants_gradients(q, k, v, sinks)
+    about = scale, softcap, about_sinks, return_lse, differentiable
+    return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, *about)
 
 
 def make_plan(
@@ -77,8 +84,9 @@ def make_plan(
         if materialised:
             check_materialised(context.kernel, softcap, sinks)
 
-    problem = checks.problem_of(check)
-    agree(context.transport, "attention", checks.describe_attention(q, k, sinks, scale, softcap, return_lse), problem)
+    problem, differentiable = checks.problem_of(check), wants_gradients(q, k, v, sinks)
+    asked_of_all = checks.describe_attention(q, k, sinks, scale, softcap, return_lse, differentiable)
+    agree(context.transport, "attention", asked_of_all, problem)
     transport = context.transport
     asked = checks.kernel_problem(q, k, features, deterministic)
     if materialised:
@@ -103,8 +111,10 @@ def make_plan(
     )
     lse_refusal = None if materialised else lse_gradient_refusal(kernel, asked)
     stages = _head_stages(schedules, q, k)
-    rooms, first = ((), 0) if grid is None else make_rooms(grid, sequence.layout, schedules.layout, q, stages)
-    peers, peer_bytes = _peers(sequence, q, k, schedules, transport.rank, kernel, found, return_lse and lse_refusal is None, first)
+    rooms, first = ((), 0) if grid is None else make_rooms(grid, sequence.layout, schedules.layout, q, stages, differentiable)
+    directions = (schedules.forward, schedules.backward) if differentiable else (schedules.forward,)
+    lse_gradient = return_lse and lse_refusal is None
+    peers, peer_bytes = _peers(sequence, q, k, schedules.grid, directions, transport.rank, kernel, found, lse_gradient, first)
     exchange = None
     if grid is not None:
         group = head_group(grid, context.transport.rank)
@@ -131,6 +141,7 @@ def make_plan(
         lse_refusal,
         peers,
         return_lse,
+        differentiable,
         context.replays,
     )
     if len(stages) > 1:
@@ -187,7 +198,8 @@ def _peers(
     sequence: Sequence,
     q: Tensor,
     k: Tensor,
-    schedules: Schedules,
+    grid: Grid | None,
+    directions: tuple[Schedule, ...],
     rank: int,
     kernel: Kernel,
     memory: PeerMemory | str | None,
@@ -196,13 +208,13 @@ def _peers(
 ) -> tuple[Peers | None, int]:
     """`memory` and this rank's part in it, with the size of an inbox, or None for the transport. The same decision on every rank.
 
-    In an inbox the pieces of the schedule lie from the byte `first` on, after what an exchange of heads brings.
+    In an inbox the pieces of the schedules lie from the byte `first` on, after what an exchange of heads brings.
     """
     context = sequence.context
     if memory is None:
         return None, 0
     if not isinstance(memory, str):
-        grid, pieces = schedules.grid, 0
+        pieces = 0
         shares = [HeadShare(0, q.shape[2], 0, k.shape[2])] if grid is None else head_shares(q.shape[2], k.shape[2], grid.degree)
         mine = shares[0 if grid is None else grid.place(context.transport.rank)]
         inboxes: dict[str, Inbox] = {}
@@ -210,7 +222,7 @@ def _peers(
         for share in (*set(shares), mine):
             tensors = q[:, :, : share.heads], k[:, :, : share.kv_heads]
             sizes, singles = (row_bytes(*tensors, rounded, lse_gradient) for rounded in (False, kernel.rounds))
-            inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in (schedules.forward, schedules.backward)}
+            inboxes = {each.direction: inbox(each, rank, sizes, singles) for each in directions}
             pieces = max(pieces, *(each.nbytes for each in inboxes.values()))
         if 2 * max(1, *(each.messages for each in inboxes.values())) <= memory.channels:
             memory.reserve(first + pieces)

@@ -40,7 +40,8 @@ class Sequence:
         observer: who looks on while attention runs, such as `ringspan.trace.Recorder`; None, as at first, for its context's.
         choice: of strategy `auto`, at the last new shapes.
         kernel: the kernel that computes the last new shapes.
-        peer_bytes: of this rank's peer memory that they take, held as long as the context; 0 where pieces go by messages.
+        peer_bytes: of this rank's peer memory that they have taken, held as long as the context; 0 where pieces go by messages, and no more
+            than a forward's as long as no gradient was wanted.
         known_positions: a model's `position_ids` that were made for this rank, or read and found to be no mistake.
     """
 
@@ -223,7 +224,7 @@ class Sequence:
     ) -> Plan:
         planned = make_plan(self, q, k, v, sinks, scale, softcap, return_lse)
         self.kernel, self._schedules, self.choice = planned.plan.kernel, planned.schedules, planned.choice
-        self.peer_bytes = planned.peer_bytes
+        self.peer_bytes = max(self.peer_bytes, planned.peer_bytes)
         return planned.plan
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

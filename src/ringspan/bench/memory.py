@@ -59,6 +59,19 @@ def promise(schedules: Schedules, layout: Layout, sizes: PieceBytes, rank: int, 
     return Promise(visitors, _accumulators(schedule, lane, sizes), _largest_call(schedule, lane, sizes), exchanged)
 
 
+def promises(schedules: Schedules, layout: Layout, sizes: PieceBytes, at_once: PieceBytes, rank: int) -> dict[str, dict[str, int]]:
+    """By pass the parts of what is promised to `rank`; of both, the larger, and the lse that the backward needs: out is a result.
+
+    Args:
+        sizes: of all heads.
+        at_once: of those that are computed at once, see `staged`.
+    """
+    forward, backward = (promise(schedules, layout, at_once, rank, direction) for direction in ("forward", "backward"))
+    lse = layout.shard_length(rank) * sizes.batch * sizes.heads * sizes.accumulator_bytes
+    both = max(forward, backward, key=lambda each: each.total)
+    return {"forward": forward.as_json(), "both": {**both.as_json(), "lse": lse, "total": both.total + lse}}
+
+
 def staged(sizes: PieceBytes, kv_heads: int | str | None) -> PieceBytes:
     """What a position weighs with the heads that are computed at once, where `kv_heads` at a time take turns."""
     if kv_heads is None:

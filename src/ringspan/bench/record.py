@@ -40,7 +40,7 @@ class Record:
         bytes_sent: over all links in one forward and one backward, as the transport counted them; None where it does not.
         bytes_promised: the same, as the schedule has them.
         extra_bytes: by pass, beyond inputs and results, of the rank that held most, `peer_bytes` included.
-        peer_bytes: of peer memory, which a rank holds as long as it runs.
+        peer_bytes: by pass, of peer memory, which a rank holds as long as it runs; that of a backward as long as there are any.
         promised_bytes: by pass, the schedule's figure in its parts, of the rank that holds most.
         joules: by pass, of one call over all ranks; empty where no counter answers.
     """
@@ -62,7 +62,7 @@ class Record:
     bytes_sent: int | None = None
     bytes_promised: int | None = None
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
-    peer_bytes: int = 0
+    peer_bytes: Mapping[str, int] = field(default_factory=dict)
     promised_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     joules: Mapping[str, float] = field(default_factory=dict)
 
@@ -213,7 +213,7 @@ class BenchReport:
             "bytes_sent": record.bytes_sent,
             "bytes_promised": record.bytes_promised,
             "extra_bytes": dict(record.extra_bytes),
-            "peer_bytes": record.peer_bytes,
+            "peer_bytes": dict(record.peer_bytes),
             "promised_bytes": {which: dict(parts) for which, parts in record.promised_bytes.items()},
             "joules": dict(record.joules),
             "passes": {},

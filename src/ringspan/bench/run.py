@@ -27,7 +27,7 @@ from ringspan.bench.check import (
 from ringspan.bench.clock import SHORTEST_SAMPLE_MS, Clock
 from ringspan.bench.energy import Meter, joules
 from ringspan.bench.graph import captured
-from ringspan.bench.memory import peak_bytes, promise, release, releasing, staged
+from ringspan.bench.memory import peak_bytes, promises, release, releasing, staged
 from ringspan.bench.one_device import capable_kernels, one_device
 from ringspan.bench.passes import Passes, open_sequence, passes_of, weights_for, whole_inputs
 from ringspan.bench.peers import PEERS, Peer
@@ -202,6 +202,9 @@ class _Problem:
             weights = weights_for(setting, [self.records[place] for place in self.alone])
             sequence = open_sequence(setting, self.shape, weights)
             passes = passes_of(lambda q, k, v: sequence.attention(q, k, v), inputs, sequence.shard)
+            # By itself it takes no peer memory for a backward.
+            passes.forward()
+            peer_bytes = {"forward": sequence.peer_bytes}
             for _ in range(EAGER_CALLS + 1 if setting.launch == "replay" else 0):
                 # What is checked then is a replay.
                 passes.both()
@@ -215,13 +218,7 @@ class _Problem:
             sizes = self.shape.sizes_with(None if materialised else sequence.kernel)
             promised = sum(sum(link_bytes(schedules, layout, sizes, direction).values()) for direction in ("forward", "backward"))
             at_once = staged(sizes, parse_strategy(setting.strategy)[1].get("kv_heads_per_stage"))
-            forward, backward = (promise(schedules, layout, at_once, transport.rank, direction) for direction in ("forward", "backward"))
-            # Out is a result; the lse that the backward needs is held beside it.
-            lse = layout.shard_length(transport.rank) * sizes.batch * sizes.heads * sizes.accumulator_bytes
-            both = max(forward, backward, key=lambda each: each.total)
-            gathered = self.together.gather_objects(
-                (sent, {**forward.as_json()}, {**both.as_json(), "lse": lse, "total": both.total + lse}, sequence.choice)
-            )
+            gathered = self.together.gather_objects((sent, promises(schedules, layout, sizes, at_once, transport.rank)))
             chosen = f"{sequence.choice.strategy}: {sequence.choice.reason}" if sequence.choice is not None else ""
             made = replace(
                 record,
@@ -229,11 +226,8 @@ class _Problem:
                 reason="; ".join(each for each in (chosen, f"weights {weights}" if weights else "") if each),
                 bytes_sent=sum(each[0] for each in gathered),
                 bytes_promised=promised,
-                peer_bytes=sequence.peer_bytes,
-                promised_bytes={
-                    "forward": max((each[1] for each in gathered), key=lambda parts: parts["total"]),
-                    "both": max((each[2] for each in gathered), key=lambda parts: parts["total"]),
-                },
+                peer_bytes={**peer_bytes, "both": sequence.peer_bytes},
+                promised_bytes={which: max((each[1][which] for each in gathered), key=lambda parts: parts["total"]) for which in PASSES},
             )
             return passes, self._judged(made, results, passes, LAW_5)
 
@@ -327,7 +321,7 @@ class _Problem:
             for which in reversed(PASSES):
                 work = getattr(passes, which)
                 size = peak_bytes(work, clock.device)
-                extra = {} if size is None else {which: size + record.peer_bytes}
+                extra = {} if size is None else {which: size + record.peer_bytes.get(which, 0)}
                 if record.launch == "graph":
                     work = captured(work)
                     if which == "both" and not (checked := self._replayed(record, work, passes)).is_timed:
