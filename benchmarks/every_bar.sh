@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every ratio that attention is held to, on four GPUs at one commit: parts of gpu_check.sh with the strategies that reach it, first where all four work
-# together, then two pairs side by side, then what is right. 25 minutes. After each part OUT/NAME has its archive, and OUT/done is made last.
+# Every ratio that attention is held to, on four GPUs at one commit: parts of gpu_check.sh with the strategies that reach it, first where all four
+# work together, then two pairs side by side, then what is right. 25 minutes. After each part OUT/NAME has its archive; at the end OUT/bars.md
+# says what is short, and OUT/done is made.
 # usage: every_bar.sh OUT_FOLDER
 set -uo pipefail
 out=$1
@@ -39,4 +40,11 @@ cat "$out/first_pair.log" "$out/second_pair.log"
 part exact exact
 CUDA_VISIBLE_DEVICES=0 part sanitizer sanitizer
 echo "## $((SECONDS - began)) s: the end"
+found=$(mktemp -d)
+for archive in "$out"/*/*.tgz; do
+  name=$(basename "$(dirname "$archive")")
+  mkdir -p "$found/$name" && tar xzf "$archive" -C "$found/$name"
+done
+# Benches alone have ratios; what else was checked writes other files.
+grep -l --null '"ratio_to_one_device"' "$found"/*/*.json | xargs -0 python3 "$(dirname "$0")/bars.py" | tee "$out/bars.md"
 touch "$out/done"
