@@ -97,7 +97,8 @@ def main(paths: list[str]) -> int:
     """Prints the table and what is short."""
     rows = [row for path in paths for row in rows_of(json.loads(Path(path).read_text(encoding="utf-8")))]
     missing = short(rows)
-    print("\n".join(table(rows)), *(["", "Short:", *missing] if missing else ["", "Nothing is short."]), sep="\n")
+    said = ["Short:", *missing] if missing else ["Nothing is short." if rows else "Nothing was measured."]
+    print(*table(rows), "", *said, sep="\n")
     return int(bool(missing) or not rows)
 
 
