@@ -7,19 +7,21 @@ import threading
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import ringspan
-from ringspan.attention import peer_swapper, planning, reshard, swap
+from ringspan.attention import peer_swapper, planning, swap
 from ringspan.attention.landing import Message
+from ringspan.attention.leaving import when_stages_leave
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
 from ringspan.errors import RingspanError
 from ringspan.geometry import HeadShare, head_shares, head_stages
+from ringspan.schedule import PieceBytes
+from ringspan.strategies import MACHINES
 from ringspan.transport.shared_memory import SharedMemory
 from ringspan.transport.symmetric_memory import SymmetricMemory
 from tests.support.device import Device, Stream, device
@@ -58,14 +60,14 @@ def test_any_number_of_stages_gives_what_one_does(transport: str, ranks: int, he
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-LATE = {"beside the last": {"UNTIL_REST": 0, "A_BYTE": math.inf}, "at the end": {"UNTIL_REST": 0, "A_BYTE": 0}}
-"""Links that rest at once: what leaves together does so beside the last stage where a byte costs more than rest saves, else after it."""
+LATE = {"beside the last": 1e-30, "at the end": math.inf}
+"""Bytes a second of a link: what leaves together leaves beside the last stage where that saves more, else after it."""
 
 
-def leaving(monkeypatch: pytest.MonkeyPatch, **given: float) -> None:
+def leaving(monkeypatch: pytest.MonkeyPatch, late: str, rest_seconds: float = 0.0) -> None:
+    machine = replace(MACHINES["cpu"], rest_seconds=rest_seconds, rest_saves=0.5, exchange_bytes_per_second=LATE[late])
+    monkeypatch.setitem(MACHINES, "cpu", machine)
     monkeypatch.setattr(SharedMemory, "links_rest", True)
-    for name, value in given.items():
-        monkeypatch.setattr(reshard, name, value)
 
 
 @pytest.mark.parametrize("late", LATE)
@@ -80,7 +82,7 @@ def test_what_leaves_together_brings_the_same_bits(
         return [*attended(group, "peer_memory", stages, heads, kv_heads), *attended(group, "peer_memory", stages, heads, kv_heads)]
 
     expected = ringspan.run_in_process(ranks, run)
-    leaving(monkeypatch, **LATE[late])
+    leaving(monkeypatch, late)
     for found, right in zip(ringspan.run_in_process(ranks, run), expected, strict=True):
         assert all(map(torch.equal, found, right))
 
@@ -110,22 +112,14 @@ def test_links_rest_until_the_last_stage_begins_or_ends_where_there_is_time_for_
     monkeypatch.setattr(planning.Plan, "launched", launched)
     monkeypatch.setattr(SharedMemory, "beside", beside)
     # A rank computes 136 pairs of a query and a key for each of four heads of 8 columns, three of them before the last stage.
-    backward = 136 * 3 * 8 * 10
-    leaving(monkeypatch, **{**LATE.get(late, LATE["beside the last"]), "UNTIL_REST": backward - 1 if late in LATE else backward})
+    before, all_of_it = (4 * 136 * heads * 8 * MACHINES["cpu"].backward_factor / MACHINES["cpu"].flops_per_second for heads in (3, 4))
+    leaving(monkeypatch, late if late in LATE else "at the end", before * 0.999 if late in LATE else all_of_it)
     ringspan.run_in_process(2, run)
     there, stages = ["arrive"] * 3, [f"{{}} {stage}" for stage in range(4)]
     in_turn = [text for stage in stages[:3] for text in (stage, "arrive")] + stages[3:]
     ways = {"no": in_turn, "beside the last": [*stages[:3], "arrive", stages[3]], "at the end": stages}
     assert said[:10] == [*there, *(text.format("forward") for text in in_turn)], "its operations are four for ten of a backward"
     assert said[10:] == [*there, *(text.format("backward") for text in ways[late])]
-
-
-def test_all_ranks_send_together_where_one_with_more_heads_does(monkeypatch: pytest.MonkeyPatch):
-    """Seven heads on two ranks, in three stages: before the last the first has three and the second two, in a batch of two."""
-    leaving(monkeypatch, UNTIL_REST=2 * 3 * 8 * (LENGTH * (LENGTH + 1) // 2) * 10 - 1, A_BYTE=math.inf)
-    expected = ringspan.run_in_process(2, lambda group: attended(group, "process_group", 1, 7, 7))
-    found = ringspan.run_in_process(2, lambda group: attended(group, "peer_memory", 3, 7, 7), timeout_seconds=20.0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -141,17 +135,28 @@ def test_all_ranks_send_together_where_one_with_more_heads_does(monkeypatch: pyt
 def test_what_is_sent_when_at_the_lengths_that_are_measured(
     heads: int, kv_heads: int, head_dim: int, per_rank: int, ranks: int, stages: int, forward: str, backward: str
 ):
-    shares, length = head_shares(heads, kv_heads, ranks), per_rank * ranks
-    group = swap.Group(tuple(range(ranks)), 0)
-    swapper: Any = SimpleNamespace(links_rest=True)
-    exchange = Exchange(swapper, group, tuple(head_stages(shares, stages)), (), (), (per_rank,) * ranks, length, length * (length + 1) // 2)
-    like = torch.empty(1, 0, 1, head_dim, dtype=torch.bfloat16)
-    ways = {"beside": ("beside",) * 2, "beside the last": ("together", "beside"), "at the end": ("together",) * 2}
-    for operations, keys, expected in ((reshard.FORWARD_OPERATIONS, 0, forward), (reshard.BACKWARD_OPERATIONS, 2, backward)):
-        first, second = (exchange._leaving(stage, like, operations, keys) for stage in (0, stages - 2))
-        assert (first, second) == ways[expected] and exchange._leaving(stages - 1, like, operations, keys) == "last"
-        other: Any = SimpleNamespace(links_rest=False)
-        assert replace(exchange, swapper=other)._leaving(0, like, operations, keys) == "beside", "slower links than these must be hidden"
+    stages_of, length = head_stages(head_shares(heads, kv_heads, ranks), stages), per_rank * ranks
+    sizes = PieceBytes(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    ways = {"beside": ["beside"] * stages, "beside the last": ["together"] * (stages - 2) + ["beside"], "at the end": ["together"] * stages}
+    for direction, expected in (("forward", forward), ("backward", backward)):
+        about = stages_of, length * (length + 1) // 2, length, sizes
+        found = when_stages_leave(*about, MACHINES["cuda"], direction)
+        assert found == (*ways[expected][: stages - 1], "last")
+        slower = replace(MACHINES["cuda"], rest_seconds=None)
+        assert when_stages_leave(*about, slower, direction) == ("beside",) * (stages - 1) + ("last",), "other links than NVLink's"
+
+
+def test_one_stage_leaves_last_and_some_where_one_place_has_more_heads():
+    machine, sizes = (
+        replace(MACHINES["cuda"], rest_seconds=0.0, exchange_bytes_per_second=1e-30),
+        PieceBytes(heads=7, kv_heads=7, head_dim=8),
+    )
+    assert when_stages_leave([head_shares(7, 7, 2)], 9, 9, sizes, machine, "forward") == ("last",)
+    uneven = head_stages(head_shares(7, 7, 2), 3)
+    a_head = 4 * 45 * (8 + machine.softmax_width) / machine.flops_per_second
+    for heads, expected in ((2.9, ("together", "beside", "last")), (3, ("beside", "beside", "last"))):
+        slow = replace(machine, rest_seconds=heads * a_head)
+        assert when_stages_leave(uneven, 45, 9, sizes, slow, "forward") == expected, "the first place has three heads before the last stage"
 
 
 def test_a_mask_that_knows_heads_is_told_the_number_of_each():

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 import ringspan
-from ringspan.attention import peer_courier, peer_swapper, plan, reshard
+from ringspan.attention import peer_courier, peer_swapper, plan
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.replay import CudaCapture
 from ringspan.attention.streams import OneStream, give_away
 from ringspan.kernels import KERNELS
+from ringspan.strategies import MACHINES
 from ringspan.transport.shared_memory import SharedMemory
 from tests.support.device import Device, Stream, device
 from tests.support.interruptions import Interrupted
@@ -53,9 +55,9 @@ def attention(group: Any, strategy: str, heads: int = 4, **options: Any) -> tupl
 
 def leave(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether what stages give leaves at the end, as over long sequences."""
-    monkeypatch.setattr(SharedMemory, "links_rest", True)
-    for name, value in {"UNTIL_REST": 0.0 if late else math.inf, "A_BYTE": 0.0}.items():
-        monkeypatch.setattr(reshard, name, value)
+    monkeypatch.setattr(SharedMemory, "links_rest", late)
+    rests = replace(MACHINES["cpu"], rest_seconds=0.0, rest_saves=0.5, exchange_bytes_per_second=math.inf)
+    monkeypatch.setitem(MACHINES, "cpu", rests)
 
 
 def interrupting(*_: Any) -> Any:

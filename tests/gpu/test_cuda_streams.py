@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import plan, reshard
+from ringspan.attention import plan
 from ringspan.attention.streams import MOST_ROWS, OneStream, TwoStreams, streams_for
 from ringspan.kernels import KERNELS, Problem
 from ringspan.kernels import refusal as refusal_of
+from ringspan.strategies import MACHINES
 from ringspan.transformer import HostStore, Offload, decoder_layers, rematerialise
 from ringspan.transformer.offload import CudaCopier
 from ringspan.transport.shared_memory import SharedMemory
@@ -67,7 +69,7 @@ def results(
     return found
 
 
-@pytest.mark.parametrize("late", [None, math.inf, 0], ids=["at once", "beside the last stage", "after it"])
+@pytest.mark.parametrize("late", [None, 1e-30, math.inf], ids=["at once", "beside the last stage", "after it"])
 @pytest.mark.parametrize("kernel", ["flash4", "flash2"])
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
 def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, late: float | None, monkeypatch: pytest.MonkeyPatch):
@@ -80,11 +82,11 @@ def test_two_streams_give_the_bits_of_one(kernel: str, strategy: str, late: floa
     long = torch.empty(1, 1 + MOST_ROWS // HEADS, HEADS, 1, device="cuda")
     assert isinstance(streams_for(long, KERNELS[kernel], True), OneStream)
     assert isinstance(streams_for(long, KERNELS[kernel], True, math.inf), TwoStreams)
-    monkeypatch.setattr(SharedMemory, "links_rest", True)
-    monkeypatch.setattr(reshard, "UNTIL_REST", math.inf if late is None else 0)
-    monkeypatch.setattr(reshard, "A_BYTE", late or 0)
+    monkeypatch.setattr(SharedMemory, "links_rest", late is not None)
+    rests = replace(MACHINES["cuda"], rest_seconds=0.0, rest_saves=0.5, exchange_bytes_per_second=late)
+    monkeypatch.setitem(MACHINES, "cuda", rests)
     found = results(kernel, strategy)
-    monkeypatch.setattr(reshard, "UNTIL_REST", math.inf)
+    monkeypatch.setattr(SharedMemory, "links_rest", False)
     monkeypatch.setattr(plan, "streams_for", lambda *given, **named: OneStream())
     for ours, right in zip(found, results(kernel, strategy), strict=True):
         assert all(map(torch.equal, ours, right))

@@ -182,7 +182,7 @@ def test_ranks_meet_by_signals_that_no_message_has(monkeypatch: pytest.MonkeyPat
     }.items():  # fmt: skip
         monkeypatch.setattr(symmetric_memory, name, value)
     transport: Any = SimpleNamespace(size=8, group=None, timeout_ms=1234, gather_objects=SingleRank().gather_objects)
-    memory = SymmetricMemory(transport, torch.device("cuda", 0))
+    memory = SymmetricMemory(transport, torch.device("cuda", 0), False)
     memory.meet()
     ((channel, timeout),) = met
     assert (channel, timeout) == (63, 1234), "the last word of each rank for each other in 2048 bytes of words"

@@ -56,11 +56,6 @@ class PeerSwapper:
     _letters: list[_Letter] = field(default_factory=list)
     _gone: list[Pending] = field(default_factory=list)
 
-    @property
-    def links_rest(self) -> bool:
-        """See `Swapper`."""
-        return self.memory.links_rest
-
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. All but the first stage comes beside what is computed."""
         self._beside.clear()

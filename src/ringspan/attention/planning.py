@@ -13,6 +13,7 @@ from ringspan.attention import checks
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.landing import make_rooms
+from ringspan.attention.leaving import when_stages_leave
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.peer_swapper import PeerSwapper
@@ -25,7 +26,7 @@ from ringspan.errors import UnsupportedError
 from ringspan.geometry import Grid, HeadShare, head_shares, head_stages
 from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes, Schedule
-from ringspan.strategies import MACHINES, SENDING, Choice, Schedules, choose, complete_ring, make_schedules
+from ringspan.strategies import MACHINES, SENDING, Choice, Machine, Schedules, choose, complete_ring, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
 
 if TYPE_CHECKING:
@@ -122,8 +123,12 @@ def make_plan(
         if peers is not None:
             swapper = PeerSwapper(peers[0], context.transport.bytes_sent, group)
             peers = SomePeers(peers[0], members, first), peers[1]
-        pairs = sum(launch.pairs for step in forward.steps for launch in step.launches)
-        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, pairs)
+        machine = _machine(q, peers is not None)
+        if peers is None or not peers[0].links_rest:
+            machine = replace(machine, rest_seconds=None)
+        pairs, length = sum(launch.pairs for step in forward.steps for launch in step.launches), schedules.layout.length
+        leaving = {each: when_stages_leave(stages, pairs, length, _sizes(q, k, kernel), machine, each) for each in ("forward", "backward")}
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, leaving)
     if context.replays is not None:
         refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
         if refused is not None:
@@ -163,8 +168,18 @@ def _head_stages(schedules: Schedules, q: Tensor, k: Tensor) -> tuple[tuple[Head
 
 def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_peers: bool) -> tuple[Schedules, Choice | None]:
     """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
-    context, layout, mask = sequence.context, sequence.layout, sequence.mask
-    sizes = PieceBytes(
+    context, layout, mask, sizes = sequence.context, sequence.layout, sequence.mask, _sizes(q, k, kernel)
+    strategy, options, choice, machine = context.strategy, context.options, None, _machine(q, through_peers)
+    if strategy == "auto":
+        choice = choose(layout, mask, sizes, machine, make_schedules, replayed=context.replays is not None)
+        strategy, options = choice.strategy, dict(choice.options)
+    if strategy == "ring" and layout.num_ranks > 1:
+        options = complete_ring(tuple(sorted(options.items())), layout, mask, sizes, machine, make_schedules)
+    return make_schedules(strategy, layout, mask, **options), choice
+
+
+def _sizes(q: Tensor, k: Tensor, kernel: Kernel) -> PieceBytes:
+    return PieceBytes(
         batch=q.shape[0],
         heads=q.shape[2],
         kv_heads=k.shape[2],
@@ -173,14 +188,10 @@ def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_pe
         accumulator_bytes=accumulator_dtype(q.dtype).itemsize,
         single_bytes=q.element_size() if kernel.rounds else None,
     )
-    strategy, options, choice = context.strategy, context.options, None
-    machine = (MACHINES if through_peers else SENDING).get(q.device.type, MACHINES["cpu"])
-    if strategy == "auto":
-        choice = choose(layout, mask, sizes, machine, make_schedules, replayed=context.replays is not None)
-        strategy, options = choice.strategy, dict(choice.options)
-    if strategy == "ring" and layout.num_ranks > 1:
-        options = complete_ring(tuple(sorted(options.items())), layout, mask, sizes, machine, make_schedules)
-    return make_schedules(strategy, layout, mask, **options), choice
+
+
+def _machine(q: Tensor, through_peers: bool) -> Machine:
+    return (MACHINES if through_peers else SENDING).get(q.device.type, MACHINES["cpu"])
 
 
 def _memory(sequence: Sequence, q: Tensor, materialised: bool) -> PeerMemory | str | None:

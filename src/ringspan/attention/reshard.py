@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Generic, TypeVar
@@ -22,12 +22,6 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 """q, k and v."""
 OutputGradients = tuple[Tensor, Tensor | None]
 """dO, and that of lse where there is one."""
-FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 4, 10
-"""Of a pair of a query and a key, for each column of a head: two products of matrices, and five."""
-UNTIL_REST, REST_SAVES, A_BYTE = 35e12, 0.025, 2300
-"""In operations of a GPU of 700 TFLOP/s: NVLink's links rest after 50 ms without use (`nvidia-smi nvlink -gLowPwrInfo`), a GPU at its power
-limit then needs so much less of the time, and a link carries a byte. Slower GPUs take longer for all three."""
-
 Into = Callable[[], list[Tensor]]
 """Results of all heads, the same at every call: each stage of the heads fills in its own."""
 
@@ -84,7 +78,7 @@ class Exchange:
         rows: for each place, where its rows lie among the head group's, as `rows_within` tells.
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
-        pairs: of a query and a key that a stage computes for each of its heads.
+        leaving: by direction, when what each stage gives leaves.
         observer: looks on.
     """
 
@@ -95,7 +89,7 @@ class Exchange:
     rows: tuple[tuple[tuple[slice, slice], ...], ...]
     part_lengths: tuple[int, ...]
     length: int
-    pairs: int
+    leaving: Mapping[str, tuple[Leaving, ...]]
     observer: Observer | None = None
 
     @property
@@ -140,7 +134,7 @@ class Exchange:
         `into`: out, and lse `[batch, own rows, heads]` where it is wanted.
         """
         places, pending, rooms = len(self.stages[stage]), [], self.rooms[stage]
-        leaves = self._leaving(stage, out, FORWARD_OPERATIONS, 0)
+        leaves = self.leaving["forward"][stage]
         every = (out, rooms.outputs), (None if lse is None else lse.transpose(1, 2), rooms.lse)
         for index, (each, room) in enumerate(every):
             if each is not None:
@@ -173,35 +167,9 @@ class Exchange:
         places = len(self.stages[stage])
         keys = [self.key_gradients_in(dq.dtype, stage, place) for place in range(places)]
         split = [self.q_heads[stage], self.kv_heads[stage], self.kv_heads[stage]]
-        sent, leaves = [[dq.dtype] * places, keys, keys], self._leaving(stage, dq, BACKWARD_OPERATIONS, 2)
+        sent, leaves = [[dq.dtype] * places, keys, keys], self.leaving["backward"][stage]
         pending = self._to_positions(stage, [dq, dk, dv], split, sent, into, self.rooms[stage].gradients, leaves)
         return Coming([pending], lambda: (into()[0], into()[1], into()[2]))
-
-    def _leaving(self, stage: int, like: Tensor, operations: int, keys: int) -> Leaving:
-        """When what a stage gives leaves.
-
-        Links that nobody uses for a while rest, and the power that they take when awake is the multiprocessors' then. So they may from when
-        all that the stages need has come until the last stage begins, if all that was made before leaves beside it; or until that ends, if
-        it leaves with what that gives, and nothing hides it. Where neither saves anything, each leaves as soon as it is made.
-
-        Args:
-            stage: which.
-            like: something of all rows, `[batch, rows, heads, head_dim]`.
-            operations: for a pair of a query and a key and a column of a head.
-            keys: how many tensors of key heads leave beside that of query heads.
-        """
-        last = len(self.stages) - 1
-        if stage == last or not self.swapper.links_rest:
-            return "last" if stage == last else "beside"
-        # The most of any place: all decide alike.
-        heads, kv_heads = ([max(map(width, of_stage)) for of_stage in which] for which in (self.q_heads, self.kv_heads))
-        columns, places = like.shape[0] * like.shape[3], len(self.group.members)
-        before, whole = (sum(some) * columns * self.pairs * operations for some in (heads[:-1], heads))
-        sent = (sum(heads[:-1]) + keys * sum(kv_heads[:-1])) * columns * self.length * like.element_size() * (places - 1) / places
-        beside, at_the_end = (before - UNTIL_REST) * REST_SAVES, (whole - UNTIL_REST) * REST_SAVES - sent * A_BYTE
-        if max(beside, at_the_end) <= 0 or (stage == last - 1 and beside >= at_the_end):
-            return "beside"
-        return "together"
 
     def _landing(self, mine: list[Tensor], heads: list[list[slice]], room: int) -> Landing:
         return Landing(mine, heads, self.rows, self.part_lengths, self.length, room)
@@ -270,9 +238,9 @@ class Exchange:
 
 def make_exchange(
     swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, stages: tuple[tuple[HeadShare, ...], ...],
-    rooms: tuple[Rooms, ...], pairs: int,
+    rooms: tuple[Rooms, ...], leaving: Mapping[str, tuple[Leaving, ...]],
 ) -> Exchange:  # fmt: skip
-    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others; `pairs`: see `Exchange`."""
+    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others; `leaving`: see `Exchange`."""
     mine = grid.group(group.members[group.place])
     return Exchange(
         swapper,
@@ -282,7 +250,7 @@ def make_exchange(
         tuple(tuple(rows_within(layout.shards[rank], merged.shards[mine])) for rank in group.members),
         tuple(layout.shard_length(rank) for rank in group.members),
         merged.shard_length(mine),
-        pairs,
+        leaving,
     )
 
 

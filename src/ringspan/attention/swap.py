@@ -63,14 +63,7 @@ class Landed:
 
 
 class Swapper(Protocol):
-    """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails.
-
-    Attributes:
-        links_rest: see `PeerMemory`; False where nothing can be put off.
-    """
-
-    @property
-    def links_rest(self) -> bool: ...
+    """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails."""
 
     def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
         """Sends off what this rank has, what is in the first of `stages` first of all. `keep`: what lands is kept as well."""
@@ -112,8 +105,6 @@ class Group:
 
 class TransportSwapper:
     """By sends and receives of any transport: packed here, and read there where it was received."""
-
-    links_rest = False
 
     def __init__(self, transport: Transport, group: Group) -> None:
         self._transport, self._group = transport, group

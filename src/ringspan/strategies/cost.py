@@ -33,6 +33,8 @@ MACHINES = {
         exchange_seconds=1.5e-5,
         exchange_beside=0.1,
         stage_seconds=1e-5,
+        rest_seconds=0.05,
+        rest_saves=0.025,
         host_seconds=3e-4,
     ),
     "cpu": Machine(

@@ -43,6 +43,8 @@ class Machine:
         stage_seconds: of a pass, for each stage of the heads after the first.
         signal_seconds: of a rank's time to say that a transfer may come, and to read that it has; None for a fourth of a launch, which
             an end of a transfer takes where it is posted.
+        rest_seconds: after which links that nobody uses rest; None where they do not.
+        rest_saves: by how much of its time a rank computes faster meanwhile.
         host_seconds: of Python, for a kernel call that it launches while the device waits for nothing else; half of it for an end of a
             transfer.
     """
@@ -61,6 +63,8 @@ class Machine:
     softmax_width: float = 0.0
     sum_seconds: float = 0.0
     signal_seconds: float | None = None
+    rest_seconds: float | None = None
+    rest_saves: float = 0.0
     host_seconds: float = 0.0
 
 

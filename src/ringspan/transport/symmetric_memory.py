@@ -50,7 +50,7 @@ class SymmetricMemory:
         links_rest: see `PeerMemory`.
     """
 
-    def __init__(self, transport: ProcessGroupTransport, device: torch.device, links_rest: bool = False) -> None:
+    def __init__(self, transport: ProcessGroupTransport, device: torch.device, links_rest: bool) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._module, self.links_rest = symmetric_memory, links_rest
