@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every ratio that attention is held to, on four GPUs at one commit: parts of gpu_check.sh with the strategies that reach it, first where all four
-# work together, then two pairs side by side, then what is right. 25 minutes. After each part OUT/NAME has its archive; at the end OUT/bars.md
+# work together, then two pairs side by side, then what is right. 27 minutes. After each part OUT/NAME has its archive; at the end OUT/bars.md
 # says what is short, and OUT/done is made.
 # usage: every_bar.sh OUT_FOLDER
 set -uo pipefail
@@ -38,7 +38,10 @@ wait "$first" $!
 cat "$out/first_pair.log" "$out/second_pair.log"
 
 part exact exact
+CUDA_VISIBLE_DEVICES=1 part units units > "$out/units.log" 2>&1 &
+units=$!
 CUDA_VISIBLE_DEVICES=0 part sanitizer sanitizer
+wait "$units"; cat "$out/units.log"
 echo "## $((SECONDS - began)) s: the end"
 found=$(mktemp -d)
 for archive in "$out"/*/*.tgz; do

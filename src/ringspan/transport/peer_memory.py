@@ -138,6 +138,7 @@ def _is_on_nvlink(device: torch.device, places: list[tuple[str, int]]) -> bool:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
+    driver.cuInit(0)
     _, own = _place(device)
     return all(index == own or _has_atomics(driver, own, index) for _, index in places)
 
