@@ -1,43 +1,63 @@
 #!/usr/bin/env bash
-# Every ratio that attention is held to, on four GPUs at one commit: parts of gpu_check.sh with the strategies that reach it, first where all four
-# work together, then two pairs side by side, then what is right. 27 minutes. After each part OUT/NAME has its archive; at the end OUT/bars.md
-# says what is short, and OUT/done is made.
+# Every ratio that attention is held to, on the two or four GPUs of one machine at one commit: parts of gpu_check.sh with the strategies that reach
+# it, then what is right. 28 minutes: on four GPUs what takes two is measured on two pairs side by side. After each part OUT/NAME has its archive; at
+# the end OUT/bars.md says what is short, and OUT/done is made.
 # usage: every_bar.sh OUT_FOLDER
 set -uo pipefail
 out=$1
 check=$(dirname "$0")/gpu_check.sh
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 began=$SECONDS
 mkdir -p "$out"
 export SAMPLES=${SAMPLES:-10}
 # part NAME PART: a part of gpu_check.sh, with what the variables before it say.
 part() { echo "## $((SECONDS - began)) s: $1"; bash "$check" "$out/$1" "$2"; }
 
-LENGTHS=32768 HEADS=32/32 STRATEGIES=ulysses:stages=8 part ungrouped_long many_heads
-LENGTHS=32768 HEADS=64/8 STRATEGIES=ulysses:stages=2 part many_queries_long many_heads
-LENGTHS=32768 STRATEGIES=ulysses:stages=2,direct:shards_at_once=4 part narrow_long many_narrow
-LENGTHS=32768 PEERS=pytorch_alltoall STRATEGIES=all_gather,auto part grouped_long many
-LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=2,all_gather,auto part grouped many
-LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=direct:shards_at_once=4,ulysses:stages=4,auto part heads many_heads
-LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=4,auto part narrow many_narrow
+on_four() {
+  LENGTHS=32768 HEADS=32/32 STRATEGIES=ulysses:stages=8 part ungrouped_long many_heads
+  LENGTHS=32768 HEADS=64/8 STRATEGIES=ulysses:stages=2 part many_queries_long many_heads
+  LENGTHS=32768 STRATEGIES=ulysses:stages=2,direct:shards_at_once=4 part narrow_long many_narrow
+  LENGTHS=32768 PEERS=pytorch_alltoall STRATEGIES=all_gather,auto part grouped_long many
+  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=2,all_gather,auto part grouped many
+  LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=direct:shards_at_once=4,ulysses:stages=4,auto part heads many_heads
+  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=4,auto part narrow many_narrow
+}
+on_two() {
+  LENGTHS=32768 HEADS=32/32 STRATEGIES=ulysses:stages=8,ulysses:stages=4,auto part ungrouped_long many_heads
+  LENGTHS=32768 HEADS=64/8 STRATEGIES=ulysses:stages=4,ring,auto part many_queries_long many_heads
+  LENGTHS=32768 STRATEGIES=ring,ulysses:stages=2,auto part narrow_long many_narrow
+  LENGTHS=32768 PEERS=pytorch_alltoall,pytorch_allgather STRATEGIES=ring,all_gather,auto part grouped_long many
+  LENGTHS=2048,8192 STRATEGIES=ring,direct,auto part grouped many
+  LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=ring,direct,auto part heads many_heads
+  LENGTHS=2048,8192 STRATEGIES=ring,auto part narrow many_narrow
+}
+grouped_longest() { HEADS=32/8 STRATEGIES=ring part grouped_longest long; }
+narrow_longest() { HEADS=32/8 HEAD_DIM=64 STRATEGIES=ring part narrow_longest long; }
+ungrouped_longest() { HEADS=32/32 STRATEGIES=ring part ungrouped_longest long; }
+many_queries_longest() { HEADS=64/8 STRATEGIES=ulysses:stages=4 part many_queries_longest long; }
 
-export LAUNCH=graph
-(
-  export CUDA_VISIBLE_DEVICES=0,1
-  HEADS=32/8 STRATEGIES=ring part grouped_longest long
-  HEADS=32/8 HEAD_DIM=64 STRATEGIES=ring part narrow_longest long
-  HEADS=32/32 STRATEGIES=ring part ungrouped_longest long
-) > "$out/first_pair.log" 2>&1 &
-first=$!
-(
-  export CUDA_VISIBLE_DEVICES=2,3
-  HEADS=64/8 STRATEGIES=ulysses:stages=4 part many_queries_longest long
-  part masks masks
-  part soak soak
-) > "$out/second_pair.log" 2>&1 &
-wait "$first" $!
-cat "$out/first_pair.log" "$out/second_pair.log"
+case $gpus in
+  4)
+    on_four
+    export LAUNCH=graph
+    (export CUDA_VISIBLE_DEVICES=0,1; grouped_longest; narrow_longest; ungrouped_longest) > "$out/first_pair.log" 2>&1 &
+    first=$!
+    (export CUDA_VISIBLE_DEVICES=2,3; many_queries_longest; part masks masks; part soak soak) > "$out/second_pair.log" 2>&1 &
+    wait "$first" $!
+    cat "$out/first_pair.log" "$out/second_pair.log" ;;
+  2)
+    on_two
+    export LAUNCH=graph
+    many_queries_longest; narrow_longest; ungrouped_longest; grouped_longest
+    part masks masks
+    part soak soak ;;
+  *)
+    echo "two or four GPUs are measured, not $gpus: CUDA_VISIBLE_DEVICES=0,1,2,3 names four" >&2
+    exit 2 ;;
+esac
 
 part exact exact
+# What needs one GPU.
 CUDA_VISIBLE_DEVICES=1 part units units > "$out/units.log" 2>&1 &
 units=$!
 CUDA_VISIBLE_DEVICES=0 part sanitizer sanitizer
