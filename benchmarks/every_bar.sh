@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every ratio that attention is held to, on the two or four GPUs of one machine at one commit: parts of gpu_check.sh with the strategies that reach
-# it, then what is right. 28 minutes: on four GPUs what takes two is measured on two pairs side by side. After each part OUT/NAME has its archive; at
+# it, then what is right. 33 minutes: on four GPUs what takes two is measured on two pairs side by side. After each part OUT/NAME has its archive; at
 # the end OUT/bars.md says what is short, and OUT/done is made.
+# ONLY="narrow exact": these parts alone.
 # usage: every_bar.sh OUT_FOLDER
 set -uo pipefail
 out=$1
@@ -11,21 +12,25 @@ began=$SECONDS
 mkdir -p "$out"
 export SAMPLES=${SAMPLES:-10}
 # part NAME PART: a part of gpu_check.sh, with what the variables before it say.
-part() { echo "## $((SECONDS - began)) s: $1"; bash "$check" "$out/$1" "$2"; }
+part() {
+  [[ -z ${ONLY:-} || " $ONLY " == *" $1 "* ]] || return 0
+  echo "## $((SECONDS - began)) s: $1"
+  bash "$check" "$out/$1" "$2"
+}
 
 on_four() {
   LENGTHS=32768 HEADS=32/32 STRATEGIES=ulysses:stages=8 part ungrouped_long many_heads
-  LENGTHS=32768 HEADS=64/8 STRATEGIES=ulysses:stages=2 part many_queries_long many_heads
-  LENGTHS=32768 STRATEGIES=ulysses:stages=2,direct:shards_at_once=4 part narrow_long many_narrow
+  LENGTHS=32768 HEADS=64/8 STRATEGIES=all_gather,ulysses:stages=2 part many_queries_long many_heads
+  LENGTHS=32768 STRATEGIES=all_gather,ulysses,ulysses:stages=2 part narrow_long many_narrow
   LENGTHS=32768 PEERS=pytorch_alltoall STRATEGIES=all_gather,auto part grouped_long many
   LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=2,all_gather,auto part grouped many
   LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=direct:shards_at_once=4,ulysses:stages=4,auto part heads many_heads
-  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=4,auto part narrow many_narrow
+  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=4,all_gather,ulysses:stages=2,auto part narrow many_narrow
 }
 on_two() {
   LENGTHS=32768 HEADS=32/32 STRATEGIES=ulysses:stages=8,ulysses:stages=4,auto part ungrouped_long many_heads
-  LENGTHS=32768 HEADS=64/8 STRATEGIES=ulysses:stages=4,ring,auto part many_queries_long many_heads
-  LENGTHS=32768 STRATEGIES=ring,ulysses:stages=2,auto part narrow_long many_narrow
+  LENGTHS=32768 HEADS=64/8 STRATEGIES=all_gather,ulysses:stages=4,auto part many_queries_long many_heads
+  LENGTHS=32768 STRATEGIES=all_gather,ulysses:stages=2,auto part narrow_long many_narrow
   LENGTHS=32768 PEERS=pytorch_alltoall,pytorch_allgather STRATEGIES=ring,all_gather,auto part grouped_long many
   LENGTHS=2048,8192 STRATEGIES=ring,direct,auto part grouped many
   LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=ring,direct,auto part heads many_heads
@@ -61,7 +66,8 @@ part exact exact
 CUDA_VISIBLE_DEVICES=1 part units units > "$out/units.log" 2>&1 &
 units=$!
 CUDA_VISIBLE_DEVICES=0 part sanitizer sanitizer
-wait "$units"; cat "$out/units.log"
+wait "$units"
+cat "$out/units.log"
 echo "## $((SECONDS - began)) s: the end"
 found=$(mktemp -d)
 for archive in "$out"/*/*.tgz; do
