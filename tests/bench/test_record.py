@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from ringspan.bench import BenchReport, Record, Setting, Shape, Timing, markdown
 from ringspan.bench.case import EVERYTHING_ON
 from ringspan.bench.clock import slowest
 from ringspan.bench.peers.protocol import plain_mask
+from ringspan.bench.record import PASSES
 from ringspan.viz.speed_curve import curves, draw_speed_curve
 
 SHAPE = Shape(tokens=512, num_ranks=4, heads=8, kv_heads=2, head_dim=64)
@@ -145,3 +148,24 @@ def test_a_mask_is_plain_where_it_is_causal_or_full_alone():
     assert plain_mask(SHAPE) == "causal"
     assert not plain_mask(Shape(tokens=8, num_ranks=2, mask="window:4"))
     assert not plain_mask(Shape(tokens=8, num_ranks=2, documents="realistic:0"))
+
+
+def test_benches_that_were_written_are_drawn_as_one(report: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[2] / "benchmarks" / "draw.py")
+    assert spec is not None and spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    drawn: list[tuple[BenchReport, Path]] = []
+    monkeypatch.setattr(draw, "draw_speed_curve", lambda *given: drawn.append(given))
+    on_eight = tuple(replace(each, shape=replace(each.shape, num_ranks=8)) for each in report.records)
+    others = BenchReport({**report.about, "num_ranks": 8}, on_eight)
+    paths = [tmp_path / f"{index}.json" for index in range(3)]
+    for path, bench in zip(paths, (report, others, report), strict=True):
+        path.write_text(json.dumps(bench.as_json()), encoding="utf-8")
+    draw.main("speed.png", "def", *map(str, paths))
+    [(together, picture)] = drawn
+    assert (together.about["commit"], picture) == ("def", Path("speed.png"))
+    timed = [each for each in report.records if each.is_timed]
+    assert len(timed) < len(report.records), "what was not timed is left out"
+    for which in PASSES:
+        assert curves(list(together.records), which) == curves(timed, which)
