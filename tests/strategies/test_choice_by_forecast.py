@@ -123,7 +123,7 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
 }
 
 # What is chosen there and was not timed; its neighbours were.
-UNTIMED: dict[Case, str] = {(4, 32, 8, 64, 32768): "direct shards_at_once=2"}
+UNTIMED: dict[Case, str] = {(4, 32, 8, 64, 32768): "direct shards_at_once=2", (4, 64, 8, 128, 32768): "all_gather"}
 
 COMPARED = [case for case, timed in TIMED.items() if len(timed) > 1]
 
@@ -199,6 +199,13 @@ def test_a_forward_alone_counts_beside_a_forward_and_backward():
     assert costs[picked(choice)].seconds < 1.05 * costs[both].seconds
 
 
+def test_where_links_rest_what_sends_least_often_is_taken():
+    # all_gather takes 205.4 ms there, direct, two at once, 209.8: benchmarks/reports/2026-11-28-every-bar-four-h100.md.
+    asked, machine = question((4, 32, 8, 128, 32768)), MACHINES["cuda"]
+    assert picked(choose(*asked, machine, make_schedules)) == "all_gather"
+    assert picked(choose(*asked, replace(machine, rest_seconds=None), make_schedules)) == "direct shards_at_once=2"
+
+
 def test_stages_whose_forward_is_slow_are_not_taken_for_their_backward():
     case = (4, 64, 8, 128, 2048)
     choice = choose(*question(case), MACHINES["cuda"], make_schedules)
@@ -234,8 +241,8 @@ def test_exchanges_through_a_process_group_are_dearer_than_through_peer_memory()
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
-@pytest.mark.parametrize("through_peers", [False, True], ids=["sent", "through peers"])
-def test_attention_asks_for_the_machine_that_it_runs_on(graphs: bool, through_peers: bool):
+@pytest.mark.parametrize("links_rest", [None, False, True], ids=["sent", "through peers", "through peers over NVLink"])
+def test_attention_asks_for_the_machine_that_it_runs_on(graphs: bool, links_rest: bool | None):
     layout, mask, sizes = question((2, 32, 8, 128, 2048))
     context = SimpleNamespace(strategy="auto", options={}, replays=object() if graphs else None)
     on_cuda = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "element_size": lambda: 2}
@@ -243,8 +250,9 @@ def test_attention_asks_for_the_machine_that_it_runs_on(graphs: bool, through_pe
     with patch.object(planning, "choose", wraps=choose) as asked:
         planning._choose(
             cast(Any, SimpleNamespace(context=context, layout=layout, mask=mask)),
-            cast(Any, q), cast(Any, k), cast(Any, SimpleNamespace(rounds=True)), through_peers,
+            cast(Any, q), cast(Any, k), cast(Any, SimpleNamespace(rounds=True)),
+            None if links_rest is None else cast(Any, SimpleNamespace(links_rest=links_rest)),
         )  # fmt: skip
-    machines = MACHINES if through_peers else SENDING
-    assert asked.call_args.args == (layout, mask, sizes, machines["cuda"], make_schedules)
+    machine = SENDING["cuda"] if links_rest is None else MACHINES["cuda"]
+    assert asked.call_args.args == (layout, mask, sizes, machine if links_rest else replace(machine, rest_seconds=None), make_schedules)
     assert asked.call_args.kwargs == {"replayed": graphs}

@@ -10,6 +10,7 @@ from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, documents, full, make_layout
 from ringspan.schedule import Attend, Piece, PieceBytes, ScheduleBuilder
 from ringspan.strategies import STRATEGIES, Machine, Prices, cost, forecast, forecast_layer, make_schedules
+from ringspan.strategies.cost import rest_saves
 from ringspan.trace import predicted_timeline
 
 # One pair takes a second, a byte too; a position of keys weighs two bytes.
@@ -128,3 +129,25 @@ def pairs_of(region) -> int:
     rows, columns = range(region.q_start, region.q_stop), range(region.k_start, region.k_stop)
     inside = ((i - j) for i in rows for j in columns)
     return sum((region.low is None or d >= region.low) and (region.high is None or d <= region.high) for d in inside)
+
+
+def test_links_that_nobody_uses_for_a_while_save_some_of_the_time():
+    layout = make_layout("contiguous", 4, 2)
+    rests = replace(PLAIN, rest_seconds=1.0, rest_saves=0.1)
+    schedules = make_schedules("ring", layout, full())
+    found = forecast(schedules.forward, layout, full(), SIZES, rests)
+    assert rest_saves(found, 1, rests) == pytest.approx(0.3), "from 5.5, a second after the last byte, to 8.5"
+    assert rest_saves(found, 1, PLAIN) == 0.0
+    assert rest_saves(found, 1, replace(rests, rest_seconds=4.0)) == 0.0
+    priced, alone = (cost(schedules, layout, full(), SIZES, each) for each in (rests, PLAIN))
+    assert alone.forward_seconds - priced.forward_seconds == pytest.approx(0.3)
+    assert alone.seconds - priced.seconds == alone.launched_seconds - priced.launched_seconds > 0.3, "in the backward too"
+    # Rank 1 waits for a byte that comes when all else is done.
+    late = replace(found, transfers=(*found.transfers, replace(found.transfers[0], begins=8.0, arrives=8.5)))
+    assert rest_saves(late, 1, rests) == pytest.approx(0.25)
+    # Of one rank alone: the one that rests less counts.
+    one = replace(found, transfers=(replace(found.transfers[0], target=2),), done=(8.5, 8.5))
+    assert rest_saves(one, 1, rests) == pytest.approx(0.3), "rank 1, whose links nobody uses, waits for rank 0"
+    nothing = replace(found, transfers=())
+    assert rest_saves(nothing, 1, rests) == pytest.approx(0.75)
+    assert rest_saves(nothing, 2, rests) == pytest.approx(0.325), "but a second of half of it: then what the first stage gave leaves"

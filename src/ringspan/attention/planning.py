@@ -95,7 +95,7 @@ def make_plan(
     else:
         kernel = choose_kernel(context.kernel, asked, max(sequence.layout.shard_lengths), transport)
     found = _memory(sequence, q, materialised)
-    schedules, choice = _choose(sequence, q, k, kernel, not (found is None or isinstance(found, str)))
+    schedules, choice = _choose(sequence, q, k, kernel, None if isinstance(found, str) else found)
     place, members, first_head = 0, tuple(range(transport.size)), 0
     shapes = frozenset({"band"}) if materialised else kernel.shapes
     varlen = kernel.can.varlen and q.shape[0] == 1 and sequence.mask.mod is None
@@ -123,9 +123,7 @@ def make_plan(
         if peers is not None:
             swapper = PeerSwapper(peers[0], context.transport.bytes_sent, group)
             peers = SomePeers(peers[0], members, first), peers[1]
-        machine = _machine(q, peers is not None)
-        if peers is None or not peers[0].links_rest:
-            machine = replace(machine, rest_seconds=None)
+        machine = _machine(q, None if peers is None else peers[0])
         pairs, length = sum(launch.pairs for step in forward.steps for launch in step.launches), schedules.layout.length
         leaving = {each: when_stages_leave(stages, pairs, length, _sizes(q, k, kernel), machine, each) for each in ("forward", "backward")}
         exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, leaving)
@@ -166,10 +164,10 @@ def _head_stages(schedules: Schedules, q: Tensor, k: Tensor) -> tuple[tuple[Head
     return tuple(head_stages(shares, number)) if number > 1 else (shares,)
 
 
-def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, through_peers: bool) -> tuple[Schedules, Choice | None]:
+def _choose(sequence: Sequence, q: Tensor, k: Tensor, kernel: Kernel, memory: PeerMemory | None) -> tuple[Schedules, Choice | None]:
     """The schedules for these shapes. The same on every rank: the ranks have just agreed on all that it depends on."""
     context, layout, mask, sizes = sequence.context, sequence.layout, sequence.mask, _sizes(q, k, kernel)
-    strategy, options, choice, machine = context.strategy, context.options, None, _machine(q, through_peers)
+    strategy, options, choice, machine = context.strategy, context.options, None, _machine(q, memory)
     if strategy == "auto":
         choice = choose(layout, mask, sizes, machine, make_schedules, replayed=context.replays is not None)
         strategy, options = choice.strategy, dict(choice.options)
@@ -190,8 +188,11 @@ def _sizes(q: Tensor, k: Tensor, kernel: Kernel) -> PieceBytes:
     )
 
 
-def _machine(q: Tensor, through_peers: bool) -> Machine:
-    return (MACHINES if through_peers else SENDING).get(q.device.type, MACHINES["cpu"])
+def _machine(q: Tensor, memory: PeerMemory | None) -> Machine:
+    if memory is None:
+        return SENDING.get(q.device.type, MACHINES["cpu"])
+    machine = MACHINES.get(q.device.type, MACHINES["cpu"])
+    return machine if memory.links_rest else replace(machine, rest_seconds=None)
 
 
 def _memory(sequence: Sequence, q: Tensor, materialised: bool) -> PeerMemory | str | None:

@@ -1,6 +1,6 @@
 """What a strategy costs: seconds, bytes and memory of one attention layer, predicted from its schedules and a description of the links.
 
-How time passes is said in `ringspan.strategies.forecast`.
+How time passes is said in `ringspan.strategies.forecast`. Where links rest when nobody uses them, ranks compute faster meanwhile.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ The GPUs' launches and signals are the device's, where a graph is replayed or Py
 exchanged for heads through peer memory.
 """
 
-SENDING = {**MACHINES, "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, exchange_bytes_per_second=1e11, exchange_beside=None)}
-"""The same where a process group sends and receives: exchanges are packed and unpacked."""
+SENDING = {
+    **MACHINES,
+    "cuda": replace(MACHINES["cuda"], latency_seconds=2e-5, exchange_bytes_per_second=1e11, exchange_beside=None, rest_seconds=None),
+}
+"""The same where a process group sends and receives: exchanges are packed and unpacked, and what the links are is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +162,34 @@ def cost(schedules: Schedules, layout: Layout, mask: Mask, sizes: PieceBytes, ma
         held = (sum(most * predicted.sizes.of(kind) for kind, most in rank.items()) for rank in live_positions(schedule))
         live = max(live, max(held, default=0))
     busy = sum(sum(half.busy) / max(1, len(half.busy)) for half in (predicted.forward, predicted.backward))
+    saved = [rest_saves(half, predicted.stages, machine) for half in (predicted.forward, predicted.backward)]
     return Cost(
-        seconds=predicted.seconds,
-        forward_seconds=predicted.forward.seconds + sum(predicted.exchanges[:2]),
-        launched_seconds=predicted.launched_seconds,
+        seconds=predicted.seconds - sum(saved),
+        forward_seconds=predicted.forward.seconds + sum(predicted.exchanges[:2]) - saved[0],
+        launched_seconds=predicted.launched_seconds - sum(saved),
         sent_bytes=sent,
         live_bytes=live,
         computing=busy / predicted.seconds if predicted.seconds else 1.0,
     )
+
+
+def rest_saves(half: Forecast, stages: int, machine: Machine) -> float:
+    """Seconds by which a direction is sooner done than `half`, since links that nobody uses rest: those of the rank that gains least.
+
+    Positions are exchanged for heads before and after it; in `stages`, when the last of them begins as well.
+    """
+    if machine.rest_seconds is None:
+        return 0.0
+    gained = []
+    for rank, done in enumerate(half.done):
+        used = sorted((each.begins, each.arrives) for each in half.transfers if rank in (each.source, each.target))
+        used.append((done * (1 - 1 / stages) if stages > 1 else done, done))
+        awake, seconds = 0.0, 0.0
+        for begins, arrives in used:
+            seconds += max(0.0, begins - awake - machine.rest_seconds)
+            awake = max(awake, arrives)
+        gained.append(seconds * machine.rest_saves)
+    return min(gained, default=0.0)
 
 
 def _busiest(links: Links) -> int:
