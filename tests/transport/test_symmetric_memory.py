@@ -94,12 +94,19 @@ def test_several_signals_are_one_kernel_on_the_words_of_torchs_own(device: Devic
 
 
 class Driver:
-    """CUDA's, of GPUs whose handles are ten more than their numbers; `joined` are those that NVLink joins."""
+    """CUDA's, of GPUs whose handles are ten more than their numbers; `joined` are those that NVLink joins. It answers once it is up."""
 
     def __init__(self, joined: set[int], gpus: int = 3) -> None:
-        self.joined, self.gpus = joined, gpus
+        self.joined, self.gpus, self.is_up = joined, gpus, False
+
+    def cuInit(self, flags: int) -> int:
+        assert flags == 0
+        self.is_up = True
+        return 0
 
     def cuDeviceGet(self, handle: Any, number: int) -> int:
+        if not self.is_up:
+            return 3
         handle._obj.value = number + 10
         return 0 if number < self.gpus else 101
 
