@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 benchmarks/draw.py PICTURE.png COMMIT RESULTS.json ...
 
-Drawn are the benches with as many devices as the first has. `COMMIT` stands above the picture.
+All of as many devices of one kind. `COMMIT` stands above the picture.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ def record_of(found: dict[str, Any]) -> Record:
 
 
 def main(picture: str, commit: str, *paths: str) -> None:
-    """Draws what was timed."""
+    """Draws what was timed; ends where the benches are of different devices."""
     benches = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    about = {**benches[0]["about"], "commit": commit}
-    alike = [bench for bench in benches if bench["about"]["num_ranks"] == about["num_ranks"]]
-    records = [record_of(found) for bench in alike for found in bench["records"] if found["status"] == "timed"]
-    draw_speed_curve(BenchReport(about, tuple(records)), Path(picture))
+    devices = [f"{bench['about']['num_ranks']} × {bench['about']['device']}" for bench in benches]
+    if len(set(devices)) > 1:
+        each = "\n".join(f"  {path}: {found}" for path, found in zip(paths, devices, strict=True))
+        sys.exit(f"these benches are of different devices, and one picture is of one machine:\n{each}")
+    records = [record_of(found) for bench in benches for found in bench["records"] if found["status"] == "timed"]
+    draw_speed_curve(BenchReport({**benches[0]["about"], "commit": commit}, tuple(records)), Path(picture))
 
 
 if __name__ == "__main__":

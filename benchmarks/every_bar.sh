@@ -11,6 +11,10 @@ gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 began=$SECONDS
 mkdir -p "$out"
 export SAMPLES=${SAMPLES:-10}
+known=$(grep -v 'echo' "$0" | grep -oP '\bpart \K[a-z_]+(?= [a-z_]+( |$))' | sort -u | xargs)
+for name in ${ONLY:-}; do
+  [[ " $known " == *" $name "* ]] || { echo "no part is called '$name'; there are $known" >&2; exit 2; }
+done
 # part NAME PART: a part of gpu_check.sh, with what the variables before it say.
 part() {
   [[ -z ${ONLY:-} || " $ONLY " == *" $1 "* ]] || return 0
@@ -36,26 +40,31 @@ on_two() {
   LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=ring,direct,auto part heads many_heads
   LENGTHS=2048,8192 STRATEGIES=ring,auto part narrow many_narrow
 }
-grouped_longest() { HEADS=32/8 STRATEGIES=ring part grouped_longest long; }
-narrow_longest() { HEADS=32/8 HEAD_DIM=64 STRATEGIES=ring part narrow_longest long; }
-ungrouped_longest() { HEADS=32/32 STRATEGIES=ring part ungrouped_longest long; }
-many_queries_longest() { HEADS=64/8 STRATEGIES=ulysses:stages=4 part many_queries_longest long; }
+first_pair() {
+  HEADS=32/8 STRATEGIES=ring part grouped_longest long
+  HEADS=32/8 HEAD_DIM=64 STRATEGIES=ring part narrow_longest long
+  HEADS=32/32 STRATEGIES=ring part ungrouped_longest long
+}
+second_pair() {
+  HEADS=64/8 STRATEGIES=ulysses:stages=4 part many_queries_longest long
+  part masks masks
+  part soak soak
+}
 
 case $gpus in
   4)
     on_four
     export LAUNCH=graph
-    (export CUDA_VISIBLE_DEVICES=0,1; grouped_longest; narrow_longest; ungrouped_longest) > "$out/first_pair.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=0,1 first_pair > "$out/first_pair.log" 2>&1 &
     first=$!
-    (export CUDA_VISIBLE_DEVICES=2,3; many_queries_longest; part masks masks; part soak soak) > "$out/second_pair.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=2,3 second_pair > "$out/second_pair.log" 2>&1 &
     wait "$first" $!
     cat "$out/first_pair.log" "$out/second_pair.log" ;;
   2)
     on_two
     export LAUNCH=graph
-    many_queries_longest; narrow_longest; ungrouped_longest; grouped_longest
-    part masks masks
-    part soak soak ;;
+    first_pair
+    second_pair ;;
   *)
     echo "two or four GPUs are measured, not $gpus: CUDA_VISIBLE_DEVICES=0,1,2,3 names four" >&2
     exit 2 ;;

@@ -157,12 +157,14 @@ def test_benches_that_were_written_are_drawn_as_one(report: BenchReport, tmp_pat
     spec.loader.exec_module(draw)
     drawn: list[tuple[BenchReport, Path]] = []
     monkeypatch.setattr(draw, "draw_speed_curve", lambda *given: drawn.append(given))
-    on_eight = tuple(replace(each, shape=replace(each.shape, num_ranks=8)) for each in report.records)
-    others = BenchReport({**report.about, "num_ranks": 8}, on_eight)
+    others = BenchReport({**report.about, "num_ranks": 8}, report.records)
     paths = [tmp_path / f"{index}.json" for index in range(3)]
     for path, bench in zip(paths, (report, others, report), strict=True):
         path.write_text(json.dumps(bench.as_json()), encoding="utf-8")
-    draw.main("speed.png", "def", *map(str, paths))
+    with pytest.raises(SystemExit, match=r"different devices[^:]*:\n.*0\.json: 4 × X\n.*1\.json: 8 × X\n"):
+        draw.main("speed.png", "def", *map(str, paths))
+    assert not drawn
+    draw.main("speed.png", "def", str(paths[0]), str(paths[2]))
     [(together, picture)] = drawn
     assert (together.about["commit"], picture) == ("def", Path("speed.png"))
     timed = [each for each in report.records if each.is_timed]
