@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import ringspan
+from ringspan.attention import planning
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import sliding_window
 from ringspan.kernels.torch_kernels import TorchCpu
+from ringspan.transport import SingleRank
 
 RANKS = 3
 LENGTH = 12
@@ -123,6 +127,34 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], str]] = {
         "other sizes",
     ),
 }
+
+
+def test_a_capture_is_no_first_call_and_one_without_gradients_is_another(monkeypatch: pytest.MonkeyPatch):
+    captured: dict[int, bool] = {}
+    monkeypatch.setattr(planning, "is_captured", lambda device: captured[get_ident()])
+
+    def run(group: Any) -> tuple[Tensor, Tensor, str]:
+        sequence = ringspan.ContextParallel(group).sequence(LENGTH)
+        leaves = [tensor.requires_grad_() for tensor in shapes()]
+        captured[get_ident()] = False
+        first = sequence.attention(*leaves)
+        captured[get_ident()] = True
+        again, sent = sequence.attention(*leaves), sum(group.bytes_sent.values())
+        with pytest.raises(RingspanError) as caught, torch.no_grad():
+            sequence.attention(*leaves)
+        assert sum(group.bytes_sent.values()) == sent
+        return first, again, str(caught.value)
+
+    for first, again, said in ringspan.run_in_process(RANKS, run, timeout_seconds=WAIT):
+        assert torch.equal(first, again)
+        assert "no such call before" in said
+        assert "gradients=False" in said
+
+
+def test_one_rank_has_nobody_to_agree_with_before_a_capture(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "is_captured", lambda device: True)
+    out = ringspan.ContextParallel(SingleRank()).sequence(LENGTH).attention(*shapes(rows=LENGTH))
+    assert out.shape == (2, LENGTH, 4, 8)
 
 
 @pytest.mark.parametrize("name", DISAGREE)

@@ -52,6 +52,11 @@ def exchange(device: torch.device) -> None:
         for which, mine, right in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
             assert torch.equal(mine, right), f"ulysses: {which} differs from what NCCL brings"
     graph = torch.cuda.CUDAGraph()
+    # A forward alone is another call: nothing is agreed on, and no room is made for it, in a capture.
+    with pytest.raises(RingspanError, match="gradients=False"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            ways[1].attention(*given[:3])
+    ways[1].attention(*given[:3])
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = ways[1].attention(*given[:3])
     for _ in range(3):
