@@ -27,7 +27,7 @@ on_four() {
   LENGTHS=32768 HEADS=64/8 STRATEGIES=all_gather,ulysses:stages=2 part many_queries_long many_heads
   LENGTHS=32768 STRATEGIES=all_gather,ulysses,ulysses:stages=2 part narrow_long many_narrow
   LENGTHS=32768 PEERS=pytorch_alltoall STRATEGIES=all_gather,auto part grouped_long many
-  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=2,all_gather,auto part grouped many
+  LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=2,all_gather,ulysses:stages=2,auto part grouped many
   LENGTHS=2048,8192 HEADS=64/8,32/32 STRATEGIES=direct:shards_at_once=4,ulysses:stages=4,auto part heads many_heads
   LENGTHS=2048,8192 STRATEGIES=direct:shards_at_once=4,all_gather,ulysses:stages=2,auto part narrow many_narrow
 }

@@ -62,7 +62,8 @@ for part in $parts; do
       timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -8
       rm -rf "$out"/run*/checkpoint*
       # What is run by ranks with a GPU each, or asks for two; the rest of tests/gpu needs one GPU.
-      timeout 300 python3 -m pytest -q tests/gpu/test_cuda_links.py tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark 2>&1 | tail -30 ;;
+      timeout 300 python3 -m pytest -q tests/gpu/test_cuda_links.py tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark > "$out/ranks.log" 2>&1
+      grep -E 'Error:|assert ' "$out/ranks.log" | sort | uniq -c | head -20; tail -12 "$out/ranks.log" ;;
     units)
       # On one GPU.
       timeout 300 python3 -m pytest -q tests/gpu -n 8 -p no:cacheprovider -p no:benchmark --durations 8 > "$out/gpu_tests.log" 2>&1 & wait $!

@@ -28,12 +28,15 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "direct shards_at_once=4": (0.284, 1.145),
         "all_gather": (0.311, 1.194),
         "ring": (0.289, 1.201),
+        # dcfb105, as are the other two stages: benchmarks/reports/2026-11-28-last-cells-four-h200.md.
+        "ulysses stages=2": (0.289, 1.092),
     },
     (4, 32, 8, 128, 8192): {
         "direct shards_at_once=2": (3.514, 14.409),
         "direct shards_at_once=4": (3.411, 14.330),
         "all_gather": (3.415, 13.980),
         "ring": (3.573, 14.707),
+        "ulysses stages=2": (3.494, 13.285),
     },
     (4, 32, 8, 128, 32768): {
         "direct": (56.172, 213.155),
@@ -73,6 +76,8 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "direct shards_at_once=4": (0.500, 2.068),
         "all_gather": (0.502, 2.045),
         "ulysses": (0.657, 2.155),
+        # H100, 2e6c1d4 (asked for four, of which two key heads a rank leave two).
+        "ulysses stages=2": (0.549, 2.007),
     },
     (4, 64, 8, 128, 8192): {
         "direct shards_at_once=2": (7.225, 27.169),
@@ -84,11 +89,14 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "direct shards_at_once=2": (109.813, 406.509),
         "direct shards_at_once=4": (109.853, 404.594),
         "ring": (111.271, 410.731),
+        "all_gather": (111.796, 408.642),
+        "ulysses stages=2": (111.819, 410.091),
     },
     (4, 32, 8, 64, 2048): {
         "direct shards_at_once=2": (0.205, 0.706),
         "direct shards_at_once=4": (0.207, 0.708),
         "ulysses": (0.226, 0.708),
+        "ulysses stages=2": (0.194, 0.669),
     },
     (4, 32, 8, 64, 8192): {
         "direct shards_at_once=2": (2.139, 7.978),
@@ -123,7 +131,7 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
 }
 
 # What is chosen there and was not timed; its neighbours were.
-UNTIMED: dict[Case, str] = {(4, 32, 8, 64, 32768): "direct shards_at_once=2", (4, 64, 8, 128, 32768): "all_gather"}
+UNTIMED: dict[Case, str] = {(4, 32, 8, 64, 32768): "direct shards_at_once=2"}
 
 COMPARED = [case for case, timed in TIMED.items() if len(timed) > 1]
 
@@ -207,7 +215,7 @@ def test_where_links_rest_what_sends_least_often_is_taken():
 
 
 def test_stages_whose_forward_is_slow_are_not_taken_for_their_backward():
-    case = (4, 64, 8, 128, 2048)
+    case = (4, 64, 8, 128, 1024)
     choice = choose(*question(case), MACHINES["cuda"], make_schedules)
     staged, forward = choice.costs["ulysses stages=2"], min(cost.forward_seconds for cost in choice.costs.values())
     mine = choice.costs[picked(choice)]
