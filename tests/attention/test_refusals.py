@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import planning
+from ringspan.attention import context_parallel, planning
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import sliding_window
 from ringspan.kernels.torch_kernels import TorchCpu
@@ -149,6 +149,12 @@ def test_a_capture_is_no_first_call_and_one_without_gradients_is_another(monkeyp
         assert torch.equal(first, again)
         assert "no such call before" in said
         assert "gradients=False" in said
+
+
+def test_the_first_decode_is_not_in_a_capture_either(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(context_parallel, "is_captured", lambda device: True)
+    said = every_rank(lambda group: ringspan.ContextParallel(group).decode(*shapes(rows=1)))
+    assert all("decode captured in a CUDA graph" in text for text, _ in said), said
 
 
 def test_one_rank_has_nobody_to_agree_with_before_a_capture(monkeypatch: pytest.MonkeyPatch):

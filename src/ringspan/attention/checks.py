@@ -275,10 +275,10 @@ def describe_attention(
     return f"{heads} {q.dtype} on {q.device.type} {about}"
 
 
-def first_call_in_a_capture(asked: str) -> RingspanError:
-    """Attention that is new, as `asked` describes it, while a CUDA graph is captured."""
+def first_call_in_a_capture(what: str, asked: str) -> RingspanError:
+    """`what`, a call that is new as `asked` describes it, while a CUDA graph is captured."""
     return RingspanError(
-        "attention captured in a CUDA graph",
+        f"{what} captured in a CUDA graph",
         f"there was no such call before: {asked}",
         "A first call agrees with the other ranks, compiles and makes room, none of which a capture allows",
         "the same call a few times before the capture, on every rank; without gradients where the captured one wants none",

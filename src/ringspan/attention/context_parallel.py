@@ -20,7 +20,7 @@ from ringspan.attention.sequence import KEPT, Sequence
 from ringspan.attention.use import Use
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, make_layout
-from ringspan.kernels import Kernel, select_kernel
+from ringspan.kernels import Kernel, is_captured, select_kernel
 from ringspan.transport import InProcessTransport, agree, make_transport
 
 
@@ -145,7 +145,8 @@ class ContextParallel:
             `out` like `q` and `lse [batch, heads, queries]`, the same on every rank. No gradient goes through it.
 
         Raises:
-            RingspanError: where shapes or dtypes do not fit, or a gradient is asked for.
+            RingspanError: where shapes or dtypes do not fit, or a gradient is asked for; and where a call with new shapes is captured in a
+                CUDA graph.
         """
         if (wrong := checks.type_problem(q, k, v, None, scale, None)) is not None:
             agree(self.transport, "decode", "arguments of another type", wrong)
@@ -153,6 +154,8 @@ class ContextParallel:
 
         def choose_kernel() -> Kernel:
             about = checks.describe_attention(q, k, None, scale, None)
+            if self.num_ranks > 1 and is_captured(q.device):
+                raise checks.first_call_in_a_capture("decode", about)
             agree(self.transport, "decode", f"q {tuple(q.shape)} {about}", problem)
             return select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
 

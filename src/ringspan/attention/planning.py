@@ -89,7 +89,7 @@ def make_plan(
     problem, differentiable = checks.problem_of(check), wants_gradients(q, k, v, sinks)
     asked_of_all = checks.describe_attention(q, k, sinks, scale, softcap, return_lse, differentiable)
     if sequence.num_ranks > 1 and is_captured(q.device):
-        raise checks.first_call_in_a_capture(asked_of_all)
+        raise checks.first_call_in_a_capture("attention", asked_of_all)
     agree(context.transport, "attention", asked_of_all, problem)
     transport = context.transport
     asked = checks.kernel_problem(q, k, features, deterministic)

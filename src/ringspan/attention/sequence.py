@@ -183,7 +183,7 @@ class Sequence:
 
         Raises:
             RingspanError: at the first call with new shapes, on every rank and before anything is sent, where a shape, dtype or device is
-                wrong, the kernel refuses it, or the ranks disagree.
+                wrong, the kernel refuses it, or the ranks disagree; and where such a call is captured in a CUDA graph.
         """
         self.context.use.has_attended = True
         if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap)) is not None:
