@@ -71,6 +71,7 @@ case $gpus in
 esac
 
 part exact exact
+part ranks ranks
 # What needs one GPU.
 CUDA_VISIBLE_DEVICES=1 part units units > "$out/units.log" 2>&1 &
 units=$!

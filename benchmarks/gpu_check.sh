@@ -3,11 +3,11 @@
 # bench, step and part, and where SIGTERM ends it.
 # SHARE=1: every bench also times one device with its share of the heads alone. LAYOUT=zigzag,weighted: in these layouts, where a part names none.
 # Several of these run side by side, each on GPUs of its own: CUDA_VISIBLE_DEVICES=2,3 gpu_check.sh ...
-# usage: gpu_check.sh OUT_FOLDER [exact|units|sanitizer|correct|queues|speed|eager|many|many_heads|many_narrow|stages|long|masks|heads|auto|ablate|memory|soak|
+# usage: gpu_check.sh OUT_FOLDER [exact|ranks|units|sanitizer|correct|queues|speed|eager|many|many_heads|many_narrow|stages|long|masks|heads|auto|ablate|memory|soak|
 #   steps|account|parts|reach|alone|host|timeline|run|half_million|million ...]
 set -uo pipefail
 kept=$1; shift
-parts=${*:-exact units sanitizer correct speed long masks heads auto ablate soak steps}
+parts=${*:-exact ranks units sanitizer correct speed long masks heads auto ablate soak steps}
 out=$(mktemp -d)
 mkdir -p "$kept"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -60,9 +60,11 @@ for part in $parts; do
       timeout 120 torchrun --nproc-per-node "$gpus" -m ringspan.cli.main verify --device cuda --dtype bfloat16,float32 --length 61,1000 --head-dim 64 \
         --most 160 --json "$out/verify.json" 2>&1 | tail -4
       timeout 120 python3 -m ringspan.cli.main train --device cuda --ranks "$gpus" --dtype bfloat16 --steps 60 --context 8192 --out "$out/run" 2>&1 | tail -8
-      rm -rf "$out"/run*/checkpoint*
+      rm -rf "$out"/run*/checkpoint* ;;
+    ranks)
       # What is run by ranks with a GPU each, or asks for two; the rest of tests/gpu needs one GPU.
-      timeout 300 python3 -m pytest -q tests/gpu/test_cuda_links.py tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py -p no:cacheprovider -p no:benchmark > "$out/ranks.log" 2>&1
+      timeout 300 python3 -m pytest -q tests/gpu/test_cuda_links.py tests/gpu/test_cuda_replay.py tests/gpu/test_cuda_tensor_parallel.py \
+        -p no:cacheprovider -p no:benchmark > "$out/ranks.log" 2>&1
       grep -E 'Error:|assert ' "$out/ranks.log" | sort | uniq -c | head -20; tail -12 "$out/ranks.log" ;;
     units)
       # On one GPU.
