@@ -28,7 +28,7 @@ TIMED: dict[Case, dict[str, tuple[float, float]]] = {
         "direct shards_at_once=4": (0.284, 1.145),
         "all_gather": (0.311, 1.194),
         "ring": (0.289, 1.201),
-        # dcfb105, as are the other two stages: benchmarks/reports/2026-11-28-last-cells-four-h200.md.
+        # 4c9f278, and two stages below where nothing else is said: benchmarks/reports/2026-11-28-last-cells-four-h200.md.
         "ulysses stages=2": (0.289, 1.092),
     },
     (4, 32, 8, 128, 8192): {
