@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ringspan
-from ringspan.attention import context_parallel, planning
+from ringspan.attention import checks
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import sliding_window
 from ringspan.kernels.torch_kernels import TorchCpu
@@ -131,7 +131,7 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 def test_a_capture_is_no_first_call_and_one_without_gradients_is_another(monkeypatch: pytest.MonkeyPatch):
     captured: dict[int, bool] = {}
-    monkeypatch.setattr(planning, "is_captured", lambda device: captured[get_ident()])
+    monkeypatch.setattr(checks, "is_captured", lambda device: captured[get_ident()])
 
     def run(group: Any) -> tuple[Tensor, Tensor, str]:
         sequence = ringspan.ContextParallel(group).sequence(LENGTH)
@@ -152,13 +152,13 @@ def test_a_capture_is_no_first_call_and_one_without_gradients_is_another(monkeyp
 
 
 def test_the_first_decode_is_not_in_a_capture_either(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(context_parallel, "is_captured", lambda device: True)
+    monkeypatch.setattr(checks, "is_captured", lambda device: True)
     said = every_rank(lambda group: ringspan.ContextParallel(group).decode(*shapes(rows=1)))
     assert all("decode captured in a CUDA graph" in text for text, _ in said), said
 
 
 def test_one_rank_has_nobody_to_agree_with_before_a_capture(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(planning, "is_captured", lambda device: True)
+    monkeypatch.setattr(checks, "is_captured", lambda device: True)
     out = ringspan.ContextParallel(SingleRank()).sequence(LENGTH).attention(*shapes(rows=LENGTH))
     assert out.shape == (2, LENGTH, 4, 8)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Mask, full, has_window, make_layout
-from ringspan.kernels import KERNELS, Kernel, Problem, select_kernel
+from ringspan.kernels import KERNELS, Kernel, Problem, is_captured, select_kernel
 from ringspan.strategies import make_schedules
 from ringspan.transport import InProcessTransport, Transport
 
@@ -275,14 +275,15 @@ def describe_attention(
     return f"{heads} {q.dtype} on {q.device.type} {about}"
 
 
-def first_call_in_a_capture(what: str, asked: str) -> RingspanError:
-    """`what`, a call that is new as `asked` describes it, while a CUDA graph is captured."""
-    return RingspanError(
-        f"{what} captured in a CUDA graph",
-        f"there was no such call before: {asked}",
-        "A first call agrees with the other ranks, compiles and makes room, none of which a capture allows",
-        "the same call a few times before the capture, on every rank; without gradients where the captured one wants none",
-    )
+def check_not_captured(what: str, asked: str, device: torch.device, num_ranks: int) -> None:
+    """That no CUDA graph is captured at a call of `what` that is new, as `asked` describes it. One rank has nobody to agree with."""
+    if num_ranks > 1 and is_captured(device):
+        raise RingspanError(
+            f"{what} captured in a CUDA graph",
+            f"there was no such call before: {asked}",
+            "A first call agrees with the other ranks, compiles and makes room, none of which a capture allows",
+            "the same call a few times before the capture, on every rank; without gradients where the captured one wants none",
+        )
 
 
 def describe_shard(x: Tensor, dim: int) -> str:

@@ -20,7 +20,7 @@ from ringspan.attention.sequence import KEPT, Sequence
 from ringspan.attention.use import Use
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, make_layout
-from ringspan.kernels import Kernel, is_captured, select_kernel
+from ringspan.kernels import Kernel, select_kernel
 from ringspan.transport import InProcessTransport, agree, make_transport
 
 
@@ -154,8 +154,7 @@ class ContextParallel:
 
         def choose_kernel() -> Kernel:
             about = checks.describe_attention(q, k, None, scale, None)
-            if self.num_ranks > 1 and is_captured(q.device):
-                raise checks.first_call_in_a_capture("decode", about)
+            checks.check_not_captured("decode", about, q.device, self.num_ranks)
             agree(self.transport, "decode", f"q {tuple(q.shape)} {about}", problem)
             return select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
 

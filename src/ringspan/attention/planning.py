@@ -24,7 +24,7 @@ from ringspan.attention.scoring import Scoring, TileScores
 from ringspan.attention.swap import TransportSwapper
 from ringspan.errors import UnsupportedError
 from ringspan.geometry import Grid, HeadShare, head_shares, head_stages
-from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, is_captured, lse_gradient_refusal
+from ringspan.kernels import KERNELS, Kernel, accumulator_dtype, lse_gradient_refusal
 from ringspan.schedule import PieceBytes, Schedule
 from ringspan.strategies import MACHINES, SENDING, Choice, Machine, Schedules, choose, complete_ring, make_schedules
 from ringspan.transport import InProcessTransport, PeerMemory, SomePeers, Subgroup, agree, peer_memory
@@ -88,8 +88,7 @@ def make_plan(
 
     problem, differentiable = checks.problem_of(check), wants_gradients(q, k, v, sinks)
     asked_of_all = checks.describe_attention(q, k, sinks, scale, softcap, return_lse, differentiable)
-    if sequence.num_ranks > 1 and is_captured(q.device):
-        raise checks.first_call_in_a_capture("attention", asked_of_all)
+    checks.check_not_captured("attention", asked_of_all, q.device, sequence.num_ranks)
     agree(context.transport, "attention", asked_of_all, problem)
     transport = context.transport
     asked = checks.kernel_problem(q, k, features, deterministic)
