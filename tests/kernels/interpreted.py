@@ -112,9 +112,10 @@ def check_copies(dtype: torch.dtype, head_dim: int, more: int) -> None:
     room.fill_(123)
     # Programs that come round several times.
     with mock.patch.object(fused, "MOST_ITEMS", 8):
-        fused_copies(all_of_it, few=True)
-    assert torch.equal(room.cpu(), right)
-    room.fill_(123)
+        for few in (True, False):
+            fused_copies(all_of_it, few)
+            assert torch.equal(room.cpu(), right)
+            room.fill_(123)
     copy_all([*all_of_it, (room[:0].view(1, 0, 1), room[:0].view(1, 0, 1))])
     assert torch.equal(room.cpu(), right)
 
