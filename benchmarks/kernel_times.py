@@ -46,7 +46,10 @@ def show(title: str, work, rank: int, timeline: bool) -> None:
     if timeline:
         # The calls follow each other: the middle one, by count.
         each = len(spans) // REPEATS
-        call = spans[2 * each : 3 * each]
+        calls = [spans[number * each : (number + 1) * each] for number in range(REPEATS)]
+        took = [max(event.time_range.end for event in call) - call[0].time_range.start for call in calls]
+        said.append("  each call: " + ", ".join(f"{us:,.0f}" for us in took) + " us; the middle one:")
+        call = calls[REPEATS // 2]
         zero = call[0].time_range.start
         said += [
             f"  {event.time_range.start - zero:9,.1f} {event.device_time_total:9,.1f} us  {event.name[:70]}"
