@@ -117,7 +117,7 @@ def test_links_rest_until_the_last_stage_begins_or_ends_where_there_is_time_for_
     ringspan.run_in_process(2, run)
     there, stages = ["arrive"] * 3, [f"{{}} {stage}" for stage in range(4)]
     in_turn = [text for stage in stages[:3] for text in (stage, "arrive")] + stages[3:]
-    ways = {"no": in_turn, "beside the last": [*stages[:3], "arrive", stages[3]], "at the end": stages}
+    ways = {"no": in_turn, "beside the last": [*stages[:3], "arrive", stages[3]], "at the end": [*stages, "arrive"]}
     assert said[:10] == [*there, *(text.format("forward") for text in in_turn)], "its operations are four for ten of a backward"
     assert said[10:] == [*there, *(text.format("backward") for text in ways[late])]
 
@@ -315,7 +315,11 @@ def test_what_leaves_together_comes_after_all_that_made_it_on_whichever_stream(t
             waits.append(swapper.swap(mail, lambda found, few: None, torch.device("cpu"), None, leaves))
     made = {"stage 0", "stage 1", "stage 2"}
     if third == "together":
-        assert made <= device.seen["meet 0"] and "meet 1" not in device.seen, "ranks meet once, after all"
+        assert made <= device.seen["meet 0"] and "stage 3" in device.seen["meet 0"], "after all"
+        assert "meet 0" in device.seen["arrive 0"] and "meet 1" not in device.seen["arrive 0"], "read while the last is written"
+        assert "meet 0" in device.seen["meet 1"] and "meet 2" not in device.seen and "arrive 1" not in device.seen
+        device.work("end")
+        assert "arrive 0" in device.seen["end"]
     else:
         sent = [name for name in device.seen if name.startswith("carry") and made <= device.seen[name]]
         assert sent == ["carry 2"] and "stage 3" not in device.seen["carry 2"], "two that only keep the order, and one that carries"

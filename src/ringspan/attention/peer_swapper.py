@@ -134,13 +134,22 @@ class PeerSwapper:
         # Ranks meet in the same order; and what is copied within this rank now was computed on other streams.
         for each in self._beside:
             each.wait()
-        letters = [*self._letters, letter]
-        given = [copy for each in letters for copy in each.remote]
-        self._own += [copy for each in letters for copy in each.own]
-        self._exchanged(mail.messages, partial(copy_all, _mixed(given, self._own)), observer, AFTER)
-        for each in letters:
-            each.arrived(False)
-        gone.append(nothing)
+        earlier, self._own = self._letters, [*self._own, *own]
+        if earlier:
+            copy_all(_mixed([copy for each in earlier for copy in each.remote], [copy for each in earlier for copy in each.own]))
+            memory.meet()
+
+            def read() -> None:
+                for each in earlier:
+                    each.arrived(False)
+
+            # While the link carries the rest.
+            gone.append(memory.beside("arrive", read))
+        else:
+            gone.append(nothing)
+        self._exchanged(mail.messages, partial(copy_all, _mixed(remote, self._own)), observer, AFTER)
+        letter.arrived(False)
+        gone[0].wait()
         self._forget()
         return nothing
 
