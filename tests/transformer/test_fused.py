@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,9 +141,7 @@ def test_what_the_rotation_kernel_was_not_made_for_is_left_to_transformers(spoil
     assert not can_rotate(*spoil(x, cos, sin))
 
 
-def test_the_kernels_in_tritons_interpreter_are_the_specification():
-    pytest.importorskip("triton", reason="Triton is not installed: tests/gpu runs the kernels themselves")
+def test_the_kernels_in_tritons_interpreter_are_the_specification(interpreting: dict[str, str]):
     script = Path(__file__).with_name("interpreted.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([sys.executable, str(script)], env=interpreting, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
