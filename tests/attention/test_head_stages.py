@@ -15,7 +15,7 @@ import torch
 import ringspan
 from ringspan.attention import peer_swapper, planning, swap
 from ringspan.attention.landing import Message
-from ringspan.attention.leaving import when_stages_leave
+from ringspan.attention.leaving import when_inputs_are_kept, when_stages_leave
 from ringspan.attention.reshard import Exchange
 from ringspan.attention.tape import Tape, recording, replaying
 from ringspan.errors import RingspanError
@@ -159,6 +159,40 @@ def test_one_stage_leaves_last_and_some_where_one_place_has_more_heads():
         assert when_stages_leave(uneven, 45, 9, sizes, slow, "forward") == expected, "the first place has three heads before the last stage"
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "ranks", "stages", "last"),
+    # 32/32 in four stages on two GPUs: each sends half of 4 heads and keeps 12, and memory copies 5.8 times as fast as the link carries.
+    [
+        (32, 8, 64, 4, 2, 2),
+        (32, 8, 64, 4, 1, 1),
+        (32, 8, 64, 2, 2, 1),
+        (32, 32, 128, 4, 8, 1),
+        (32, 32, 128, 2, 4, 0),
+        (64, 8, 128, 4, 2, 2),
+    ],
+)
+def test_as_many_of_the_last_stages_keep_what_they_were_given_last_as_a_link_leaves_time_for(
+    heads: int, kv_heads: int, head_dim: int, ranks: int, stages: int, last: int
+):
+    shares = head_stages(head_shares(heads, kv_heads, ranks), stages)
+    sizes = PieceBytes(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    expected = ("beside",) * (stages - last) + ("last",) * last
+    for length in (8192, 131072):
+        assert when_inputs_are_kept(shares, length, sizes, MACHINES["cuda"]) == expected
+    endless = replace(MACHINES["cuda"], memory_bytes_per_second=None)
+    assert when_inputs_are_kept(shares, 8192, sizes, endless) == ("last",) * stages, "what memory takes is counted elsewhere"
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer_memory"])
+@pytest.mark.parametrize("memory", [1.0, 1e30])
+def test_whenever_it_is_kept_a_backward_has_what_landed(transport: str, memory: float, monkeypatch: pytest.MonkeyPatch):
+    expected = ringspan.run_in_process(3, lambda group: attended(group, "process_group", 1, 12, 6))
+    monkeypatch.setitem(MACHINES, "cpu", replace(MACHINES["cpu"], memory_bytes_per_second=memory))
+    for stages in (1, 2):
+        found = ringspan.run_in_process(3, lambda group, n=stages: attended(group, transport, n, 12, 6))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_a_mask_that_knows_heads_is_told_the_number_of_each():
     mask = ringspan.mask_mod(odd_heads_see_less)
     expected = ringspan.run_in_process(2, lambda group: attended(group, "process_group", 1, 6, 6, mask))
@@ -274,12 +308,14 @@ def test_what_a_rank_gives_itself_is_copied_beside_what_others_get_as_far_as_one
     expected = ringspan.run_in_process(3, run)
     monkeypatch.setattr(peer_swapper, "copy_all", copy_all)
     found = ringspan.run_in_process(3, run)
-    # First the four stages' own beside what others get of the first, then what others get of the rest; what is kept of each.
-    assert launches[:8] == [(12 + 4 * 6, False)] + [(12, True)] * 3 + [(3, True)] * 4
+    # First the four stages' own beside what others get of the first, then what others get of the rest; what is kept of three stages.
+    assert launches[:7] == [(12 + 4 * 6, False)] + [(12, True)] * 3 + [(3, True)] * 3
+    # At last what others get of the last stage's out, what is this rank's own of that and of all that left before, and what it keeps.
+    assert launches[7] == (4 + 2 + 3 * 4 + 3, False)
     launches.clear()
     monkeypatch.setattr(peer_swapper, "AT_ONCE", 12 + 2 * 6)
     fewer = ringspan.run_in_process(3, run)
-    assert launches[:8] == [(12 + 2 * 6, False), (12, True), (12 + 6, True), (12 + 6, True)] + [(3, True)] * 4
+    assert launches[:7] == [(12 + 2 * 6, False), (12, True), (12 + 6, True), (12 + 6, True)] + [(3, True)] * 3
     assert max(number for number, few in launches if not few) == 12 + 2 * 6, "on the way back too"
     for each in (found, fewer):
         assert all(torch.equal(*pair) for rank in zip(each, expected, strict=True) for pair in zip(*rank, strict=True))

@@ -57,7 +57,7 @@ def test_an_exchange_holds_what_it_packs_only_while_it_is_under_way():
     group = head_group(schedules.grid, 0)
     shares = head_shares(heads, kv_heads, 2)
     rooms, _ = make_rooms(schedules.grid, layout, schedules.layout, q, [shares])
-    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, (shares,), rooms, {})
+    exchange = make_exchange(TransportSwapper(Instant(), group), group, schedules.grid, layout, schedules.layout, (shares,), rooms, {}, ())
     with LiveBytes() as live:
         live.ignore(q, k, v)
         (exchanged,) = exchange.inputs_to_heads(q, k, v, keep=True)

@@ -1,4 +1,5 @@
-"""When what stages of heads give leaves: so that links which nobody uses rest, where that saves more than it costs.
+"""When what stages of heads give leaves: so that links which nobody uses rest, where that saves more than it costs. And when they keep what
+they were given.
 
 NVLink's links rest after 50 ms without use (`nvidia-smi nvlink -gLowPwrInfo`), and the power that they take when awake is the
 multiprocessors' then: a GPU at its limit of power is 2 to 3% faster.
@@ -6,9 +7,10 @@ multiprocessors' then: a GPU at its limit of power is 2 to 3% faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ringspan.attention.swap import Leaving
+from ringspan.attention.swap import Keeping, Leaving
 from ringspan.geometry import HeadShare
 from ringspan.schedule import PieceBytes
 from ringspan.strategies import Machine
@@ -33,8 +35,7 @@ def when_stages_leave(
     at_once: tuple[Leaving, ...] = (*("beside" for _ in stages[1:]), "last")
     if machine.rest_seconds is None or len(stages) < 2:
         return at_once
-    # The most of any place.
-    heads, kv_heads = ([max(getattr(share, which) for share in shares) for shares in stages] for which in ("heads", "kv_heads"))
+    heads, kv_heads = _most(stages)
     factor, keys = (1.0, 0) if direction == "forward" else (machine.backward_factor, 2)
     seconds_of_a_head = 4 * sizes.batch * pairs * (sizes.head_dim + machine.softmax_width) * factor / machine.flops_per_second
     bytes_of_a_head = sizes.batch * length * sizes.head_dim * sizes.element_bytes
@@ -45,3 +46,26 @@ def when_stages_leave(
     if max(beside, at_the_end) <= 0:
         return at_once
     return (*("together" for _ in stages[2:]), "beside" if beside >= at_the_end else "together", "last")
+
+
+def when_inputs_are_kept(stages: Sequence[Sequence[HeadShare]], length: int, sizes: PieceBytes, machine: Machine) -> tuple[Keeping, ...]:
+    """For each stage when what it was given in a forward is copied for the backward: `beside` what is computed, or `last`.
+
+    Last of all a link carries what the last stage gave, and memory is that much faster: what it copies meanwhile takes no time, and beside
+    a kernel it takes the kernel's. As many of the last stages as that leaves time for. Arguments as of `when_stages_leave`.
+    """
+    heads, kv_heads = _most(stages)
+    bytes_of_a_head = sizes.batch * length * sizes.head_dim * sizes.element_bytes
+    sent_bytes = heads[-1] * bytes_of_a_head * (len(stages[0]) - 1) / len(stages[0])
+    left = sent_bytes / (machine.exchange_bytes_per_second or machine.link_bytes_per_second)
+    found: list[Keeping] = []
+    for queries, keys in zip(reversed(heads), reversed(kv_heads), strict=True):
+        # Each byte is read and written.
+        left -= 2 * (queries + 2 * keys) * bytes_of_a_head / (machine.memory_bytes_per_second or math.inf)
+        found.append("last" if left >= 0 else "beside")
+    return tuple(reversed(found))
+
+
+def _most(stages: Sequence[Sequence[HeadShare]]) -> tuple[list[int], list[int]]:
+    """Of each stage the most query heads and the most key heads of any place."""
+    return [max(each.heads for each in shares) for shares in stages], [max(each.kv_heads for each in shares) for shares in stages]

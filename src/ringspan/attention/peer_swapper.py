@@ -15,7 +15,7 @@ from torch import Tensor
 from ringspan.attention.landing import Landing, Message, aligned
 from ringspan.attention.mail import UnderWay
 from ringspan.attention.observe import AFTER, BEFORE, Observer, watch
-from ringspan.attention.swap import Arrived, Group, Landed, Leaving, Mail, nothing
+from ringspan.attention.swap import Arrived, Group, Keeping, Landed, Leaving, Mail, nothing
 from ringspan.kernels import AT_ONCE, Copy, copy_all
 from ringspan.transport import PeerMemory, Pending, WhenWaited
 
@@ -40,7 +40,8 @@ class PeerSwapper:
     Beside a kernel few blocks write what is to be found among other heads, from before that kernel begins: a copy engine would need it
     packed. What a kernel gave is contiguous, and copy engines write it: blocks would wait for a multiprocessor until then. Few blocks copy
     what is kept, and what came home, as well: the pass would wait for those that wait until there is nothing else to do, and many would
-    take all multiprocessors between two rounds of a kernel's blocks, for as long as memory needs.
+    take all multiprocessors between two rounds of a kernel's blocks, for as long as memory needs. What is kept last is copied while a link
+    is waited for.
 
     Attributes:
         memory: of all ranks of the transport, with room in every inbox for what comes.
@@ -53,26 +54,30 @@ class PeerSwapper:
     group: Group
     _beside: list[Pending] = field(default_factory=list)
     _own: list[Copy] = field(default_factory=list)
+    _late: list[Copy] = field(default_factory=list)
     _letters: list[_Letter] = field(default_factory=list)
     _gone: list[Pending] = field(default_factory=list)
 
-    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+    def land(self, stages: Sequence[Sequence[Landing]], keeping: Sequence[Keeping], observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. All but the first stage comes beside what is computed."""
         self._beside.clear()
         # An error may have left something.
         self._forget()
         self.memory.begin()
-        # Whoever looks on sees one after the other.
-        together = [[stage] for stage in stages] if observer is not None else [stages]
-        landed = [each for some in together for each in self._land(some, keep, observer)]
+        if observer is None:
+            landed = self._land(stages, keeping, None)
+        else:
+            # Whoever looks on sees one after the other.
+            now: list[Keeping] = ["beside"] * bool(keeping)
+            landed = [each for stage in stages for each in self._land([stage], now, observer)]
         self.memory.end()
         return landed
 
-    def _land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+    def _land(self, stages: Sequence[Sequence[Landing]], keeping: Sequence[Keeping], observer: Observer | None) -> list[list[Landed]]:
         memory, group = self.memory, self.group
         mine = [[self._lying(landing, group.place) for landing in stage] for stage in stages]
         # The caller's stream's, as all that is read after the pass.
-        kept = [[[torch.empty_like(each) for each in wholes] * keep for wholes in of_stage] for of_stage in mine]
+        kept = [[[torch.empty_like(each) for each in wholes] * bool(keeping) for wholes in of_stage] for of_stage in mine]
         at_once, *own = (
             [
                 copy
@@ -96,14 +101,21 @@ class PeerSwapper:
 
         self._exchanged(lambda source, target: [landing.part(source, target) for landing in stages[0]], write, observer, BEFORE)
         pending = [nothing, *(memory.beside("arrive", memory.meet, [each]) for each in carried)]
-        keeping = [self._kept(*each, observer) if keep else nothing for each in zip(mine, kept, pending, strict=True)]
+        copied = [nothing] * len(stages)
+        if keeping:
+            copied = [self._kept(*each, observer) for each in zip(mine, kept, pending, keeping, strict=True)]
         return [
             [Landed(wholes, copies, ready, done) for wholes, copies in zip(of_stage, kept_of_stage, strict=True)]
-            for of_stage, kept_of_stage, ready, done in zip(mine, kept, pending, keeping, strict=True)
+            for of_stage, kept_of_stage, ready, done in zip(mine, kept, pending, copied, strict=True)
         ]
 
-    def _kept(self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, observer: Observer | None) -> Pending:
+    def _kept(
+        self, mine: list[list[Tensor]], kept: list[list[Tensor]], ready: Pending, when: Keeping, observer: Observer | None
+    ) -> Pending:  # fmt: skip
         copies = [copy for of_kept, wholes in zip(kept, mine, strict=True) for copy in zip(of_kept, wholes, strict=True)]
+        if when == "last":
+            self._late += copies
+            return nothing
         keep = partial(copy_all, copies, few=True)
         if observer is None:
             return self.memory.beside("keep", keep, [ready])
@@ -147,7 +159,7 @@ class PeerSwapper:
             gone.append(memory.beside("arrive", read))
         else:
             gone.append(nothing)
-        self._exchanged(mail.messages, partial(copy_all, _mixed(remote, self._own)), observer, AFTER)
+        self._exchanged(mail.messages, partial(copy_all, _mixed(remote, [*self._own, *self._late])), observer, AFTER)
         letter.arrived(False)
         gone[0].wait()
         self._forget()
@@ -155,7 +167,7 @@ class PeerSwapper:
 
     def _forget(self) -> None:
         """All has been sent."""
-        self._own, self._letters, self._gone = [], [], []
+        self._own, self._late, self._letters, self._gone = [], [], [], []
 
     def _leave(self) -> None:
         """Sends off, beside what is computed, all that was to leave together."""

@@ -13,7 +13,7 @@ from ringspan.attention import checks
 from ringspan.attention.choice import choose_kernel
 from ringspan.attention.inbox import Inbox, inbox
 from ringspan.attention.landing import make_rooms
-from ringspan.attention.leaving import when_stages_leave
+from ringspan.attention.leaving import when_inputs_are_kept, when_stages_leave
 from ringspan.attention.materialised import check_materialised
 from ringspan.attention.peer_courier import row_bytes
 from ringspan.attention.peer_swapper import PeerSwapper
@@ -127,8 +127,10 @@ def make_plan(
             peers = SomePeers(peers[0], members, first), peers[1]
         machine = _machine(q, None if peers is None else peers[0])
         pairs, length = sum(launch.pairs for step in forward.steps for launch in step.launches), schedules.layout.length
-        leaving = {each: when_stages_leave(stages, pairs, length, _sizes(q, k, kernel), machine, each) for each in ("forward", "backward")}
-        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, leaving)
+        sizes = _sizes(q, k, kernel)
+        leaving = {each: when_stages_leave(stages, pairs, length, sizes, machine, each) for each in ("forward", "backward")}
+        keeping = when_inputs_are_kept(stages, length, sizes, machine)
+        exchange = make_exchange(swapper, group, grid, sequence.layout, schedules.layout, stages, rooms, leaving, keeping)
     if context.replays is not None:
         refused = checks.replay_refusal(q.device.type, kernel, context.transport, transport.size, peers is not None)
         if refused is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringspan.attention.landing import Landing, Message, Rooms, width
 from ringspan.attention.observe import Observer
-from ringspan.attention.swap import Found, Group, Landed, Leaving, Mail, Swapper, nothing
+from ringspan.attention.swap import Found, Group, Keeping, Landed, Leaving, Mail, Swapper, nothing
 from ringspan.geometry import Grid, HeadShare, Layout, rows_within, shared_keys
 from ringspan.kernels import Copy, accumulator_dtype, add_, copy_all, rows_first
 from ringspan.transport import Pending
@@ -79,6 +79,7 @@ class Exchange:
         part_lengths: for each place, how many positions it owns.
         length: how many positions the head group owns.
         leaving: by direction, when what each stage gives leaves.
+        keeping: of each stage, when what it was given in a forward is copied for the backward.
         observer: looks on.
     """
 
@@ -90,6 +91,7 @@ class Exchange:
     part_lengths: tuple[int, ...]
     length: int
     leaving: Mapping[str, tuple[Leaving, ...]]
+    keeping: tuple[Keeping, ...]
     observer: Observer | None = None
 
     @property
@@ -126,7 +128,8 @@ class Exchange:
         def all_three(tensors: list[Tensor]) -> Inputs:
             return tensors[0], tensors[1], tensors[2]
 
-        return [Heads(landed, partial(all_three, landed[0].tensors)) for landed in self.swapper.land(stages, keep, self.observer)]
+        landings = self.swapper.land(stages, self.keeping if keep else (), self.observer)
+        return [Heads(landed, partial(all_three, landed[0].tensors)) for landed in landings]
 
     def outputs_to_positions(self, stage: int, out: Tensor, lse: Tensor | None, into: Into) -> Coming[tuple[Tensor, Tensor | None]]:
         """out, and lse `[batch, heads, rows]` where it is wanted, of own heads and the group's rows to those of own rows and all heads.
@@ -154,7 +157,7 @@ class Exchange:
         def both(of_dout: list[Tensor], *of_dlse: list[Tensor]) -> OutputGradients:
             return of_dout[0], of_dlse[0][0].transpose(1, 2) if of_dlse else None
 
-        landed = self.swapper.land(stages, False, self.observer)
+        landed = self.swapper.land(stages, (), self.observer)
         return [Heads(of_stage, partial(both, *(each.tensors for each in of_stage))) for of_stage in landed]
 
     def input_gradients_to_positions(
@@ -238,9 +241,9 @@ class Exchange:
 
 def make_exchange(
     swapper: Swapper, group: Group, grid: Grid, layout: Layout, merged: Layout, stages: tuple[tuple[HeadShare, ...], ...],
-    rooms: tuple[Rooms, ...], leaving: Mapping[str, tuple[Leaving, ...]],
+    rooms: tuple[Rooms, ...], leaving: Mapping[str, tuple[Leaving, ...]], keeping: tuple[Keeping, ...],
 ) -> Exchange:  # fmt: skip
-    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others; `leaving`: see `Exchange`."""
+    """The exchange of the rank of `group`, where each place has the heads in `stages`, some after the others; the rest: see `Exchange`."""
     mine = grid.group(group.members[group.place])
     return Exchange(
         swapper,
@@ -251,6 +254,7 @@ def make_exchange(
         tuple(layout.shard_length(rank) for rank in group.members),
         merged.shard_length(mine),
         leaving,
+        keeping,
     )
 
 

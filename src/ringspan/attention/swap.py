@@ -44,6 +44,9 @@ Arrived = Callable[[Found, bool], None]
 Leaving = Literal["together", "beside", "last"]
 """When something leaves: with the next that does not, beside what is computed next, or when nothing is computed any more."""
 
+Keeping = Literal["beside", "last"]
+"""When what landed is kept as well: beside what is computed next, or beside what leaves last."""
+
 
 @dataclass
 class Landed:
@@ -51,7 +54,8 @@ class Landed:
 
     Attributes:
         tensors: where they lie until the pass is over; there once `pending` has been waited for.
-        kept: the same in this rank's own memory, where that was asked for; there once `keeping` has been waited for.
+        kept: the same in this rank's own memory, where that was asked for; there once `keeping` has been waited for, and a swap that
+            leaves last.
         pending: what it waits for.
         keeping: what the copies wait for.
     """
@@ -65,8 +69,8 @@ class Landed:
 class Swapper(Protocol):
     """Carries landings and mails. Every member of the group comes here, with the landings of a pass before its mails."""
 
-    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
-        """Sends off what this rank has, what is in the first of `stages` first of all. `keep`: what lands is kept as well."""
+    def land(self, stages: Sequence[Sequence[Landing]], keeping: Sequence[Keeping], observer: Observer | None) -> list[list[Landed]]:
+        """Sends off what this rank has, what is in the first of `stages` first of all. `keeping`: of each stage, or empty."""
         ...
 
     def swap(self, mail: Mail, arrived: Arrived, device: torch.device, observer: Observer | None, leaves: Leaving) -> Pending:
@@ -109,7 +113,7 @@ class TransportSwapper:
     def __init__(self, transport: Transport, group: Group) -> None:
         self._transport, self._group = transport, group
 
-    def land(self, stages: Sequence[Sequence[Landing]], keep: bool, observer: Observer | None) -> list[list[Landed]]:
+    def land(self, stages: Sequence[Sequence[Landing]], keeping: Sequence[Keeping], observer: Observer | None) -> list[list[Landed]]:
         """See `Swapper`. What lands is this rank's own."""
         return [[self._land(landing, observer) for landing in stage] for stage in stages]
 

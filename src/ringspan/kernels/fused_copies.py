@@ -11,8 +11,10 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from ringspan.kernels.copies import AT_ONCE, Copy, in_eights
 
-BYTES, MOST_ITEMS, WARPS, ROUNDS = 1 << 14, 1024, 4, 2
-"""What one program copies at a time, heads of so many rows: each thread has eight loads of sixteen bytes under way. How often it does."""
+BYTES, MOST_ITEMS, WARPS = 1 << 14, 1024, 4
+"""What one program copies at a time, heads of so many rows: each thread has eight loads of sixteen bytes under way."""
+ROUNDS, MOST_PROGRAMS = 2, 1 << 13
+"""How often it does for the largest copy, and more often where a launch would have too many programs: small copies leave them idle."""
 FEW, FEW_WARPS = 24, 16
 """Programs of a launch that is to take few multiprocessors, and the warps of each: enough bytes under way to fill a link."""
 LEAF = 8
@@ -158,7 +160,7 @@ def fused_copies(copies: Sequence[Copy], few: bool = False) -> None:
         for some in (same[first : first + at_once] for first in range(0, len(same), at_once)):
             most = max(target.numel() for target, _ in some) // columns
             assert most < 1 << 30 and items * max(each.stride(1) for pair in some for each in pair) < 1 << 31
-            programs = min(triton.cdiv(most, items), FEW // len(some)) if few else triton.cdiv(most, items * ROUNDS)
+            programs = min(triton.cdiv(most, items if few else items * ROUNDS), (FEW if few else MOST_PROGRAMS) // len(some))
             # An odd number stands for the rows and the programs: for 1, and for multiples of 16, Triton would compile a kernel of its own.
             _copy_kernel[(programs * len(some),)](  # pyright: ignore[reportIndexIssue]
                 tuple(
