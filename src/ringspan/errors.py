@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["RankFailure", "RingspanError", "ScheduleError", "UnsupportedError"]
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+__all__ = ["RankFailure", "RingspanError", "ScheduleError", "UnsupportedError", "nearest_name"]
 
 
 class RingspanError(ValueError):
@@ -31,6 +34,11 @@ def _sentence(asked: str, found: str, rule: str, nearest: str) -> str:
     if nearest:
         message = f"{message.rstrip('.')}. Try: {nearest}"
     return message
+
+
+def nearest_name(name: object, known: Sequence[str]) -> str:
+    """Which of `known` is spelled most like `name`; the first, where none is."""
+    return next(iter(get_close_matches(str(name), known, 1)), known[0])
 
 
 class ScheduleError(RingspanError):

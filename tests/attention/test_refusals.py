@@ -282,3 +282,15 @@ def test_auto_also_chooses_under_a_mask_that_allows_nothing():
 
     for reason, total in ringspan.run_in_process(2, run):
         assert "0 ms" in reason and "times as long" not in reason and total == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"), [("ulyses", "ulysses"), ("all-gather", "all_gather"), ("zzz", "ring"), (3, "ring"), (None, "ring")]
+)
+def test_a_name_that_there_is_not_is_answered_with_the_one_spelled_most_like_it(asked: Any, nearest: str):
+    def run(group: Any) -> None:
+        ringspan.ContextParallel(group, strategy=asked)
+
+    with pytest.raises(RingspanError) as caught:
+        ringspan.run_in_process(2, run)
+    assert caught.value.nearest == f"strategy={nearest!r}"

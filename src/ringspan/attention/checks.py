@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.errors import RingspanError, UnsupportedError, nearest_name
 from ringspan.geometry import Mask, full, has_window, make_layout
 from ringspan.kernels import KERNELS, Kernel, Problem, is_captured, select_kernel
 from ringspan.strategies import make_schedules
@@ -57,7 +57,12 @@ def check_names(
 ) -> None:
     """Names, weights and options of `ContextParallel`."""
     if transport not in TRANSPORTS:
-        raise RingspanError(f"transport {transport!r}", f"there are {', '.join(TRANSPORTS)}", "A transport is asked for by name", "'auto'")
+        raise RingspanError(
+            f"transport {transport!r}",
+            f"there are {', '.join(TRANSPORTS)}",
+            "A transport is asked for by name",
+            repr(nearest_name(transport, TRANSPORTS)),
+        )
     if not isinstance(deterministic, bool):
         raise RingspanError(
             f"deterministic={deterministic!r}", "", "Gradients are promised to be the same bits, or not", "deterministic=True"
@@ -74,7 +79,12 @@ def check_names(
             f"kv_heads_per_stage={kv_heads_per_stage!r}", "", "A stage is a whole number of at least one key head", "kv_heads_per_stage=1"
         )
     if kernel not in ("auto", *KERNELS):
-        raise RingspanError(f"kernel {kernel!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "'auto'")
+        raise RingspanError(
+            f"kernel {kernel!r}",
+            f"the kernels are auto, {', '.join(KERNELS)}",
+            "A kernel is asked for by name",
+            repr(nearest_name(kernel, ("auto", *KERNELS))),
+        )
     make_layout(layout, num_ranks, num_ranks, weights)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 from ringspan.geometry.span import Span, split_by_weight, split_evenly
 
 KERNEL_ROWS = 128
@@ -127,7 +127,10 @@ def named_layout(name: str, length: int, num_ranks: int, weights: tuple[float, .
     """
     if name not in LAYOUTS:
         raise RingspanError(
-            f"layout {name!r}", f"the layouts are {', '.join(LAYOUTS)}, auto", "A layout is asked for by name", "layout='zigzag'"
+            f"layout {name!r}",
+            f"the layouts are {', '.join(LAYOUTS)}, auto",
+            "A layout is asked for by name",
+            f"layout={nearest_name(name, ('zigzag', 'auto', *LAYOUTS))!r}",
         )
     if length < 1 or num_ranks < 1:
         raise RingspanError(

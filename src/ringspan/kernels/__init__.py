@@ -1,6 +1,6 @@
 """Kernels: partial attention of one tile. An explicit request is honoured or refused with the reason, never replaced."""
 
-from ringspan.errors import UnsupportedError
+from ringspan.errors import UnsupportedError, nearest_name
 from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.capture import is_captured
@@ -69,7 +69,10 @@ def select_kernel(name: str, problem: Problem) -> Kernel:
         return KERNELS[capable[0]]
     if name not in KERNELS:
         raise UnsupportedError(
-            f"kernel {name!r}", f"the kernels are auto, {', '.join(KERNELS)}", "A kernel is asked for by name", "kernel='auto'"
+            f"kernel {name!r}",
+            f"the kernels are auto, {', '.join(KERNELS)}",
+            "A kernel is asked for by name",
+            f"kernel={nearest_name(name, ('auto', *KERNELS))!r}",
         )
     if (reason := reasons[name]) is not None:
         raise UnsupportedError(f"kernel {name!r}", reason, "A kernel that was asked for is never replaced", f"kernel={capable[0]!r}")

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 from ringspan.geometry import Layout, Mask
 from ringspan.strategies.all_gather import all_gather
 from ringspan.strategies.auto import Choice, choose, complete_ring
@@ -71,7 +71,7 @@ def strategy_options(strategy: str) -> dict[str, type]:
             f"strategy {strategy!r}",
             f"the strategies are {', '.join(STRATEGIES)}, and auto without options",
             "A strategy is asked for by name",
-            "strategy='ring'",
+            f"strategy={nearest_name(strategy, ('ring', *STRATEGIES))!r}",
         )
     parameters = list(inspect.signature(STRATEGIES[strategy]).parameters.values())[2:]
     return {parameter.name: str if "str" in str(parameter.annotation) else int for parameter in parameters}

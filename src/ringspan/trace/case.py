@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ringspan.attention.checks import features
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 from ringspan.geometry import LAYOUTS, Layout, Mask, make_layout, parse_mask
 from ringspan.kernels import KERNELS, Kernel, Problem, accumulator_dtype, select_kernel
 from ringspan.schedule import PieceBytes
@@ -65,7 +65,7 @@ class TraceCase:
         for option, value, known in named:
             if value not in known:
                 found = f"there are {', '.join(known)}"
-                raise RingspanError(f"--{option} {value!r}", found, "It is asked for by name", f"--{option} {known[0]}")
+                raise RingspanError(f"--{option} {value!r}", found, "It is asked for by name", f"--{option} {nearest_name(value, known)}")
         for option in ("ranks", "length", "heads", "kv_heads", "head_dim", "batch"):
             value = getattr(self, "num_ranks" if option == "ranks" else option)
             if value < 1:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 from ringspan.training.manifest import write_whole
 
 STDLIB = "stdlib"
@@ -291,7 +291,10 @@ def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
     """Raises RingspanError where `name` is not one of the `known` names of `field`."""
     if name not in known:
         raise RingspanError(
-            f"{option(field)} {name}", "unknown", f"{option(field)} is one of {', '.join(known)}", f"{option(field)} {known[0]}"
+            f"{option(field)} {name}",
+            "unknown",
+            f"{option(field)} is one of {', '.join(known)}",
+            f"{option(field)} {nearest_name(name, known)}",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 from ringspan.geometry import LAYOUTS, MASKS, parse_mask
 from ringspan.kernels import KERNELS
 from ringspan.strategies import STRATEGIES
@@ -125,7 +125,10 @@ class Grid:
                 if name in _NAMES and value not in _NAMES[name]:
                     known = _NAMES[name]
                     raise RingspanError(
-                        f"{option} {value!r}", f"there are {', '.join(known)}", "It is asked for by name", f"{option} {known[0]}"
+                        f"{option} {value!r}",
+                        f"there are {', '.join(known)}",
+                        "It is asked for by name",
+                        f"{option} {nearest_name(value, known)}",
                     )
         for mask in self.masks:
             parse_mask(mask)
