@@ -43,6 +43,17 @@ def problem_of(check: Callable[[], None]) -> RingspanError | None:
     return None
 
 
+def check_kernel_name(kernel: str) -> None:
+    """That there is such a kernel, here or elsewhere."""
+    if kernel not in ("auto", *KERNELS):
+        raise RingspanError(
+            f"kernel {kernel!r}",
+            f"the kernels are auto, {', '.join(KERNELS)}",
+            "A kernel is asked for by name",
+            repr(nearest_name(kernel, ("auto", *KERNELS))),
+        )
+
+
 def check_names(
     strategy: str,
     layout: str,
@@ -78,13 +89,7 @@ def check_names(
         raise RingspanError(
             f"kv_heads_per_stage={kv_heads_per_stage!r}", "", "A stage is a whole number of at least one key head", "kv_heads_per_stage=1"
         )
-    if kernel not in ("auto", *KERNELS):
-        raise RingspanError(
-            f"kernel {kernel!r}",
-            f"the kernels are auto, {', '.join(KERNELS)}",
-            "A kernel is asked for by name",
-            repr(nearest_name(kernel, ("auto", *KERNELS))),
-        )
+    check_kernel_name(kernel)
     make_layout(layout, num_ranks, num_ranks, weights)
 
 

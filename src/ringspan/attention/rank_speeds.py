@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention import checks
-from ringspan.errors import RingspanError, nearest_name
-from ringspan.kernels import KERNELS, Problem, kernel_pass, select_kernel
+from ringspan.errors import RingspanError
+from ringspan.kernels import Problem, kernel_pass, select_kernel
 from ringspan.transport import InProcessTransport, Transport, agree, make_transport
 
 PROBLEMS = {
@@ -78,13 +78,7 @@ def _check(kernel: str, device: str | None, seconds: float) -> None:
         )
     if device not in (None, *PROBLEMS):
         raise RingspanError(f"measure_weights on device {device!r}", "", f"There are {' and '.join(PROBLEMS)}", "device=None")
-    if kernel not in ("auto", *KERNELS):
-        raise RingspanError(
-            f"kernel {kernel!r}",
-            f"the kernels are auto, {', '.join(KERNELS)}",
-            "A kernel is asked for by name",
-            repr(nearest_name(kernel, ("auto", *KERNELS))),
-        )
+    checks.check_kernel_name(kernel)
 
 
 def _tried(kernel: str, device: str) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 
 if TYPE_CHECKING:
     from ringspan.cli.diagnosis import Diagnosis
@@ -85,7 +85,8 @@ def problem_of(
         found = "there is no CUDA device here" if device == "cuda" else "there are auto, cpu and cuda"
         raise RingspanError(f"--device {device}", found, "A device is one of this machine's", "--device auto")
     if dtype not in DTYPES:
-        raise RingspanError(f"--dtype {dtype}", f"there are {', '.join(DTYPES)}", "A dtype is asked for by name", "--dtype bfloat16")
+        nearest = nearest_name(dtype, ("bfloat16", *DTYPES))
+        raise RingspanError(f"--dtype {dtype}", f"there are {', '.join(DTYPES)}", "A dtype is asked for by name", f"--dtype {nearest}")
     place = "cuda" if device != "cpu" and has_cuda else "cpu"
     kv_heads = (8 if heads % 8 == 0 else heads) if kv_heads is None else kv_heads
     length = (8192 if place == "cuda" else 512) if length is None else length

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringspan.cli.show import parse_options, parse_weights
-from ringspan.errors import RingspanError
+from ringspan.errors import RingspanError, nearest_name
 
 if TYPE_CHECKING:
     from ringspan.strategies import Machine
@@ -116,8 +116,9 @@ def _machine(name: str) -> Machine | None:
     if name == "measured":
         return None
     if name not in MACHINES:
-        known = ", ".join(("measured", *MACHINES))
-        raise RingspanError(f"--machine {name}", f"there are {known}", "A machine is asked for by name", "--machine measured")
+        known = ("measured", *MACHINES)
+        nearest = f"--machine {nearest_name(name, known)}"
+        raise RingspanError(f"--machine {name}", f"there are {', '.join(known)}", "A machine is asked for by name", nearest)
     return MACHINES[name]
 
 
