@@ -213,6 +213,12 @@ def _leaves() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _second_gradient() -> Any:
+    q, k, v = _leaves()
+    out = ringspan.ContextParallel(LoneRank(True)).sequence(LENGTH).attention(q, k, v)
+    return torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
 def _sequence(mask: Mask | None = None, length: int = LENGTH, **how: Any) -> ringspan.Sequence:
     return ringspan.ContextParallel(LoneRank(False), **how).sequence(length, mask)
 
@@ -228,6 +234,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "`scaled_dot_product_attention(attn_mask=…)`": lambda: ringspan.scaled_dot_product_attention(
         *_tensors(axes="bhsd"), attn_mask=torch.ones(4, 16, dtype=torch.bool), enable_gqa=True, group=LoneRank(False)
     ),
+    "`attention` with a scale that is not above 0": lambda: _sequence().attention(*_leaves(), -0.5),
+    "a gradient with `create_graph=True`": lambda: _second_gradient(),
     "`decode` of tensors that require a gradient": lambda: _sequence().context.decode(*_leaves()),
     "`shard_batch` with padding on the left": lambda: _sequence().shard_batch(_padded(torch.arange(LENGTH) >= 3)),
     "`shard_batch` with padding under mask full": lambda: _sequence(ringspan.full()).shard_batch(_padded(torch.arange(LENGTH) < 12)),

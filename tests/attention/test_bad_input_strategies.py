@@ -267,6 +267,9 @@ MODS: dict[str, tuple[Callable[..., Any], str]] = {
     "returns nothing": (lambda b, h, q_idx, kv_idx: None, "NoneType"),
     "returns another shape": (lambda b, h, q_idx, kv_idx: torch.ones(7, 7, dtype=torch.bool), "(7, 7)"),
     "breaks": (lambda b, h, q_idx, kv_idx: {}["positions"], "KeyError"),
+    "looks up fewer positions than there are": (lambda b, h, q_idx, kv_idx: torch.ones(LENGTH - 1, dtype=torch.bool)[kv_idx], "IndexError"),
+    "looks up fewer heads than there are": (lambda b, h, q_idx, kv_idx: torch.ones(3, dtype=torch.bool)[h], "IndexError"),
+    "returns one truth for all": (lambda b, h, q_idx, kv_idx: torch.tensor(True), "it returns ()"),
 }
 
 

@@ -68,7 +68,12 @@ ON_ONE_RANK: dict[str, tuple[Callable[[list], Any], str]] = {
     "a scale that is no number": (lambda x: (x, {"scale": float("nan")}), "finite"),
     "a scale that is a word": (lambda x: (x, {"scale": "large"}), "finite"),
     "a softcap of zero": (lambda x: (x, {"softcap": 0.0}), "above 0"),
+    "a scale of zero": (lambda x: (x, {"scale": 0.0}), "finite numbers above 0"),
+    "a scale below zero": (lambda x: (x, {"scale": -0.5}), "Try: scale=0.5 of -q"),
     "sinks for other heads": (lambda x: (x, {"sinks": torch.zeros(3)}), "one score a query head"),
+    "complex sinks": (lambda x: (x, {"sinks": torch.zeros(4, dtype=torch.complex64)}), "one score a query head"),
+    "sparse queries": (lambda x: [x[0].to_sparse(), *x[1:]], "dense tensors"),
+    "a list for whether lse is returned": (lambda x: (x, {"return_lse": []}), "return_lse=[]"),
 }
 
 
@@ -121,6 +126,10 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "whether a backward comes": (
         lambda group: ringspan.ContextParallel(group).sequence(12).attention(*(torch.zeros(1, 4, 2, 4, requires_grad=group.rank < 2),) * 3),
         "gradients=False",
+    ),
+    "a gradient of what is unsharded": (
+        lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 4, requires_grad=group.rank == 1)),
+        "gradient=True",
     ),
     "the shape to unshard": (
         lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 4, 5 + (group.rank == 1))),
@@ -178,6 +187,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "option": (lambda group: ringspan.ContextParallel(group, strategy="ring", stages=2), "stages"),
     "value of an option": (lambda group: ringspan.ContextParallel(group, strategy="all_gather", stages="two"), "stages"),
     "weights without layout weighted": (lambda group: ringspan.ContextParallel(group, weights=(1.0, 1.0, 1.0)), "Only 'weighted'"),
+    "no weights at all": (lambda group: ringspan.ContextParallel(group, layout="weighted", weights=()), "0 weights"),
     "number of weights": (lambda group: ringspan.ContextParallel(group, layout="weighted", weights=(1.0,)), "one finite weight"),
     "length zero": (lambda group: ringspan.ContextParallel(group).sequence(0), "at least 1"),
     "length below zero": (lambda group: ringspan.ContextParallel(group).sequence(-5), "at least 1"),
@@ -189,6 +199,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "belongs to a document",
     ),
     "tensor to shard": (lambda group: ringspan.ContextParallel(group).sequence(8).shard(torch.zeros(1, 9)), "8 positions"),
+    "a list to shard": (lambda group: ringspan.ContextParallel(group).sequence(2).shard([1, 2]), "is a tensor"),  # type: ignore[arg-type]
     "dim to shard": (lambda group: ringspan.ContextParallel(group).sequence(8).shard(torch.zeros(1, 8), dim=2), "dim 2"),
     "dim to unshard": (
         lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 4), dim="1"),  # type: ignore[arg-type]
@@ -198,6 +209,11 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda group: ringspan.ContextParallel(group).sequence(12).unshard(torch.zeros(1, 12)),
         "4 positions|12 tokens|owns",
     ),
+    "a list to unshard": (
+        lambda group: ringspan.ContextParallel(group).sequence(12).unshard([1] if group.rank else torch.zeros(1, 4)),  # type: ignore[arg-type]
+        "of type list",
+    ),
+    "words for a softcap": (lambda group: ringspan.attention(*shapes(), softcap="", group=group), "softcap ''"),  # type: ignore[call-overload]
     "kernel for this machine": (
         lambda group: ringspan.ContextParallel(group, kernel="cudnn").sequence(12).attention(*shapes()),
         "it runs on cuda, and the tensors are on cpu",

@@ -60,6 +60,8 @@ def text(tmp_path: Path) -> Path:
         (["--ranks", "-1"], ["--ranks -1"]),
         (["--context", "0"], ["--context 0"]),
         (["--context", "-8"], ["--context -8"]),
+        (["--context", "2", "--ranks", "3"], ["rank 2 would own none of the 2 tokens", "Try: --context 6"]),
+        (["--out", ""], ["--out ''", "Try: --out runs/train"]),
         (["--steps", "0"], ["--steps 0"]),
         (["--batch-size", "-1"], ["--batch-size -1"]),
         (["--learning-rate", "0"], ["--learning-rate 0"]),

@@ -73,7 +73,7 @@ class _Unhashable:
 
 
 NO_MASKS = """triangle window window: window:x window:1,2,3 window:-1 documents: documents:0 prefix:-2 prefix blocks:4 blocks:0:1
-blocks:4:10/1 causal& causal:3"""
+blocks:4:10/1 blocks:2:1x/2l causal& causal:3"""
 
 
 @pytest.mark.parametrize("text", ["", "causal causal", *NO_MASKS.split()])

@@ -83,7 +83,21 @@ def damage_manifest(folder: Path) -> str:
     return "manifest.json cannot be read"
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_flipped, damage_state, damage_manifest])
+def damage_manifest_of_nothing(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{}")
+    return "manifest.json is not as it was written"
+
+
+def damage_manifest_of_another_kind(folder: Path) -> str:
+    (folder / "manifest.json").write_text("[]")
+    return "manifest.json is not as it was written"
+
+
+DAMAGES = [damage_missing, damage_truncated, damage_flipped, damage_state, damage_manifest]
+DAMAGES += [damage_manifest_of_nothing, damage_manifest_of_another_kind]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_newest_whole_one(tmp_path: Path, model: LlamaForCausalLM, damage):
     for step in (1, 2, 3):
         save(tmp_path, step, model, keep=3)

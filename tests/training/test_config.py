@@ -61,7 +61,7 @@ def test_a_saved_configuration_reads_back(tmp_path: Path):
     assert TrainingConfig.load(tmp_path / "config.json") == config
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"unknown": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"unknown": 1}', '{"steps": "many"}'])
 def test_a_damaged_configuration_is_named(tmp_path: Path, content: str):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(RingspanError, match=r"config\.json"):

@@ -209,9 +209,8 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_made_up():
     module = MODULES["llama"]()
     blockwise(module, 3)
     x = torch.randn(2, 7, 12, requires_grad=True)
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
+    with pytest.raises(UnsupportedError, match="create_graph=True"):
+        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, "many", True])

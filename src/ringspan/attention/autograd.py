@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringspan.attention.executor import BackwardPass, ForwardPass
 from ringspan.attention.materialised import MaterialisedBackward, MaterialisedForward
@@ -20,7 +19,7 @@ from ringspan.attention.scoring import TileScores, add_sinks, sinks_gradient
 from ringspan.attention.streams import give_away
 from ringspan.attention.tape import remembered
 from ringspan.errors import UnsupportedError
-from ringspan.kernels import accumulator_dtype, without_autocast
+from ringspan.kernels import accumulator_dtype, first_order, without_autocast
 
 
 class DistributedAttention(torch.autograd.Function):
@@ -56,7 +55,7 @@ class DistributedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor | None):
         """Runs the backward program: every rank must come here, as every rank came through the forward."""
         with watch(ctx.plan.observer, BEFORE, "whole"), without_autocast(ctx.device):

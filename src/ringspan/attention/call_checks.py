@@ -73,6 +73,11 @@ def read_window(function: str, causal: bool, window_size: Any) -> tuple[int | No
     return left, 0 if causal else right
 
 
+def read_softcap(softcap: Any) -> Any:
+    """A bound of the scores, where flash-attn's 0 is none; `Sequence.attention` says what else is wrong with it."""
+    return None if isinstance(softcap, (int, float)) and softcap == 0 else softcap
+
+
 def read_borders(
     function: str, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int | None, max_seqlen_k: int | None
 ) -> tuple[int, ...]:

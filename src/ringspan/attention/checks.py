@@ -17,6 +17,8 @@ from ringspan.transport import InProcessTransport, Transport
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """How pieces travel: see `ContextParallel`."""
 
+SCORE_NUMBERS = "A scale and a softcap are finite numbers above 0"
+
 
 def peer_memory_reason(materialised: bool, kv_heads_per_stage: int | None) -> str | None:
     """Why such attention does not go through peer memory, or None."""
@@ -104,6 +106,8 @@ def check_sequence(length: int, mask: Mask) -> None:
 
 def check_dim(x: Tensor, dim: int, length: int, of: str) -> None:
     """That `x` is `length` long along `dim`."""
+    if not isinstance(x, Tensor):
+        raise RingspanError(f"{of} of type {type(x).__name__}", "", "What is split is a tensor", "torch.as_tensor(x)")
     if not _has_dim(x, dim) or x.shape[dim] != length:
         raise RingspanError(
             f"a tensor {tuple(x.shape)} with the sequence along dim {dim!r}",
@@ -177,14 +181,15 @@ def check_attention(
     if len({q.device, k.device, v.device}) > 1:
         found = f"devices {q.device}, {k.device}, {v.device}"
         raise RingspanError(asked, found, "q, k and v lie on one device", f"k.to('{q.device}'), v.to('{q.device}')")
-    if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device):
-        found = f"{tuple(sinks.shape)} on {sinks.device}"
+    if sinks is not None and (sinks.shape != q.shape[2:3] or sinks.device != q.device or not sinks.is_floating_point()):
+        found = f"{tuple(sinks.shape)} of {sinks.dtype} on {sinks.device}"
         raise RingspanError(f"{asked} with sinks", found, "Sinks are one score a query head", f"sinks of shape ({q.shape[2]},)")
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and (name == "scale" or value > 0)):
-            raise RingspanError(
-                f"{asked} with {name}={value!r}", "", "A scale is a finite number, and a softcap one above 0", f"{name}=None"
-            )
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            # A kernel takes the largest of the scores before it scales them, and has −∞ where the mask allows nothing.
+            negative = name == "scale" and isinstance(value, (int, float)) and -math.inf < value < 0
+            nearest = f"scale={-value} of -q" if negative else f"{name}=None"
+            raise RingspanError(f"{asked} with {name}={value!r}", "", SCORE_NUMBERS, nearest)
     select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
 
 
@@ -208,13 +213,20 @@ def replay_refusal(device: str, kernel: Kernel, everyone: Transport, ranks: int,
 
 
 def check_loss(logits: Tensor, labels: Tensor, shard_length: int, rank: int) -> None:
-    """Shapes of `Sequence.loss`."""
+    """Shapes and dtypes of `Sequence.loss`."""
     if logits.ndim != 3 or logits.shape[:-1] != labels.shape or labels.shape[1] != shard_length:
         raise RingspanError(
             f"a loss of logits {tuple(logits.shape)} with labels {tuple(labels.shape)}",
             f"rank {rank} owns {shard_length} positions",
             "logits are [batch, shard, vocabulary] and labels [batch, shard]",
             "the labels of seq.shard_batch(batch)",
+        )
+    if not logits.is_floating_point() or labels.dtype != torch.int64 or labels.device != logits.device:
+        raise RingspanError(
+            f"a loss of logits in {logits.dtype} on {logits.device} with labels in {labels.dtype} on {labels.device}",
+            "",
+            "Logits are floating-point numbers, and labels int64 on their device",
+            f"labels.long().to('{logits.device}')",
         )
 
 
@@ -228,34 +240,49 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", frozenset())
 
 
-def type_problem(q: object, k: object, v: object, sinks: object, scale: object, softcap: object) -> RingspanError | None:
+def type_problem(
+    q: object, k: object, v: object, sinks: object, scale: object, softcap: object, return_lse: object = False
+) -> RingspanError | None:
     """The error where an argument of attention is of another type than documented; then there is nothing to look a plan up by."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
-        if not isinstance(tensor, Tensor) and not (name == "sinks" and tensor is None):
+        if tensor is None and name == "sinks":
+            continue
+        if not isinstance(tensor, Tensor):
             return RingspanError(
                 f"attention with {name} of type {type(tensor).__name__}", "", "q, k, v and sinks are tensors", f"torch.as_tensor({name})"
             )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            return RingspanError(f"attention with {name} that is {kind}", "", "q, k, v and sinks are dense tensors", f"a dense {name}")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not isinstance(value, (int, float)):
-            rule = "A scale is a finite number, and a softcap one above 0"
-            return RingspanError(f"attention with {name}={value!r}", f"it is of type {type(value).__name__}", rule, f"{name}=None")
+            found = f"it is of type {type(value).__name__}"
+            return RingspanError(f"attention with {name} {value!r}", found, SCORE_NUMBERS, f"{name}=None")
+    if not isinstance(return_lse, bool):
+        return RingspanError(f"attention with return_lse={return_lse!r}", "", "The log-sum-exp is returned, or not", "return_lse=True")
     return None
 
 
-def check_mask_mod(mask: Mask, length: int, device: torch.device) -> None:
-    """That a user's function, where `mask` has one, says of index tensors which pairs are allowed: tried on the first two positions."""
+def check_mask_mod(mask: Mask, length: int, batch: int, heads: int, device: torch.device) -> None:
+    """That a user's function, where `mask` has one, says of index tensors which pairs are allowed.
+
+    Tried on the first two positions and the last two, for every head of every batch entry: a table that is too short is found.
+    """
     if mask.mod is None:
         return
-    rows = min(2, length)
-    first, positions = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device), torch.arange(rows, device=device)
+    positions = torch.tensor(sorted({*range(min(2, length)), *range(max(0, length - 2), length)}), device=device)
+    b, h = torch.arange(batch, device=device).view(-1, 1, 1, 1), torch.arange(heads, device=device).view(1, -1, 1, 1)
+    tried = batch, heads, len(positions), len(positions)
     try:
-        said = mask.mod(first, first, positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1))
+        said = mask.mod(b, h, positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1))
     except Exception as error:
         raise _mask_mod_error(mask, f"it raises {type(error).__name__}: {error}") from error
     if not isinstance(said, Tensor) or said.dtype != torch.bool:
         raise _mask_mod_error(mask, f"it returns {said.dtype if isinstance(said, Tensor) else type(said).__name__}")
-    if said.ndim > 4 or any(size not in (1, most) for size, most in zip(said.shape[::-1], (rows, rows, 1, 1), strict=False)):
-        raise _mask_mod_error(mask, f"for {rows} queries and keys it returns {tuple(said.shape)}")
+    if not 1 <= said.ndim <= 4 or any(size not in (1, most) for size, most in zip(said.shape[::-1], tried[::-1], strict=False)):
+        raise _mask_mod_error(mask, f"of {tried} pairs [batch, heads, queries, keys] it returns {tuple(said.shape)}")
+    if said.device != device:
+        raise _mask_mod_error(mask, f"of indices on {device} it returns a tensor on {said.device}")
 
 
 def _mask_mod_error(mask: Mask, found: str) -> RingspanError:
@@ -303,7 +330,11 @@ def check_not_captured(what: str, asked: str, device: torch.device, num_ranks: i
 
 def describe_shard(x: Tensor, dim: int) -> str:
     """What all ranks' shards must have in common."""
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__}"
     if not _has_dim(x, dim):
         return f"shape {tuple(x.shape)} dim {dim!r}"
     others = [size for index, size in enumerate(x.shape) if index != dim % x.ndim]
-    return f"dim={dim % x.ndim} other sizes={others} {x.dtype} on {x.device.type}"
+    # Who asks for a gradient waits for the others' in the backward.
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return f"dim={dim % x.ndim} other sizes={others} {x.dtype} on {x.device.type} gradient={wanted}"

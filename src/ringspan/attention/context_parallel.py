@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -145,8 +146,8 @@ class ContextParallel:
             `out` like `q` and `lse [batch, heads, queries]`, the same on every rank. No gradient goes through it.
 
         Raises:
-            RingspanError: where shapes or dtypes do not fit, or a gradient is asked for; and where a call with new shapes is captured in a
-                CUDA graph.
+            RingspanError: where shapes or dtypes do not fit, or a gradient is asked for; on every rank at the first call with such queries
+                and heads, and after that on this rank alone. And where a call with new shapes is captured in a CUDA graph.
         """
         if (wrong := checks.type_problem(q, k, v, None, scale, None)) is not None:
             agree(self.transport, "decode", "arguments of another type", wrong)
@@ -174,6 +175,12 @@ class ContextParallel:
         """
         self.use.check("sum_gradients", self.transport.size)
         parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
+        if strange := [each for each in parameters if not isinstance(each, Tensor)]:
+            raise RingspanError(
+                "sum_gradients", f"one of its parameters is of type {type(strange[0]).__name__}", "A model has parameters", "the model"
+            )
+        if any(parameter.grad is not None and parameter.grad.layout != torch.strided for parameter in parameters):
+            raise RingspanError("sum_gradients of sparse gradients", "", "Gradients are summed as they lie in memory", "sparse=False")
         if any(hasattr(parameter, "device_mesh") for parameter in parameters):
             raise RingspanError(
                 "sum_gradients of sharded parameters",
@@ -187,7 +194,11 @@ class ContextParallel:
         sum_gradients(parameters, self.transport, self.observer)
 
     def broadcast_parameters(self, model: nn.Module) -> None:
-        """Copies the parameters and buffers of rank 0 to every rank. Collective."""
+        """Copies the parameters and buffers of rank 0 to every rank. Collective.
+
+        Raises:
+            RingspanError: on every rank, where it is no model, or its parameters and buffers are of other names, shapes or dtypes on one.
+        """
         broadcast_parameters(model, self.transport)
 
 

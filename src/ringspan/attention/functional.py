@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ringspan.attention.call_checks import check_length, check_names, check_options, check_tensors, read_borders, read_window
+from ringspan.attention.call_checks import check_length, check_names, check_options, check_tensors, read_borders, read_softcap, read_window
 from ringspan.attention.calls import Group, Request, find_sequence, promising
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.geometry import Layout, Mask, causal, documents, full, make_layout, sliding_window
@@ -91,7 +91,7 @@ def attention(
         return promising(request, deterministic)
 
     sequence = find_sequence(group, "attention", prepare)
-    keywords: Any = {"softcap": softcap or None, "sinks": sinks, "return_lse": return_lse}
+    keywords: Any = {"softcap": read_softcap(softcap), "sinks": sinks, "return_lse": return_lse}
     return sequence.attention(q, k, v, softmax_scale, **keywords)
 
 
@@ -166,7 +166,7 @@ def attention_varlen(
         return promising(request, deterministic)
 
     sequence = find_sequence(group, "attention_varlen", prepare)
-    keywords: Any = {"softcap": softcap or None, "sinks": sinks, "return_lse": return_lse}
+    keywords: Any = {"softcap": read_softcap(softcap), "sinks": sinks, "return_lse": return_lse}
     return without_batch(sequence.attention(q[None], k[None], v[None], softmax_scale, **keywords))
 
 

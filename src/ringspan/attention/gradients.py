@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ringspan.attention.observe import AFTER, Observer, watch
 from ringspan.errors import RingspanError
-from ringspan.transport import Transport
+from ringspan.transport import Transport, agree
 
 BUCKET_BYTES = 1 << 25
 """Gradients are summed in buckets of this size: large enough for the link, small beside the model."""
@@ -80,12 +80,35 @@ def _sampled_checksum(parameters: list[nn.Parameter]) -> int | None:
 
 
 def broadcast_parameters(model: nn.Module, transport: Transport) -> None:
-    """Copies parameters and buffers of rank 0 to every rank, in place."""
+    """Copies parameters and buffers of rank 0 to every rank, in place.
+
+    Raises:
+        RingspanError: on every rank and before anything is sent, where they are not the same ones of the same shapes and dtypes on all.
+    """
+    wrong = None if isinstance(model, nn.Module) else f"a model of type {type(model).__name__}"
+    problem = None if wrong is None else RingspanError(wrong, "", "A model is a torch.nn.Module", "the model itself")
+    agree(transport, "broadcast_parameters", "a model", problem)
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    first, *others = transport.gather_objects({name: _described(tensor) for name, tensor in named.items()})
+    for rank, theirs in enumerate(others, 1):
+        for name in first | theirs:
+            if first.get(name) != theirs.get(name):
+                raise RingspanError(
+                    f"broadcast_parameters on {transport.size} ranks",
+                    f"{name} is {first.get(name, 'not there')} on rank 0, {theirs.get(name, 'not there')} on rank {rank}",
+                    "Every rank has the same model, whatever its values",
+                    "the model of one configuration on every rank",
+                )
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in named.values():
             contiguous = tensor.detach().contiguous()
-            transport.broadcast(contiguous)
+            # Bytes: no backend carries every dtype.
+            transport.broadcast(contiguous.view(-1).view(torch.uint8))
             tensor.copy_(contiguous)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device.type}"
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

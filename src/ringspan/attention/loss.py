@@ -43,13 +43,15 @@ def mean_cross_entropy(
         logits: `[batch, shard, vocabulary]`.
         labels: `[batch, shard]`, already shifted.
         transport: of the ranks that share the sequence.
-        ignore_index: the label of positions that do not count.
+        ignore_index: the label of positions that do not count, besides −100.
         observer: looks on while the ranks sum.
 
     Returns:
         A scalar, 0 where no position counts. Its gradient is this rank's share: sum the parameters' gradients over the ranks.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
+    if ignore_index != IGNORE_INDEX:
+        labels = labels.masked_fill(labels == IGNORE_INDEX, ignore_index)
     total = F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     count = (labels != ignore_index).sum().to(wide)
     with watch(observer, AFTER, "reduce"):

@@ -82,7 +82,7 @@ def make_plan(
             q, k, v, sinks, scale, softcap, sequence.shard_length, sequence.rank, context.kernel, features, deterministic
         )
         checks.check_device(q.device.type, context.transport.devices, sequence.num_ranks)
-        checks.check_mask_mod(sequence.mask, sequence.length, q.device)
+        checks.check_mask_mod(sequence.mask, sequence.length, q.shape[0], q.shape[2], q.device)
         if materialised:
             check_materialised(context.kernel, softcap, sinks)
 

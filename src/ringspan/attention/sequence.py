@@ -186,7 +186,7 @@ class Sequence:
                 wrong, the kernel refuses it, or the ranks disagree; and where such a call is captured in a CUDA graph.
         """
         self.context.use.has_attended = True
-        if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap)) is not None:
+        if (wrong := checks.type_problem(q, k, v, sinks, scale, softcap, return_lse)) is not None:
             agree(self.context.transport, "attention", "arguments of another type", wrong)
         scale = whole_scale(q, scale)
         key = plan_key(q, k, v, sinks, scale, softcap, return_lse)
@@ -254,7 +254,7 @@ class Sequence:
         Args:
             logits: `[batch, shard, vocabulary]`.
             labels: `[batch, shard]`, as `shard_batch` returns them: position t holds the token at t + 1.
-            ignore_index: the label of positions that do not count.
+            ignore_index: the label of positions that do not count, besides −100, which `shard_batch` gives to those that have none.
 
         Returns:
             A scalar, the same on every rank. After `backward()` and `ContextParallel.sum_gradients(model)` every rank holds the gradients
@@ -264,8 +264,14 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank, where they are wrong on any rank or the ranks disagree, or
                 where the batch was cut by `shard_batch` and the model's attention is none of this context's.
         """
+        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor) and type(ignore_index) is int):
+            wrong = f"logits {type(logits).__name__}, labels {type(labels).__name__}, ignore_index {type(ignore_index).__name__}"
+            problem = RingspanError(
+                f"a loss of {wrong}", "", "Logits and labels are tensors, and ignore_index a whole number", "seq.loss(out.logits, labels)"
+            )
+            agree(self.context.transport, "loss", "arguments of another type", problem)
         self._losses.get(
-            (logits.shape, labels.shape, logits.dtype, logits.device, ignore_index),
+            (logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device, ignore_index),
             lambda: self._agree_on_loss(logits, labels, ignore_index),
         )
         return mean_cross_entropy(logits, labels, self.context.transport, ignore_index, self.observer or self.context.observer)

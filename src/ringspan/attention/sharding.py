@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringspan.geometry import Layout
+from ringspan.kernels import first_order
 from ringspan.transport import Parcel, Transport
 
 
@@ -54,7 +54,7 @@ class Unshard(torch.autograd.Function):
         return assemble(shards, layout, ctx.dim)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         """Every rank sends to each owner the gradient of its shard; the owner adds them in rank order."""
         (gradient,) = gradients

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringspan.attention.call_checks import check_options, check_tensors, read_window
+from ringspan.attention.call_checks import check_options, check_tensors, read_softcap, read_window
 from ringspan.attention.calls import Group, Request, find_sequence, promising, transport_of
 from ringspan.attention.functional import Window, mask_of
 from ringspan.attention.sharding import take_shard
@@ -203,7 +203,7 @@ class LongContextAttention(nn.Module):
             return promising(self._request(query.shape[1], read_window(name, causal, window_size)), deterministic)
 
         sequence = find_sequence(self.parallel.group, name, prepare)
-        return sequence.attention(query, key, value, softmax_scale, softcap=softcap or None)
+        return sequence.attention(query, key, value, softmax_scale, softcap=read_softcap(softcap))
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor along `dim`, as yunchang's `EXTRACT_FUNC_DICT[ring_impl_type]` cuts it.

@@ -93,11 +93,11 @@ def weighted(length: int, num_ranks: int, weights: Sequence[float] | None = None
     blocks of a kernel.
     Four tokens on two ranks with weights 1, 0: `0 0 0 0` (rank 1 owns nothing).
     """
-    chosen = tuple(float(weight) for weight in (weights or (1.0,) * num_ranks))
+    chosen = tuple(float(weight) for weight in ((1.0,) * num_ranks if weights is None else weights))
     if len(chosen) != num_ranks or min(chosen) < 0 or not 0 < sum(chosen) < float("inf"):
         raise RingspanError(
             f"layout 'weighted' with weights {chosen} on {num_ranks} ranks",
-            f"{len(chosen)} weights, the least {min(chosen)}",
+            f"{len(chosen)} weights, the least {min(chosen, default=None)}",
             "There is one finite weight ≥ 0 for each rank, and at least one of them is above 0",
             f"weights={(1.0,) * num_ranks}",
         )

@@ -16,6 +16,7 @@ def _parse_window(text: str) -> Mask:
 
 def _parse_blocks(text: str) -> Mask:
     size, _, rows = text.partition(":")
+    assert set(rows) <= set("01/")
     return block_sparse(int(size), [[bit == "1" for bit in row] for row in rows.split("/")])
 
 
@@ -39,6 +40,8 @@ def parse_mask(text: str) -> Mask:
     Raises:
         RingspanError: for a name that is not one of `MASK_FORMS`, or numbers that do not read.
     """
+    if not isinstance(text, str):
+        raise RingspanError(f"mask {text!r}", f"it is of type {type(text).__name__}", "A mask is written as text", "'causal'")
     masks = []
     for part in text.split("&"):
         name, _, numbers = part.strip().partition(":")

@@ -5,6 +5,7 @@ from ringspan.kernels.autocast import autocast_dtype, without_autocast
 from ringspan.kernels.capabilities import Capabilities, Problem, dtype_name
 from ringspan.kernels.capture import is_captured
 from ringspan.kernels.copies import AT_ONCE, Copy, copy_all
+from ringspan.kernels.first_order import first_order
 from ringspan.kernels.flash4 import Flash4
 from ringspan.kernels.flex import Flex
 from ringspan.kernels.lse_gradient import lse_gradient_refusal
@@ -32,6 +33,7 @@ __all__ = [
     "batch_first",
     "copy_all",
     "dtype_name",
+    "first_order",
     "is_captured",
     "kernel_pass",
     "lowered",

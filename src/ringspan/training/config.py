@@ -184,6 +184,8 @@ class TrainingConfig:
                 raise RingspanError(
                     f"{option(name)} {value}", "too small", f"{option(name)} is a whole number from {least} up", f"{option(name)} {default}"
                 )
+        if not self.out.strip():
+            raise RingspanError(f"--out {self.out!r}", "it is no name", "A run is kept in a folder", "--out runs/train")
         if self.seed >= 2**63:
             raise RingspanError(f"--seed {self.seed}", "too large", "A seed is below 2^63", "--seed 0")
         for name in ("learning_rate", "gradient_clip", "timeout_seconds", "spike_factor", "rope_factor", "lora_alpha"):
@@ -232,11 +234,12 @@ class TrainingConfig:
             RingspanError: for a missing file, or one that is no configuration.
         """
         try:
-            return TrainingConfig(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            kept = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
             raise RingspanError(
                 f"configuration {path}", str(error), "A run keeps its configuration in config.json", "start a new run with another --out"
             ) from None
+        return TrainingConfig(**_typed(kept, f"configuration {path}"))
 
     @staticmethod
     def options(path: Path) -> dict[str, Any]:
@@ -249,19 +252,7 @@ class TrainingConfig:
             given = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise RingspanError(f"--config {path}", str(error), "A configuration is a JSON object", "the config.json of a run") from None
-        kinds = {field.name: str(field.type) for field in fields(TrainingConfig)}
-        unknown = sorted(set(given) - set(kinds)) if isinstance(given, dict) else ["no object"]
-        if unknown:
-            raise RingspanError(
-                f"--config {path}", f"it has {', '.join(unknown)}", "Its names are those of the options", f"some of {', '.join(kinds)}"
-            )
-        for name, value in given.items():
-            kind = "None" if value is None else type(value).__name__
-            if kind not in kinds[name].split(" | ") and not (kind == "int" and "float" in kinds[name]):
-                raise RingspanError(
-                    f"--config {path}", f"{name} is {value!r}", f"{name} is of type {kinds[name]}", f"{name}: {_default(name)!r}"
-                )
-        return {name: value for name, value in given.items() if name != "out"}
+        return {name: value for name, value in _typed(given, f"--config {path}").items() if name != "out"}
 
     def resumed(self, given: dict[str, Any]) -> TrainingConfig:
         """This saved configuration with the options `given` for going on; None is an option that was not given.
@@ -296,6 +287,19 @@ def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
             f"{option(field)} is one of {', '.join(known)}",
             f"{option(field)} {nearest_name(name, known)}",
         )
+
+
+def _typed(given: Any, asked: str) -> dict[str, Any]:
+    """What was read from a configuration's JSON, if its names are those of options and its values of their types."""
+    kinds = {field.name: str(field.type) for field in fields(TrainingConfig)}
+    unknown = sorted(set(given) - set(kinds)) if isinstance(given, dict) else ["no object"]
+    if unknown:
+        raise RingspanError(asked, f"it has {', '.join(unknown)}", "Its names are those of the options", f"some of {', '.join(kinds)}")
+    for name, value in given.items():
+        kind = "None" if value is None else type(value).__name__
+        if kind not in kinds[name].split(" | ") and not (kind == "int" and "float" in kinds[name]):
+            raise RingspanError(asked, f"{name} is {value!r}", f"{name} is of type {kinds[name]}", f"{name}: {_default(name)!r}")
+    return given
 
 
 def _default(name: str) -> Any:

@@ -58,7 +58,11 @@ def check_attention(config: TrainingConfig) -> None:
     asked += f" --ranks {config.ranks}" if ranks == config.ranks else f" over {ranks} ranks"
     # What auto chooses from holds the ring, which nothing refuses.
     strategy = "ring" if config.strategy == "auto" else config.strategy
-    _said_as(asked, None, lambda: make_schedules(strategy, make_layout(config.layout, config.context, ranks, mask=mask), mask))
+    layout = _said_as(asked, None, lambda: make_layout(config.layout, config.context, ranks, mask=mask))
+    if empty := [rank for rank, length in enumerate(layout.shard_lengths) if not length]:
+        found = f"rank {empty[0]} would own none of the {config.context} tokens"
+        raise RingspanError(asked, found, "A model computes at least one token on every rank", f"--context {2 * ranks}, or fewer ranks")
+    _said_as(asked, None, lambda: make_schedules(strategy, layout, mask))
 
 
 def check_kernel(config: TrainingConfig, model: str, device: str) -> None:

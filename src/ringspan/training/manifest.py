@@ -69,6 +69,9 @@ def first_damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
+    entries = list(manifest.values()) if isinstance(manifest, dict) else []
+    if not entries or not all(isinstance(each, dict) and set(each) == {"bytes", "sha256"} for each in entries):
+        return f"{MANIFEST} is not as it was written"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(_describe_or_error, (folder / name for name in manifest))
     for (name, written), present in zip(manifest.items(), found, strict=True):

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ringspan.errors import RingspanError, UnsupportedError
-from ringspan.kernels import autocast_dtype
+from ringspan.kernels import autocast_dtype, first_order
 from ringspan.transformer.accumulate import GradientSums, SumLinearGradients
 from ringspan.transformer.fused import can_fuse, feed_forward, fused_rms_norm, known_norm
 from ringspan.transformer.layers import original_forward, replace_forward, restore_forward
@@ -140,7 +139,7 @@ class _Keep(torch.autograd.Function):
         return x.view_as(x) if dtype == x.dtype else torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         (gradient,) = gradients
         x, *parameters = ctx.saved_tensors

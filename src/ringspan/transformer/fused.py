@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ringspan.kernels import autocast_dtype
+from ringspan.kernels import autocast_dtype, first_order
 from ringspan.transformer.layers import replace_forward
 
 WIDEST = 16384
@@ -174,7 +173,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm_forward(_rows(x), weight, norm.eps, norm.one_plus, dtype).view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         from ringspan.kernels.fused_layer import norm_backward
 
@@ -193,7 +192,7 @@ class _Gate(torch.autograd.Function):
         return gated_forward(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         from ringspan.kernels.fused_layer import gated_backward
 
@@ -209,7 +208,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, backward=False)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         return _rotated(gradients[0], *ctx.saved_tensors, backward=True), None, None
 

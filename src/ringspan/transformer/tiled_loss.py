@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringspan.attention import Sequence
 from ringspan.attention.checks import problem_of
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, SumOverRanks
 from ringspan.errors import RingspanError
+from ringspan.kernels import first_order
 from ringspan.transformer.accumulate import add_product_, wide_dtype
 from ringspan.transport import agree
 
@@ -242,7 +242,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *gradients: Tensor):
         if ctx.gradients is None:
             raise RingspanError(

@@ -195,8 +195,8 @@ def run_in_process(num_ranks: int, function: Callable[[InProcessTransport], Resu
         RingspanError: for a number of ranks below 1.
         Exception: the first error of any rank, with a note that names the rank.
     """
-    if num_ranks < 1:
-        raise RingspanError(f"{num_ranks} in-process ranks", "", "There is at least one rank", "num_ranks=1")
+    if type(num_ranks) is not int or num_ranks < 1:
+        raise RingspanError(f"{num_ranks!r} in-process ranks", "", "There is at least one rank, and a whole number of them", "num_ranks=1")
     world = _World(num_ranks, timeout_seconds)
     results: list = [None] * num_ranks
 
