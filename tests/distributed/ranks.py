@@ -68,6 +68,17 @@ def train(group: Any) -> list[Any]:
     return [loss.detach(), gradients(model)]
 
 
+def broadcast(group: Any) -> list[float]:
+    """Buffers of dtypes that gloo does not carry, as rank 0 has them."""
+    rank = group.rank if hasattr(group, "exchange") else dist.get_rank(group)
+    model = torch.nn.Module()
+    for dtype in (torch.int16, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        model.register_buffer(str(dtype).replace(".", "_"), torch.full((3,), 1 - min(rank, 1)).to(dtype))
+    model.register_buffer("scalar", torch.tensor(rank, dtype=torch.int16))
+    ringspan.ContextParallel(group).broadcast_parameters(model)
+    return [float(buffer.flatten()[0].real) for buffer in model.buffers()]
+
+
 def refuse(group: Any) -> list[str]:
     """Disagreements, each of which every rank is told about; the group goes on working."""
     rank = group.rank if hasattr(group, "exchange") else dist.get_rank(group)
@@ -88,7 +99,7 @@ def refuse(group: Any) -> list[str]:
 
 def everything(group: Any) -> dict[str, Any]:
     """All of the above in one start of the processes, which is what takes long."""
-    return {"attend": attend(group), "train": train(group), "refuse": refuse(group)}
+    return {"attend": attend(group), "train": train(group), "broadcast": broadcast(group), "refuse": refuse(group)}
 
 
 def replicas(group: Any) -> list[Any]:

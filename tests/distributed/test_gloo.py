@@ -80,6 +80,11 @@ def test_a_model_on_processes_has_the_loss_and_gradients_of_the_whole(both: tupl
         assert max(relative(gradients[name], expected[name]) for name in expected) <= MODEL_BUDGET
 
 
+def test_numbers_that_gloo_does_not_carry_are_broadcast_too(both: tuple[int, list[Any], list[Any]]):
+    _, real, _ = both
+    assert [result["broadcast"] for result in real] == [[1.0, 1.0, 1.0, 1.0, 0.0]] * len(real)
+
+
 def test_processes_that_disagree_are_all_told_and_go_on_together(both: tuple[int, list[Any], list[Any]]):
     _, real, threads = both
     for result, beside in zip(real, threads, strict=True):
