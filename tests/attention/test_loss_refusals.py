@@ -1,9 +1,22 @@
 """A loss that cannot be computed on one rank is refused on every rank, and nobody waits."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import ringspan
+
+
+def said_of_loss(sequence: ringspan.Sequence, *arguments: Any) -> str:
+    """What a rank is told."""
+    try:
+        sequence.loss(*arguments)
+    except ringspan.RankFailure as error:
+        return f"waited: {error}"
+    except ringspan.RingspanError as error:
+        return str(error)
+    return "computed"
 
 
 @pytest.mark.parametrize("wrong", ["rows", "dims", "vocabulary"])
@@ -17,13 +30,7 @@ def test_a_wrong_shape_on_one_rank_is_an_error_on_every_rank(wrong: str):
         logits = torch.zeros(2, rows, vocabulary)
         if group.rank == 1 and wrong == "dims":
             logits = logits[0]
-        try:
-            sequence.loss(logits, torch.zeros(2, rows, dtype=torch.int64))
-        except ringspan.RankFailure as error:
-            return f"waited: {error}"
-        except ringspan.RingspanError as error:
-            return str(error)
-        return "computed"
+        return said_of_loss(sequence, logits, torch.zeros(2, rows, dtype=torch.int64))
 
     said = ringspan.run_in_process(3, run, timeout_seconds=10.0)
     expected = "rank 1 has" if wrong == "vocabulary" else "a loss of logits"
@@ -47,13 +54,7 @@ def test_what_is_of_another_type_on_one_rank_is_an_error_on_every_rank(wrong: st
         else:
             labels = labels + 0
             logits = logits.double()
-        try:
-            sequence.loss(logits, labels, ignored)  # type: ignore[arg-type]
-        except ringspan.RankFailure as error:
-            return f"waited: {error}"
-        except ringspan.RingspanError as error:
-            return str(error)
-        return "computed"
+        return said_of_loss(sequence, logits, labels, ignored)
 
     said = ringspan.run_in_process(3, run, timeout_seconds=10.0)
     assert all("a loss of" in each for each in said), said
