@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -21,8 +22,8 @@ from ringspan.attention.sequence import KEPT, Sequence
 from ringspan.attention.use import Use
 from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, make_layout
-from ringspan.kernels import Kernel, select_kernel
-from ringspan.transport import InProcessTransport, agree, make_transport
+from ringspan.kernels import Kernel, is_captured, select_kernel
+from ringspan.transport import InProcessTransport, agree, agree_again, make_transport
 
 
 class ContextParallel:
@@ -120,6 +121,7 @@ class ContextParallel:
         if not isinstance(mask, Mask) or type(length) is not int:
             # Nothing to look up by; it is refused on every rank.
             return self._new_sequence(length, mask)
+        agree_again(self.transport, "sequence", lambda: f"length={length} mask={describe_mask(mask)}")
         return self._sequences.get((length, mask), lambda: self._new_sequence(length, mask))
 
     def _new_sequence(self, length: int, mask: Mask) -> Sequence:
@@ -153,14 +155,19 @@ class ContextParallel:
             agree(self.transport, "decode", "arguments of another type", wrong)
         problem = checks.problem_of(lambda: checks.check_decode(q, k, v, scale))
 
+        def about() -> str:
+            return f"q {tuple(q.shape)} {checks.describe_attention(q, k, None, scale, None)}"
+
         def choose_kernel() -> Kernel:
-            about = checks.describe_attention(q, k, None, scale, None)
-            checks.check_not_captured("decode", about, q.device, self.num_ranks)
-            agree(self.transport, "decode", f"q {tuple(q.shape)} {about}", problem)
+            checks.check_not_captured("decode", about(), q.device, self.num_ranks)
+            agree(self.transport, "decode", about(), problem)
             return select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
 
         # Agreed on once, whatever number of keys a rank has by then: what is wrong later ends this rank alone.
         key = (q.shape, k.shape[2:], v.shape[2:], q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale)
+        if not is_captured(q.device):
+            # Of a call that is wrong here alone the others are told too.
+            agree_again(self.transport, "decode", lambda: f"{about()} new={key not in self._decoders} {problem or ''}")
         kernel = self._decoders.get(key, choose_kernel)
         if problem is not None:
             raise problem
@@ -188,6 +195,8 @@ class ContextParallel:
                 "FSDP sums their gradients in the backward",
                 "parallel.sum_gradients()",
             )
+        shapes = [tuple(parameter.shape) for parameter in parameters]
+        agree_again(self.transport, "sum_gradients", lambda: f"{len(shapes)} parameters, {Counter(shapes)}")
         if not self.use.has_compared:
             self.use.has_compared = True
             check_same_weights(parameters, self.transport, f"sum_gradients on {self.transport.size} ranks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
@@ -12,19 +12,20 @@ from torch import Tensor
 from ringspan.attention import checks, handed
 from ringspan.attention.autograd import attend
 from ringspan.attention.batch import agree_on_batch, shard_batch
+from ringspan.attention.fingerprint import describe_mask
 from ringspan.attention.graphs import stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.loss import IGNORE_INDEX, mean_cross_entropy
 from ringspan.attention.observe import Observer
 from ringspan.attention.plan import Plan
-from ringspan.attention.planning import make_plan, plan_key, whole_scale
+from ringspan.attention.planning import make_plan, plan_key, wants_gradients, whole_scale
 from ringspan.attention.positions import KnownTensors, may_count_from_0
 from ringspan.attention.sharding import Unshard, take_shard
 from ringspan.errors import RingspanError
 from ringspan.geometry import Layout, Mask
-from ringspan.kernels import Kernel
+from ringspan.kernels import Kernel, is_captured
 from ringspan.strategies import Choice, Schedules, make_schedules
-from ringspan.transport import agree
+from ringspan.transport import agree, agree_again
 
 if TYPE_CHECKING:
     from ringspan.attention.context_parallel import ContextParallel
@@ -190,6 +191,9 @@ class Sequence:
             agree(self.context.transport, "attention", "arguments of another type", wrong)
         scale = whole_scale(q, scale)
         key = plan_key(q, k, v, sinks, scale, softcap, return_lse)
+        if not is_captured(q.device):
+            transport = self.context.transport
+            agree_again(transport, "attention", lambda: self._described(key, q, k, v, sinks, scale, softcap, return_lse))
         plan = self._plans.get(key, lambda: self._plan(q, k, v, sinks, scale, softcap, return_lse))
         if (observer := self.observer or self.context.observer) is not None:
             plan = plan.observed(observer)
@@ -198,6 +202,15 @@ class Sequence:
             return out
         assert lse is not None
         return out, lse
+
+    def _described(
+        self, key: Hashable, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None,
+        return_lse: bool,
+    ) -> str:  # fmt: skip
+        """What all ranks have in common at a call, whose plan is found by `key`."""
+        about = checks.describe_attention(q, k, sinks, scale, softcap, return_lse, wants_gradients(q, k, v, sinks))
+        of_sequence = f"length={self.length} mask={describe_mask(self.mask)} strategy={self.context.strategy!r}"
+        return f"{of_sequence} {about} new={key not in self._plans}"
 
     def refuse_attention(
         self,
@@ -270,23 +283,25 @@ class Sequence:
                 f"a loss of {wrong}", "", "Logits and labels are tensors, and ignore_index a whole number", "seq.loss(out.logits, labels)"
             )
             agree(self.context.transport, "loss", "arguments of another type", problem)
-        self._losses.get(
-            (logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device, ignore_index),
-            lambda: self._agree_on_loss(logits, labels, ignore_index),
-        )
+        key = (logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device, ignore_index)
+        about = f"{_described_loss(logits)} ignore_index={ignore_index}"
+        agree_again(self.context.transport, "loss", lambda: f"{about} new={key not in self._losses}")
+        self._losses.get(key, lambda: self._agree_on_loss(logits, labels, about))
         return mean_cross_entropy(logits, labels, self.context.transport, ignore_index, self.observer or self.context.observer)
 
-    def _agree_on_loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
+    def _agree_on_loss(self, logits: Tensor, labels: Tensor, about: str) -> bool:
         """All ranks go on, or all raise: a rank that raised alone would leave the others waiting for its share."""
 
         def check() -> None:
             self.context.use.check("the loss of a model's logits", self.num_ranks)
             checks.check_loss(logits, labels, self.shard_length, self.rank)
 
-        problem = checks.problem_of(check)
-        asked = f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
-        agree(self.context.transport, "loss", f"{asked} ignore_index={ignore_index}", problem)
+        agree(self.context.transport, "loss", about, checks.problem_of(check))
         return True
+
+
+def _described_loss(logits: Tensor) -> str:
+    return f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
 
 
 stays_uncompiled(Sequence, "attention", "unshard", "shard_batch", "loss")

@@ -9,7 +9,7 @@ from ringspan.transport.launched import check_not_launched, is_launched
 from ringspan.transport.peer_memory import SomePeers, peer_memory
 from ringspan.transport.peers import PeerMemory
 from ringspan.transport.process_group import ProcessGroupTransport, process_group_transport
-from ringspan.transport.protocol import Parcel, Pending, Transport, WhenWaited, agree, works
+from ringspan.transport.protocol import Parcel, Pending, Transport, WhenWaited, agree, agree_again, works
 from ringspan.transport.start import start_ranks
 from ringspan.transport.subgroup import Subgroup
 
@@ -25,6 +25,7 @@ __all__ = [
     "Transport",
     "WhenWaited",
     "agree",
+    "agree_again",
     "check_not_launched",
     "is_launched",
     "make_transport",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.errors import RingspanError
@@ -107,3 +108,15 @@ def agree(transport: Transport, what: str, mine: object, problem: RingspanError 
                 "All ranks of a group ask for the same",
                 "the same arguments on every rank",
             )
+
+
+def agree_again(transport: Transport, what: str, mine: Callable[[], object]) -> None:
+    """`agree` at a call that may be known already, if `TORCH_DISTRIBUTED_DEBUG=DETAIL` asks for it, as torch then compares collectives.
+
+    Otherwise ranks say nothing to each other, which is quick; and a rank that makes another call than the others is not found out.
+
+    Raises:
+        RingspanError: on every rank, where one of them makes another call.
+    """
+    if transport.size > 1 and dist.is_available() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        agree(transport, what, mine())
