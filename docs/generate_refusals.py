@@ -234,7 +234,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "`scaled_dot_product_attention(attn_mask=…)`": lambda: ringspan.scaled_dot_product_attention(
         *_tensors(axes="bhsd"), attn_mask=torch.ones(4, 16, dtype=torch.bool), enable_gqa=True, group=LoneRank(False)
     ),
-    "`attention` with a scale that is not above 0": lambda: _sequence().attention(*_leaves(), -0.5),
+    "`attention` by kernel `torch_cpu` with a scale of −0.5": lambda: _sequence(kernel="torch_cpu").attention(*_leaves(), -0.5),
     "a gradient with `create_graph=True`": lambda: _second_gradient(),
     "`decode` of tensors that require a gradient": lambda: _sequence().context.decode(*_leaves()),
     "`shard_batch` with padding on the left": lambda: _sequence().shard_batch(_padded(torch.arange(LENGTH) >= 3)),

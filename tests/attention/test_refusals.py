@@ -68,8 +68,6 @@ ON_ONE_RANK: dict[str, tuple[Callable[[list], Any], str]] = {
     "a scale that is no number": (lambda x: (x, {"scale": float("nan")}), "finite"),
     "a scale that is a word": (lambda x: (x, {"scale": "large"}), "finite"),
     "a softcap of zero": (lambda x: (x, {"softcap": 0.0}), "above 0"),
-    "a scale of zero": (lambda x: (x, {"scale": 0.0}), "finite numbers above 0"),
-    "a scale below zero": (lambda x: (x, {"scale": -0.5}), "Try: scale=0.5 of -q"),
     "sinks for other heads": (lambda x: (x, {"sinks": torch.zeros(3)}), "one score a query head"),
     "complex sinks": (lambda x: (x, {"sinks": torch.zeros(4, dtype=torch.complex64)}), "one score a query head"),
     "sparse queries": (lambda x: [x[0].to_sparse(), *x[1:]], "dense tensors"),
@@ -217,6 +215,14 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "kernel for this machine": (
         lambda group: ringspan.ContextParallel(group, kernel="cudnn").sequence(12).attention(*shapes()),
         "it runs on cuda, and the tensors are on cpu",
+    ),
+    "kernel for a scale of zero": (
+        lambda group: ringspan.ContextParallel(group, kernel="torch_cpu").sequence(12).attention(*shapes(), 0.0),
+        "it computes no scale ≤ 0",
+    ),
+    "kernel for a scale below zero": (
+        lambda group: ringspan.ContextParallel(group, kernel="torch_cpu").decode(*shapes(), -0.5),
+        "it computes no scale ≤ 0",
     ),
     "kernel for softcap": (
         lambda group: ringspan.ContextParallel(group, kernel="torch_cpu").sequence(12).attention(*shapes(), softcap=5.0),

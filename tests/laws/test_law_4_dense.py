@@ -98,6 +98,13 @@ def test_scale_softcap_and_sinks_are_exact_in_every_strategy(strategy: str):
         check_attention(split, "causal", 23, BUDGETS[F64], heads=4, kv_heads=2)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_above_zero_is_exact_with_the_kernel_that_is_chosen(scale: float):
+    """Torch's own attention gives NaN for it under a causal mask."""
+    split = Split(num_ranks=2, mask=EXAMPLES["causal"].make(23), kernel="auto", scale=scale)
+    check_attention(split, "causal", 23, BUDGETS[F64], heads=4, kv_heads=2)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "torch_cpu"])
 @pytest.mark.parametrize("mask", ["blocks", "mask_mod"])
 def test_queries_that_see_nothing_on_any_rank_give_zero_and_minus_infinity(mask: str, kernel: str):

@@ -17,7 +17,7 @@ from ringspan.transport import InProcessTransport, Transport
 TRANSPORTS = ("auto", "process_group", "peer_memory")
 """How pieces travel: see `ContextParallel`."""
 
-SCORE_NUMBERS = "A scale and a softcap are finite numbers above 0"
+SCORE_NUMBERS = "A scale is a finite number, and a softcap one above 0"
 
 
 def peer_memory_reason(materialised: bool, kv_heads_per_stage: int | None) -> str | None:
@@ -121,9 +121,10 @@ def _has_dim(x: Tensor, dim: int) -> bool:
     return isinstance(dim, int) and -x.ndim <= dim < x.ndim
 
 
-def features(mask: Mask, softcap: float | None) -> frozenset[str]:
+def features(mask: Mask, softcap: float | None, scale: float | None = None) -> frozenset[str]:
     """What a kernel must know to compute these scores: see `ringspan.kernels.Problem`."""
     wanted = {"softcap": softcap is not None, "mask_mod": mask.mod is not None, "window": has_window(mask)}
+    wanted["scale ≤ 0"] = scale is not None and scale <= 0
     return frozenset(name for name, needed in wanted.items() if needed)
 
 
@@ -185,11 +186,8 @@ def check_attention(
         found = f"{tuple(sinks.shape)} of {sinks.dtype} on {sinks.device}"
         raise RingspanError(f"{asked} with sinks", found, "Sinks are one score a query head", f"sinks of shape ({q.shape[2]},)")
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            # A kernel takes the largest of the scores before it scales them, and has −∞ where the mask allows nothing.
-            negative = name == "scale" and isinstance(value, (int, float)) and -math.inf < value < 0
-            nearest = f"scale={-value} of -q" if negative else f"{name}=None"
-            raise RingspanError(f"{asked} with {name}={value!r}", "", SCORE_NUMBERS, nearest)
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and (name == "scale" or value > 0)):
+            raise RingspanError(f"{asked} with {name}={value!r}", "", SCORE_NUMBERS, f"{name}=None")
     select_kernel(kernel, kernel_problem(q, k, wanted, deterministic))
 
 
@@ -237,7 +235,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             "decode with a gradient", "a tensor requires grad", "Decoding has no backward", "torch.no_grad(), or seq.attention to train"
         )
     queries = q[:, :1].expand(-1, k.shape[1], -1, -1) if q.ndim == k.ndim == 4 else q
-    check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", frozenset())
+    check_attention(queries, k, v, None, scale, None, k.shape[1] if k.ndim == 4 else 0, 0, "auto", features(full(), None, scale))
 
 
 def type_problem(

@@ -21,7 +21,7 @@ from ringspan.attention.replay import Replays
 from ringspan.attention.sequence import KEPT, Sequence
 from ringspan.attention.use import Use
 from ringspan.errors import RingspanError
-from ringspan.geometry import Mask, causal, make_layout
+from ringspan.geometry import Mask, causal, full, make_layout
 from ringspan.kernels import Kernel, is_captured, select_kernel
 from ringspan.transport import InProcessTransport, agree, agree_again, make_transport
 
@@ -161,7 +161,7 @@ class ContextParallel:
         def choose_kernel() -> Kernel:
             checks.check_not_captured("decode", about(), q.device, self.num_ranks)
             agree(self.transport, "decode", about(), problem)
-            return select_kernel(self.kernel, checks.kernel_problem(q, k, frozenset()))
+            return select_kernel(self.kernel, checks.kernel_problem(q, k, checks.features(full(), None, scale)))
 
         # Agreed on once, whatever number of keys a rank has by then: what is wrong later ends this rank alone.
         key = (q.shape, k.shape[2:], v.shape[2:], q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale)

@@ -74,7 +74,7 @@ def make_plan(
             where nothing can be agreed on.
     """
     context = sequence.context
-    features, deterministic = checks.features(sequence.mask, softcap), context.deterministic
+    features, deterministic = checks.features(sequence.mask, softcap, scale), context.deterministic
     materialised = "ring_self_attention" in (context.strategy, context.options.get("inner"))
 
     def check() -> None:

@@ -20,7 +20,8 @@ class Problem:
         heads: query heads.
         kv_heads: key and value heads, a divisor of `heads`.
         head_dim: width of a head.
-        features: which of `window`, `softcap` and `mask_mod` the scores need.
+        features: which of `window`, `softcap`, `mask_mod` and `scale ≤ 0` the scores need. Flash kernels take the largest score before they
+            scale: under a scale that is not above 0 that is the least, or −∞ times 0.
         deterministic: whether the gradients are to be the same bits at every run.
     """
 
@@ -41,7 +42,7 @@ class Capabilities:
         shapes: the tiles that it computes in one launch, beyond full ones: `causal` (low = 0, aligned top-left, any rectangle),
             `square` (low = 0 on squares only), `corner` (bands without rows below them that see all keys), `band` (anything). Other
             tiles are lowered to these, see `lowered`.
-        features: which of `window`, `softcap` and `mask_mod` it computes.
+        features: which of `window`, `softcap`, `mask_mod` and `scale ≤ 0` it computes.
         device: `cpu` or `cuda`; None for any.
         dtypes: of q, k and v; None for any floating-point dtype.
         head_dims: (narrowest, widest) heads, multiples of 8; None for any.

@@ -21,7 +21,7 @@ class Reference(Declared):
     name = "reference"
     can = Capabilities(
         shapes=frozenset({"causal", "square", "band"}),
-        features=frozenset({"window", "softcap", "mask_mod"}),
+        features=frozenset({"window", "softcap", "mask_mod", "scale ≤ 0"}),
         lse_gradient=True,
         float32_partials=True,
     )
