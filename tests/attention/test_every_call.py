@@ -75,6 +75,19 @@ def test_a_rank_whose_call_is_wrong_is_found_out_where_the_others_know_theirs(de
         assert "new=False, rank 1 has" in said and said.count("new=True") == 1
 
 
+def test_what_a_rank_refuses_alone_is_told_to_the_others_too(detail: None):
+    def run(group: Any) -> str:
+        known = Known(group)
+        problem = RingspanError("a model's attention", "it has other tokens")
+        with pytest.raises(RingspanError, match="it has other tokens"):
+            if group.rank == 1:
+                known.causal.refuse_attention(problem, *tensors())
+            known.causal.attention(*tensors())
+        return "told"
+
+    assert ringspan.run_in_process(3, run, timeout_seconds=20.0) == ["told"] * 3
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_rank_that_makes_another_known_call_is_found_out_on_every_rank(name: str, detail: None):
     def run(group: Any) -> str:

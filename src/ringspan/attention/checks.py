@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.errors import RingspanError, UnsupportedError, nearest_name
 from ringspan.geometry import Mask, full, has_window, make_layout
-from ringspan.kernels import KERNELS, Kernel, Problem, is_captured, select_kernel
+from ringspan.kernels import Kernel, Problem, check_kernel_name, is_captured, select_kernel
 from ringspan.strategies import make_schedules
 from ringspan.transport import InProcessTransport, Transport
 
@@ -43,17 +43,6 @@ def problem_of(check: Callable[[], None]) -> RingspanError | None:
         problem.__cause__ = error
         return problem
     return None
-
-
-def check_kernel_name(kernel: str) -> None:
-    """That there is such a kernel, here or elsewhere."""
-    if kernel not in ("auto", *KERNELS):
-        raise RingspanError(
-            f"kernel {kernel!r}",
-            f"the kernels are auto, {', '.join(KERNELS)}",
-            "A kernel is asked for by name",
-            repr(nearest_name(kernel, ("auto", *KERNELS))),
-        )
 
 
 def check_names(
@@ -228,6 +217,16 @@ def check_loss(logits: Tensor, labels: Tensor, shard_length: int, rank: int) -> 
         )
 
 
+def loss_type_problem(logits: object, labels: object, ignore_index: object) -> RingspanError | None:
+    """The error where an argument of `Sequence.loss` is of another type than documented, as `type_problem` of attention's."""
+    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and type(ignore_index) is int:
+        return None
+    found = f"logits {type(logits).__name__}, labels {type(labels).__name__}, ignore_index {type(ignore_index).__name__}"
+    return RingspanError(
+        f"a loss of {found}", "", "Logits and labels are tensors, and ignore_index a whole number", "seq.loss(out.logits, labels)"
+    )
+
+
 def check_decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Shapes and dtypes of `ContextParallel.decode`, whose keys are as many as a rank has, and that no gradient is asked for."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -313,6 +312,12 @@ def describe_attention(
     heads = f"batch={q.shape[0]} heads={q.shape[2]} kv_heads={k.shape[2]} head_dim={q.shape[3]}"
     about = f"scale={scale} softcap={softcap} sinks={sinks is not None} return_lse={return_lse} gradients={differentiable}"
     return f"{heads} {q.dtype} on {q.device.type} {about}"
+
+
+def describe_loss(logits: Tensor, ignore_index: int) -> str:
+    """What all ranks must have in common."""
+    sizes = f"batch={logits.shape[0]} vocabulary={logits.shape[-1]}" if logits.ndim else "malformed logits"
+    return f"{sizes} {logits.dtype} ignore_index={ignore_index}"
 
 
 def check_not_captured(what: str, asked: str, device: torch.device, num_ranks: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,14 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.attention import checks
 from ringspan.attention.decode import decode
 from ringspan.attention.fingerprint import describe_mask
-from ringspan.attention.gradients import broadcast_parameters, check_same_weights, sum_gradients
+from ringspan.attention.gradients import broadcast_parameters, check_same_weights, check_whole, sum_gradients
 from ringspan.attention.graphs import keep_uncompiled, stays_uncompiled
 from ringspan.attention.kept import Kept
 from ringspan.attention.observe import Observer
 from ringspan.attention.replay import Replays
 from ringspan.attention.sequence import KEPT, Sequence
 from ringspan.attention.use import Use
-from ringspan.errors import RingspanError
 from ringspan.geometry import Mask, causal, full, make_layout
 from ringspan.kernels import Kernel, is_captured, select_kernel
 from ringspan.transport import InProcessTransport, agree, agree_again, make_transport
@@ -182,19 +180,7 @@ class ContextParallel:
         """
         self.use.check("sum_gradients", self.transport.size)
         parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
-        if strange := [each for each in parameters if not isinstance(each, Tensor)]:
-            raise RingspanError(
-                "sum_gradients", f"one of its parameters is of type {type(strange[0]).__name__}", "A model has parameters", "the model"
-            )
-        if any(parameter.grad is not None and parameter.grad.layout != torch.strided for parameter in parameters):
-            raise RingspanError("sum_gradients of sparse gradients", "", "Gradients are summed as they lie in memory", "sparse=False")
-        if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-            raise RingspanError(
-                "sum_gradients of sharded parameters",
-                "they are DTensors",
-                "FSDP sums their gradients in the backward",
-                "parallel.sum_gradients()",
-            )
+        check_whole(parameters)
         shapes = [tuple(parameter.shape) for parameter in parameters]
         agree_again(self.transport, "sum_gradients", lambda: f"{len(shapes)} parameters, {Counter(shapes)}")
         if not self.use.has_compared:

@@ -41,6 +41,27 @@ def sum_gradients(parameters: Iterable[nn.Parameter], transport: Transport, obse
                 parameter.grad.copy_(summed)
 
 
+def check_whole(parameters: Iterable[object]) -> None:
+    """That these are parameters whose gradients lie whole and dense on this rank.
+
+    Raises:
+        RingspanError: where one of them is none, is sharded, or has a sparse gradient.
+    """
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):
+            found = f"one of its parameters is of type {type(parameter).__name__}"
+            raise RingspanError("sum_gradients", found, "A model has parameters", "the model")
+        if hasattr(parameter, "device_mesh"):
+            raise RingspanError(
+                "sum_gradients of sharded parameters",
+                "they are DTensors",
+                "FSDP sums their gradients in the backward",
+                "parallel.sum_gradients()",
+            )
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise RingspanError("sum_gradients of sparse gradients", "", "Gradients are summed as they lie in memory", "sparse=False")
+
+
 def check_same_weights(parameters: Iterable[nn.Parameter], transport: Transport, asked: str) -> None:
     """That all ranks have the same weights, as far as a few of each parameter tell. Collective: one gathering of a number.
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringspan.attention import checks
 from ringspan.errors import RingspanError
-from ringspan.kernels import Problem, kernel_pass, select_kernel
+from ringspan.kernels import Problem, check_kernel_name, kernel_pass, select_kernel
 from ringspan.transport import InProcessTransport, Transport, agree, make_transport
 
 PROBLEMS = {
@@ -78,7 +78,7 @@ def _check(kernel: str, device: str | None, seconds: float) -> None:
         )
     if device not in (None, *PROBLEMS):
         raise RingspanError(f"measure_weights on device {device!r}", "", f"There are {' and '.join(PROBLEMS)}", "device=None")
-    checks.check_kernel_name(kernel)
+    check_kernel_name(kernel)
 
 
 def _tried(kernel: str, device: str) -> Callable[[], None]:

@@ -225,11 +225,12 @@ class Sequence:
     ) -> NoReturn:
         """Raises `problem`, which the others may not have, where `attention` of these tensors would be called.
 
-        Where these shapes are new every rank raises: those that go on first agree on them. Where they are not this rank raises alone, and
-        one that goes on fails as when a rank dies: as soon as this process has ended, or in the group's time-out.
+        Where these shapes are new, or every call is compared (`agree_again`), every rank raises: those that go on first agree on them. Else
+        this rank raises alone, and one that goes on fails as when a rank dies: when this process has ended, or in the group's time-out.
         """
         if plan_key(q, k, v, sinks, whole_scale(q, scale), softcap, False) not in self._plans:
             agree(self.context.transport, "attention", "nothing", problem)
+        agree_again(self.context.transport, "attention", lambda: "nothing", problem)
         raise problem
 
     def _plan(
@@ -277,14 +278,10 @@ class Sequence:
             RingspanError: at the first call with new shapes, on every rank, where they are wrong on any rank or the ranks disagree, or
                 where the batch was cut by `shard_batch` and the model's attention is none of this context's.
         """
-        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor) and type(ignore_index) is int):
-            wrong = f"logits {type(logits).__name__}, labels {type(labels).__name__}, ignore_index {type(ignore_index).__name__}"
-            problem = RingspanError(
-                f"a loss of {wrong}", "", "Logits and labels are tensors, and ignore_index a whole number", "seq.loss(out.logits, labels)"
-            )
-            agree(self.context.transport, "loss", "arguments of another type", problem)
+        if (wrong := checks.loss_type_problem(logits, labels, ignore_index)) is not None:
+            agree(self.context.transport, "loss", "arguments of another type", wrong)
         key = (logits.shape, labels.shape, logits.dtype, labels.dtype, logits.device, labels.device, ignore_index)
-        about = f"{_described_loss(logits)} ignore_index={ignore_index}"
+        about = checks.describe_loss(logits, ignore_index)
         agree_again(self.context.transport, "loss", lambda: f"{about} new={key not in self._losses}")
         self._losses.get(key, lambda: self._agree_on_loss(logits, labels, about))
         return mean_cross_entropy(logits, labels, self.context.transport, ignore_index, self.observer or self.context.observer)
@@ -298,10 +295,6 @@ class Sequence:
 
         agree(self.context.transport, "loss", about, checks.problem_of(check))
         return True
-
-
-def _described_loss(logits: Tensor) -> str:
-    return f"batch={logits.shape[0] if logits.ndim else None} vocabulary={logits.shape[-1] if logits.ndim else None} {logits.dtype}"
 
 
 stays_uncompiled(Sequence, "attention", "unshard", "shard_batch", "loss")

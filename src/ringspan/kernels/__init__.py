@@ -31,6 +31,7 @@ __all__ = [
     "add_",
     "autocast_dtype",
     "batch_first",
+    "check_kernel_name",
     "copy_all",
     "dtype_name",
     "first_order",
@@ -59,6 +60,17 @@ def refusal(kernel: Kernel, problem: Problem) -> str | None:
     return kernel.refusal(problem)
 
 
+def check_kernel_name(name: str) -> None:
+    """Raises UnsupportedError where there is no such kernel, here or elsewhere."""
+    if name not in ("auto", *KERNELS):
+        raise UnsupportedError(
+            f"kernel {name!r}",
+            f"the kernels are auto, {', '.join(KERNELS)}",
+            "A kernel is asked for by name",
+            f"kernel={nearest_name(name, ('auto', *KERNELS))!r}",
+        )
+
+
 def select_kernel(name: str, problem: Problem) -> Kernel:
     """The kernel called `name`, or for `auto` the first of `KERNELS` that computes `problem`; `SPEEDS` knows the fastest.
 
@@ -69,13 +81,7 @@ def select_kernel(name: str, problem: Problem) -> Kernel:
     capable = [other for other, reason in reasons.items() if reason is None]
     if name == "auto":
         return KERNELS[capable[0]]
-    if name not in KERNELS:
-        raise UnsupportedError(
-            f"kernel {name!r}",
-            f"the kernels are auto, {', '.join(KERNELS)}",
-            "A kernel is asked for by name",
-            f"kernel={nearest_name(name, ('auto', *KERNELS))!r}",
-        )
+    check_kernel_name(name)
     if (reason := reasons[name]) is not None:
         raise UnsupportedError(f"kernel {name!r}", reason, "A kernel that was asked for is never replaced", f"kernel={capable[0]!r}")
     return KERNELS[name]

@@ -7,7 +7,6 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ringspan.errors import UnsupportedError
 
@@ -17,11 +16,9 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 def first_order(backward: Backward) -> Backward:
     """A `torch.autograd.Function`'s `backward` that refuses `create_graph=True`, on every rank and before anything is sent.
 
-    torch's `once_differentiable` raises only where a second gradient reaches the first through what came in; through a gradient that came
-    as a constant, that of a sum for example, the second would silently lack what the function adds to it.
+    In place of torch's `once_differentiable`, which raises only where a second gradient reaches the first through what came in: through a
+    gradient that came as a constant, that of a sum for example, the second would silently lack what the function adds to it.
     """
-    # torch's is not typed.
-    once: Callable[..., Any] = once_differentiable(backward)
 
     @wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
@@ -33,6 +30,6 @@ def first_order(backward: Backward) -> Backward:
                 "What it is made of, on this rank and the others, has no graph, and a second gradient would lack it",
                 "create_graph=False, or torch's own attention where a second gradient is needed",
             )
-        return once(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return checked  # type: ignore[return-value]

@@ -110,13 +110,13 @@ def agree(transport: Transport, what: str, mine: object, problem: RingspanError 
             )
 
 
-def agree_again(transport: Transport, what: str, mine: Callable[[], object]) -> None:
+def agree_again(transport: Transport, what: str, mine: Callable[[], object], problem: RingspanError | None = None) -> None:
     """`agree` at a call that may be known already, if `TORCH_DISTRIBUTED_DEBUG=DETAIL` asks for it, as torch then compares collectives.
 
     Otherwise ranks say nothing to each other, which is quick; and a rank that makes another call than the others is not found out.
 
     Raises:
-        RingspanError: on every rank, where one of them makes another call.
+        RingspanError: as `agree` does.
     """
     if transport.size > 1 and dist.is_available() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
-        agree(transport, what, mine())
+        agree(transport, what, mine(), problem)
